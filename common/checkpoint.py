@@ -1,0 +1,275 @@
+"""Run folder, atomic checkpoints, exact resume, seeding, and the clocks of a training loop."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import threading
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FORMAT = 1  # of checkpoint.pt
+RUN_CONTROL = ("fresh", "eval", "run")  # fields of Args that say what to do, not what is learned
+LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
+LOCKS = {}  # inode -> open lock file, held until the process ends
+
+
+class RunError(RuntimeError):
+    """A message for the user; scripts print it without a traceback and exit with code 1."""
+
+
+def open_run(script, args, root="runs", fresh=False, may_change=()) -> tuple[Path, dict | None]:
+    """Create or reopen the run folder of `args` (a dataclass) and lock it for this process.
+
+    The folder is `args.run`, or root/script/env_id/seed where that is empty. Returns it with the
+    state to resume from, None at the beginning. Raises RunError if a field outside `may_change`
+    differs from the saved args, another process runs there, or it is no run folder of `script`.
+    `fresh` empties the folder first.
+    """
+    asked = {"script": script, **json.loads(json.dumps(asdict(args), default=str))}
+    name = re.sub("[/:]", "-", args.env_id)
+    folder = Path(getattr(args, "run", "") or Path(root, script, name, f"seed{args.seed}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = _saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
+    _lock(folder)
+    if saved and saved["script"] != script:
+        raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
+    if fresh:  # args.json stays until it is replaced: without it the folder would be foreign
+        _remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
+    elif saved:
+        _compare(folder, saved, asked, may_change)
+    state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
+    if state is None:
+        _remove(folder / leftover for leftover in LEFTOVERS)
+    text = json.dumps(asked, indent=2) + "\n"
+    _write(folder / "args.json", lambda file: file.write(text.encode()))
+    return folder, state
+
+
+def _saved_args(folder):
+    if all(path.name in ("lock", "args.json.tmp") for path in folder.iterdir()):
+        return None
+    path = folder / "args.json"
+    with suppress(ValueError, TypeError):
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        if "script" in saved:
+            return saved
+    raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
+
+
+def _compare(folder, saved, asked, may_change):
+    lines = [
+        f"  {name}: {saved.get(name, '(none)')} -> {asked.get(name, '(none)')} (saved -> asked)"
+        for name in {**saved, **asked}
+        if name not in (*RUN_CONTROL, *may_change) and saved.get(name, {}) != asked.get(name, {})
+    ]
+    if lines:
+        ways = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
+        raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
+
+
+def _lock(folder):
+    file = (folder / "lock").open("a")
+    key = os.fstat(file.fileno()).st_ino
+    if key in LOCKS:
+        return
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(f"another process is running in {folder}: wait for it or stop it") from None
+    except (ImportError, OSError):
+        pass  # nor on some network file systems: better no lock than no run
+    LOCKS[key] = file
+
+
+def _remove(paths):
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _write(path, fill):
+    """Call fill(file), so that a crash at any time leaves the old or the new content in `path`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        while error and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            error = error.__context__  # torch.save covers the first error with one of its own
+        if error:
+            text = f"disk full: {path} was not written, the last good one is kept if there was one"
+            raise RunError(text) from None
+        raise
+    os.replace(temporary, path)
+    if os.name == "posix":  # only this makes the new name durable
+        handle = os.open(path.parent, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def save(folder, **parts):
+    """Write `checkpoint.pt` atomically: every part, or its state_dict() where it has one.
+
+    Parts are tensors, numbers, strings, lists, tuples and dicts; others raise TypeError, since
+    `load` would refuse them. A full disk raises RunError and the old file stays.
+    """
+    args = Path(folder, "args.json")
+    script = json.loads(args.read_text())["script"] if args.exists() else None
+    state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+    state["header"] = {"format": FORMAT, "script": script, "torch": str(torch.__version__)}
+
+    def fill(file):
+        torch.save(state, file)
+        file.flush()
+        if refused := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
+            raise TypeError(f"a checkpoint cannot hold {', '.join(refused)}")
+
+    _write(Path(folder, "checkpoint.pt"), fill)
+
+
+def load(path, script=None) -> dict:
+    """Read the checkpoint in a run folder (or a .pt file) onto the CPU.
+
+    Raises RunError where there is none, it is damaged, or `script` did not write it.
+    """
+    path = Path(path)
+    file = path if path.suffix == ".pt" else path / "checkpoint.pt"
+    if not file.is_file():
+        raise RunError(f"no checkpoint in {file.parent} (a run saves every --save-every steps)")
+    with file.open("rb") as opened:
+        if opened.read(2) not in (b"PK", b""):
+            raise RunError(f"{file} is not a checkpoint of this project")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            intact = archive.testzip() is None  # torch.load ignores the checksums
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+        intact = False
+    if not intact:
+        raise RunError(f"{file} is truncated or damaged: restore a copy, or start with --fresh")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
+        version, owner = state["header"]["format"], state["header"]["script"]
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError):
+        raise RunError(f"{file} is not a checkpoint of this project") from None
+    if version != FORMAT:
+        raise RunError(f"{file} has format {version}, this code reads format {FORMAT}")
+    if script and owner and owner != script:
+        raise RunError(f"{file} was written by {owner}.py, not by {script}.py")
+    return state
+
+
+def seed_everything(seed):
+    """Seed python, numpy and torch (CPU and every GPU)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict:
+    """The generators that seed_everything seeds, as numbers, lists and tensors."""
+    name, keys, *rest = np.random.get_state()
+    # A GPU not used so far has no generator yet, and asking for it would start CUDA.
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numbers = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    return {**numbers, "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state):
+    """Put back what rng_state returned, as far as the GPUs of then are here now."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for device, value in zip(range(torch.cuda.device_count()), state["cuda"]):
+        torch.cuda.set_rng_state(value, device)
+
+
+class Stop:
+    """`with Stop() as stop`: the first SIGINT or SIGTERM only sets `stop.requested`.
+
+    A second Ctrl-C raises KeyboardInterrupt. Does nothing outside the main thread.
+    """
+
+    requested = False
+
+    def __enter__(self):
+        main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self.previous = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _handle(self, number, frame):
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested:  # os.write, because print is not safe inside a signal handler
+            os.write(2, b"\nwill save and stop soon (Ctrl-C again: stop now, without saving)\n")
+        self.requested = True
+
+
+class Every:
+    """`every(now)` is True if a multiple of `period` was passed since the last call (0: never).
+
+    `first` makes the first call due too.
+    """
+
+    def __init__(self, period, first=False):
+        self.period, self.first, self.last = period, first, 0
+
+    def __call__(self, now) -> bool:
+        if not self.period:
+            return False
+        due = self.first or now // self.period > self.last // self.period
+        self.first, self.last = False, now
+        return due
+
+    def state_dict(self) -> dict:
+        return {"first": self.first, "last": self.last}
+
+    def load_state_dict(self, state):
+        self.first, self.last = state["first"], state["last"]
+
+
+class Ratio:
+    """`ratio(step)` is the number of updates due, as the DreamerV3 authors count them.
+
+    The first call returns 1; then `ratio` for each step since, fractions carried over.
+    """
+
+    def __init__(self, ratio):
+        self.ratio, self.last = ratio, None
+
+    def __call__(self, step) -> int:
+        if not self.ratio:
+            return 0
+        if self.last is None:
+            self.last = step
+            return 1
+        updates = int((step - self.last) * self.ratio)
+        self.last += updates / self.ratio
+        return updates
+
+    def state_dict(self) -> dict:
+        return {"last": self.last}
+
+    def load_state_dict(self, state):
+        self.last = state["last"]

@@ -1,0 +1,214 @@
+"""metrics.jsonl and its mirrors: progress bar, TensorBoard, videos, pictures, learning curve."""
+
+import json
+import math
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common.checkpoint import RunError
+
+
+class Logger:
+    """Write the metrics of a run to `folder`, one JSON line per write; every step is an env step.
+
+    Save and load it with the checkpoint: loading cuts off the lines written after the save.
+    """
+
+    def __init__(self, folder, total_steps, tensorboard=True, quiet=False):
+        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet
+        self.file = (self.folder / "metrics.jsonl").open("ab")
+        self.sums, self.counts, self.shown = {}, {}, {}
+        self.step = self.first = 0  # now, and where this process took over
+        self.started = self.born = time.monotonic()  # this process, and the whole run
+        self.tensorboard, self.board, self.bar, self.drawn = tensorboard, None, None, 0.0
+
+    def add(self, metrics):
+        """Add to the means of the next write; a 0-dim tensor stays on its device until then."""
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor):
+                assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not ()"
+                value = value.detach().float()
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def write(self, step, **extra):
+        """Append {"step": step, **means, **extra} to metrics.jsonl; nan and inf become null."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.born}
+        row = {name: _plain(value) for name, value in row.items()}
+        self.sums, self.counts = {}, {}
+        self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self.file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)) and self._board():
+                self.board.add_scalar(name, value, step)
+        self.advance(step)
+        if not self.quiet and not sys.stderr.isatty():
+            short = {k: v for k, v in row.items() if k.startswith(("episode/", "eval/"))}
+            self._line({**self.shown, **short})
+
+    def advance(self, step, **postfix):
+        """Move the progress bar, at most 5 times a second, and show `postfix` (numbers) on it."""
+        self.step = step
+        self.shown.update(postfix)
+        now = time.monotonic()
+        if self.quiet or now - self.drawn < 0.2 or not sys.stderr.isatty():
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", smoothing=0)
+        self.drawn, self.bar.n = now, step
+        self.bar.set_postfix({name: _plain(value) for name, value in self.shown.items()})
+
+    def note(self, text):
+        """Print a line above the progress bar."""
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
+
+    def video(self, name, frames, fps=30) -> Path:
+        """Save uint8 frames [T, H, W, 3] as mp4, or as gif where there is no ffmpeg."""
+        frames = np.asarray(frames)
+        _, height, width, _ = frames.shape
+        # H.264 halves the colour planes, so both sides must be even.
+        even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        try:
+            return _replace(self.folder / f"{name}.mp4", lambda file: _write_mp4(file, even, fps))
+        except (ImportError, OSError, RuntimeError) as error:
+            from PIL import Image
+
+            self.note(f"a gif, as mp4 failed (pip install imageio-ffmpeg): {error}")
+            first, *others = map(Image.fromarray, frames)
+            options = {"save_all": True, "append_images": others, "duration": 1000 / fps, "loop": 0}
+            path = self.folder / f"{name}.gif"
+            return _replace(path, lambda file: first.save(file, **options))
+
+    def picture(self, name, figure) -> Path:
+        """Save a matplotlib Figure as png and clear it."""
+        path = _replace(self.folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150))
+        figure.clear()
+        return path
+
+    def state_dict(self) -> dict:
+        """The means so far, the clock, and how long metrics.jsonl is."""
+        os.fsync(self.file.fileno())  # or a power cut could leave it shorter than it says here
+        means = {"sums": dict(self.sums), "counts": dict(self.counts)}
+        wall, size = time.monotonic() - self.born, os.fstat(self.file.fileno()).st_size
+        return {"step": self.step, "wall": wall, "bytes": size, **means}
+
+    def load_state_dict(self, state):
+        """Go on from there; raises RunError if metrics.jsonl has lost lines since."""
+        size = os.fstat(self.file.fileno()).st_size
+        if size < state["bytes"]:
+            text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
+            raise RunError(f"{text}: put the file back, or start over with --fresh")
+        self.file.truncate(state["bytes"])
+        self.step = self.first = state["step"]
+        self.born = self.started - state["wall"]
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+    def close(self):
+        """Close the file, the bar and TensorBoard."""
+        if self.bar is not None:
+            self.bar.n = self.step
+        for part in (self.file, self.bar, self.board):
+            if part is not None:
+                part.close()
+
+    def _board(self):
+        if self.tensorboard and not self.board:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                # What a killed process logged after its last save is logged again: hide the first.
+                purge = self.first + 1 if self.first else None
+                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
+            except ImportError:
+                self.tensorboard = False
+                self.note("no TensorBoard files (pip install tensorboard)")
+        return self.board
+
+    def _line(self, values):
+        form = "step {n:,} of {total:,} ({percentage:.0f} %), {remaining} left{postfix}"
+        values = {name: _plain(value) for name, value in values.items()}
+        parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        options = {"initial": self.first, "bar_format": form, "postfix": ", ".join(parts)}
+        seconds = time.monotonic() - self.started
+        self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
+
+
+def _plain(value):
+    """A python value that JSON can hold."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(path, write):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}")  # the ending stays, since it chooses the format
+    try:
+        write(part)
+        return part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_mp4(path, frames, fps):
+    import imageio_ffmpeg
+
+    height, width = frames.shape[1:3]
+    options = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 1}
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, **options)
+    writer.send(None)
+    for frame in frames:
+        writer.send(np.ascontiguousarray(frame))
+    writer.close()
+
+
+def plot_curve(folder, key="episode/return", title=None, reference=None) -> Path:
+    """Draw `key` and eval/return of metrics.jsonl against environment steps: learning_curve.png.
+
+    `reference` is a score to compare with (dashed). Raises RunError while there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    rows = list(_rows(Path(folder) / "metrics.jsonl"))
+    curves = {
+        name: np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
+        for name in (key, "eval/return")
+    }
+    raw, tests = curves[key], curves["eval/return"] if key == "episode/return" else np.empty(0)
+    if not raw.size and not tests.size:
+        raise RunError(f"no {key} in {folder}/metrics.jsonl so far")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    if raw.size:
+        n = max(1, min(50, raw.shape[1] // 20))
+        mean = [raw[1, max(0, i - n) : i].mean() for i in range(1, raw.shape[1] + 1)]
+        axes.plot(*raw, ".", color="#9dbfe0", ms=4, mew=0, label="training")
+        axes.plot(raw[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
+    if tests.size:
+        axes.plot(*tests, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
+    if reference is not None:
+        axes.axhline(reference, color="0.35", ls="--", lw=1.2, label=f"reference {reference:g}")
+    axes.set_xlabel("environment steps")
+    axes.set_ylabel("return (sum of rewards per episode)" if key == "episode/return" else key)
+    axes.set_title(title or "  ".join(Path(folder).resolve().parts[-3:]), loc="left")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_xlim(left=0)
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = Path(folder) / "learning_curve.png"
+    return _replace(path, lambda file: figure.savefig(file, dpi=150))
+
+
+def _rows(path):
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the last line of a killed run may be incomplete
+            yield json.loads(line)

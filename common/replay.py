@@ -1,0 +1,190 @@
+"""Windows of rows on memory-mapped files, with latents written back and an exact resume."""
+
+import errno
+import os
+import shutil
+from collections import deque
+from math import prod
+from pathlib import Path
+
+import torch
+from tensordict import MemoryMappedTensor, TensorDict
+from torch import Tensor
+
+
+def _files(example, capacity, num_envs, slack, updatable):
+    """{key: (shape, dtype)} of the files: [N * physical, ...], twice as many rows if updatable."""
+    rows = num_envs * (capacity // num_envs + slack)
+    return {
+        key: ((rows * (1 + (key in updatable)), *leaf.shape), leaf.dtype)
+        for key, leaf in example.items()
+    }
+
+
+def _map(files, directory):
+    """Map the files, made or grown where needed; OSError when the disk cannot hold them."""
+    sizes = {directory / key: prod(shape) * dtype.itemsize for key, (shape, dtype) in files.items()}
+    held = {path: path.stat().st_blocks * 512 if path.exists() else 0 for path in sizes}
+    need = sum(max(0, size - held[path]) for path, size in sizes.items())
+    free = shutil.disk_usage(directory).free
+    if need > free:
+        message = f"the replay needs {need / 1e9:.2f} GB more, only {free / 1e9:.2f} GB are free"
+        raise OSError(f"{message} in {directory}: choose a smaller --replay-size")
+    for path, size in sizes.items():
+        with open(path, "ab") as file:  # never truncates: the rows outlive a start with other flags
+            try:  # a full disk or quota is an error here, not a bus error later
+                os.posix_fallocate(file.fileno(), 0, size)
+            except (AttributeError, OSError) as error:  # not on every system: the file is sparse
+                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+    return TensorDict(
+        {k: MemoryMappedTensor.from_filename(directory / k, d, s) for k, (s, d) in files.items()}
+    )
+
+
+class Replay:
+    """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
+
+    Row r, counted from 0, lies at r % physical. The files hold `slack` rows of each environment
+    more than can be drawn, so that the rows that a checkpoint refers to survive the next `slack`
+    appends: save when `exhausted` is True. `write_back` fills the one of two slots that the
+    checkpoint does not use. So a process killed at any moment resumes exactly at its checkpoint
+    (with slack=0: until the ring is full). Nothing is flushed: what was written outlives the
+    process, but a power failure only where the system had written the pages to the disk.
+
+    example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
+    updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
+    ValueError if a window of `length` rows does not fit the ring, OSError if the disk is full.
+    """
+
+    def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
+                 *, updatable=("deter", "stoch"), slack=0, seed=0, online=True):  # fmt: skip
+        self.num_envs, self.length, self.online = num_envs, length, online
+        self.capacity = capacity // num_envs  # rows of one environment
+        self.physical = self.capacity + slack
+        if self.capacity < length:
+            have = f"{self.capacity} rows for each of {num_envs} environments"
+            raise ValueError(f"{have} are less than a window of {length}: raise --replay-size")
+        files = _files(example, capacity, num_envs, slack, updatable)
+        self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
+        self.layout |= {"length": length, **{k: f"{d} {list(s)}" for k, (s, d) in files.items()}}
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.storage = _map(files, directory)
+        self.updatable = [key for key in files if key in updatable]
+        self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
+        self.saved = self.current.clone()  # slot that the last checkpoint refers to
+        self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
+        self.queue = deque()  # (environment, first row) of the new windows, oldest first
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @staticmethod
+    def gigabytes(example, capacity, num_envs, slack=0, updatable=("deter", "stoch")) -> float:
+        """Size on disk, in units of 1e9 bytes, of a replay with these arguments."""
+        files = _files(example, capacity, num_envs, slack, updatable).values()
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in files) / 1e9
+
+    @property
+    def oldest(self) -> int:
+        """The first row of each environment that can be drawn."""
+        return max(0, self.total - self.capacity)
+
+    @property
+    def rows(self) -> int:
+        """Rows that can be drawn, of all environments together."""
+        return self.num_envs * (self.total - self.oldest)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the next append would overwrite a row of the last checkpoint."""
+        protected = self.saved_total > 0 and self.physical > self.capacity
+        return protected and self.total - self.physical >= max(0, self.saved_total - self.capacity)
+
+    def __len__(self) -> int:
+        """Number of windows that can be drawn."""
+        return self.num_envs * max(0, self.total - self.oldest - self.length + 1)
+
+    def append(self, row: TensorDict):
+        """Add one row of each environment: TensorDict[N] with the keys of `example`."""
+        assert set(row.keys()) == set(self.storage.keys()), (row, self.layout)
+        where = torch.arange(self.num_envs) * self.physical + self.total % self.physical
+        for key, leaf in self.storage.items():
+            leaf.index_copy_(0, where, row[key].detach().to(leaf))
+        # The last checkpoint does not refer to the row that was here (see slack): slot 0 is free.
+        self.current[where] = self.saved[where] = 0
+        if self.online and self.total >= self.length and self.total % self.length == 0:
+            first = self.total - self.length + 1
+            self.queue.extend((env, first) for env in range(self.num_envs))
+        self.total += 1
+        while self.queue and self.queue[0][1] < self.oldest:
+            self.queue.popleft()
+
+    def sample(self, batch_size: int) -> TensorDict:
+        """Copies of windows, TensorDict[B, length], and their "index" [B, length, 2]: (env, row).
+
+        New windows come first, in order, then uniform draws. A window may cross episodes:
+        is_first is set on its row 0, is_last before an is_first. ValueError if there is none.
+        """
+        if not len(self):
+            raise ValueError(f"no window of {self.length} rows in {self.rows} rows")
+        fresh = [self.queue.popleft() for _ in range(min(batch_size, len(self.queue)))]
+        starts = len(self) // self.num_envs
+        draw = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
+        drawn = torch.stack([draw // starts, self.oldest + draw % starts], -1)
+        window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
+        index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
+        index[..., 1] += torch.arange(self.length)
+        where = (index[..., 0] * self.physical + index[..., 1] % self.physical).flatten()
+        live = where + self.current[where].long() * len(self.current)
+        # index_select copies whole rows: six times as fast as indexing where rows are pictures.
+        batch = TensorDict({}, [len(where)])
+        for key, leaf in self.storage.items():
+            batch[key] = leaf.index_select(0, live if key in self.updatable else where)
+        batch = batch.view(batch_size, self.length)
+        batch["is_first"][:, 0] = True
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # abandoned episodes
+        return batch.set("index", index)
+
+    def write_back(self, index: Tensor, values: TensorDict):
+        """Replace the updatable keys of rows [B, T, 2] drawn before by values, TensorDict[B, T].
+
+        Rows that have left the ring are skipped; of a row that occurs twice, the last one counts.
+        """
+        env, row = index.flatten(0, 1).cpu().unbind(-1)
+        kept = (row >= self.oldest).nonzero()[:, 0]
+        where = (env * self.physical + row % self.physical)[kept]
+        # Two writes to one row have no fixed order in torch: keep the last one of each row.
+        where, group = where.unique(return_inverse=True)
+        order = torch.zeros_like(where).scatter_reduce_(0, group, kept, "amax")
+        spare = 1 - self.saved[where]
+        for key in self.updatable:
+            leaf, value = self.storage[key], values[key].detach().flatten(0, 1)[order]
+            leaf.index_copy_(0, where + spare.long() * len(self.current), value.to(leaf))
+        self.current[where] = spare
+
+    def state_dict(self) -> dict:
+        """What the files do not hold; from here on they spare what this one refers to.
+
+        So call it only for a checkpoint, written out before the next append or write_back.
+        """
+        self.saved_total = self.total
+        self.saved.copy_(self.current)
+        return {
+            "layout": self.layout,
+            "total": self.total,
+            "queue": torch.tensor(self.queue, dtype=torch.int64).view(-1, 2),
+            "current": self.current.view(self.num_envs, -1)[:, : self.total].clone(),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict):
+        """Continue from a checkpoint; ValueError if it belongs to files of another layout."""
+        for name in self.layout | state["layout"]:
+            theirs, ours = state["layout"].get(name), self.layout.get(name)
+            if theirs != ours:
+                raise ValueError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
+        self.total = self.saved_total = state["total"]
+        self.queue = deque(map(tuple, state["queue"].tolist()))
+        self.current.view(self.num_envs, -1)[:, : self.total] = state["current"]
+        self.saved.copy_(self.current)
+        self.generator.set_state(state["generator"])

@@ -1,0 +1,1451 @@
+"""DreamerV3 (Hafner et al., 2023, 2025): learn a world model, improve the policy inside it.
+
+    python dreamer_v3.py                                 # TODO
+    python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
+    python dreamer_v3.py --preset debug                  # everything tiny: under a minute
+    python dreamer_v3.py --eval runs/dreamer_v3/ENV/seed0    # play episodes, write a video
+    python dreamer_v3.py --preset dmc_proprio --benchmark    # how long would it take here?
+
+The same command again resumes the run; --fresh starts over. A run folder holds args.json,
+metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
+
+The algorithm is the authors' current code (danijar/dreamerv3 at e3f0224), which differs from the
+paper's text in places: one LaProp optimiser, symlog errors without 1/2, max-pooled convolutions,
+no uniform mixture in the discrete actor. Deviations from that code, all deliberate:
+- Stored latents are compact: deter in half precision, stoch as class indices.
+- Updates follow a step of all environments, not of each, and the policy is never stale.
+- A time limit in Atari is not a terminal state.
+- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast).
+
+Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S latents of C classes,
+F = D + S * C features, E tokens. Batch first, time second, everywhere.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from tensordict import TensorDict
+from torch import Tensor, nn
+from torch._higher_order_ops import scan
+from torch.distributions import Normal, OneHotCategorical
+from torch.profiler import profile, record_function
+
+from common.checkpoint import (
+    Every,
+    Ratio,
+    RunError,
+    Stop,
+    load as load_checkpoint,
+    open_run,
+    rng_state,
+    save,
+    seed_everything,
+    set_rng_state,
+)
+from common.envs import Envs
+from common.imagination import ModelBasedEnvBase
+from common.logger import Logger, plot_curve
+from common.replay import Replay
+
+BINS = 255  # of the two-hot reward and value
+DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
+
+
+@dataclass
+class Args:
+    preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
+        "default"  # all that a benchmark fixes; other flags override it
+    )
+    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"  # of the networks
+    env_id: str = "dm_control/cartpole-swingup-v0"  # any gymnasium id, also my_module:MyEnv-v0
+    steps: int = 100_000  # environment steps, with action repeat and reset rows
+    seed: int = 0  # of networks, noise, replay and environments
+
+    # the run
+
+    run: str = ""  # folder; empty: runs/dreamer_v3/<env>/seed<seed>
+    fresh: bool = False  # delete what the run folder holds and start over
+    eval: str = ""  # run folder: play its policy instead of training
+    eval_episodes: int = 5  # played at the end, and by --eval
+    benchmark: bool = False  # time the updates of these settings instead of training
+    device: str = ""  # empty: cuda if there is one, else cpu
+    threads: int = 0  # of torch on the CPU; 0: as many as cores
+    compile: bool = False  # torch.compile the step functions: faster after a minute or two
+    tensorboard: bool = True  # mirror the metrics to TensorBoard
+    log_every: int = 2_000  # environment steps between lines in metrics.jsonl
+    save_every: int = 10_000  # environment steps between checkpoints
+    dream_every: int = 25_000  # environment steps between pictures of dreams
+
+    # environment
+
+    num_envs: int = 1  # stepped together
+    env_workers: bool = False  # a process for each environment
+    action_repeat: int = 1  # environment steps per action
+    obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
+    image_size: int = 64  # images are resized to this square, a multiple of 16
+    sticky: bool = False  # Atari: 25 % repeated actions and all 18 actions
+    camera: int = -1  # of MuJoCo; -1: the usual one
+    render_quality: Literal["auto", "fast", "full"] = "auto"  # fast: no shadows, no antialiasing
+
+    # replay
+
+    batch_size: int = 16  # windows per update
+    batch_length: int = 64  # rows per window, plus one of context
+    train_ratio: float = 1024.0  # replayed rows per row of experience
+    replay_size: int = 5_000_000  # rows; no more than `steps` need is allocated
+
+    # world model
+
+    deter: int = 512  # width of the recurrent state
+    hidden: int = 64  # width of the layers around it
+    classes: int = 4  # per latent
+    depth: int = 4  # channels of the convolutions, times 2, 3, 4, 4
+    units: int = 64  # width of encoder, decoder, heads, actor and critic
+    stoch: int = 32  # number of latents
+    blocks: int = 8  # of the block-diagonal recurrent weights
+    unimix: float = 0.01  # uniform share in the latents' distributions
+    free_nats: float = 1.0  # KL below this is not penalised
+
+    # behaviour
+
+    imagination_horizon: int = 15  # imagined steps
+    horizon: int = 333  # discount 1 - 1/horizon per action
+    lam: float = 0.95  # of the lambda-returns
+    entropy_bonus: float = 3e-4  # per nat of the policy's entropy
+    slow_rate: float = 0.02  # of the slow critic, per update
+
+    # optimiser
+
+    lr: float = 4e-5  # after the warm-up
+    warmup: int = 1000  # updates
+    clip: float = 0.3  # gradient norm per weight norm, each tensor on its own
+
+
+SIZES = {
+    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
+    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
+    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
+    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
+    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
+    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
+    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
+}
+
+PRESETS = {
+    "default": dict(),
+    "dmc_proprio": dict(
+        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000
+    ),
+    "dmc_vision": dict(
+        env_id="dm_control/walker-walk-v0",
+        obs="pixels",
+        size="200m",
+        num_envs=16,
+        train_ratio=256.0,
+        steps=1_100_000,
+    ),
+    "atari100k": dict(
+        env_id="ALE/Pong-v5", size="200m", action_repeat=4, train_ratio=256.0, steps=440_000
+    ),
+    "crafter": dict(env_id="crafter/Reward-v0", size="200m", train_ratio=512.0, steps=1_100_000),
+    "debug": dict(
+        env_id="Pendulum-v1",
+        steps=300,
+        num_envs=2,
+        batch_size=4,
+        batch_length=8,
+        train_ratio=8.0,
+        imagination_horizon=4,
+        log_every=50,
+        save_every=100,
+        dream_every=200,
+        eval_episodes=1,
+        deter=16,
+        hidden=8,
+        stoch=4,
+        depth=2,
+        units=8,
+    ),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args: the size's numbers, then the preset's, then the flags given."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = tyro.cli(Args, args=argv, description=__doc__)  # its --help lists everything
+    size = first.size if any(a.startswith("--size") for a in argv) else None
+    preset = PRESETS[first.preset]
+    size = size or preset.get("size", Args.size)
+    default = Args(**{**SIZES[size], **preset, "preset": first.preset, "size": size})
+    return tyro.cli(Args, default=default, args=argv, description=__doc__)
+
+
+# --- maths --------------------------------------------------------------------------------------
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(1 + |x|), eq. 9: compresses large magnitudes, keeps signs and small values."""
+    return torch.sign(x) * torch.log1p(torch.abs(x))
+
+
+def symexp(x: Tensor) -> Tensor:
+    """sign(x) (exp|x| - 1), the inverse of symlog."""
+    return torch.sign(x) * torch.expm1(torch.abs(x))
+
+
+def two_hot_bins(num_bins: int = 255) -> Tensor:
+    """(num_bins,) exponentially spaced bins, eq. 10: exactly antisymmetric, the middle one exactly 0."""
+    if num_bins < 3 or num_bins % 2 == 0:
+        raise ValueError(f"num_bins must be odd and at least 3, so that a bin is 0; got {num_bins}")
+    half = symexp(torch.linspace(-20, 0, num_bins // 2 + 1))
+    return torch.cat([half, -half[:-1].flip(0)])
+
+
+def two_hot_neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (..., 2) of the bins around x (...) and their weights (..., 2), which sum to 1.
+
+    The interpolation is linear in raw space (the 2023 version did it in symlog space).
+    Outside the support all weight is on the end bin.
+    """
+    above = torch.bucketize(x, bins, right=True)
+    index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
+    low, high = bins[index].unbind(-1)
+    upper = ((x - low) / (high - low)).nan_to_num(0.0, 0.0, 0.0)  # both ends: low == high
+    return index, torch.stack([1 - upper, upper], -1)
+
+
+def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
+    """Two-hot encoding (..., num_bins) of x (...), eq. 11."""
+    index, weight = two_hot_neighbours(x, bins)
+    return torch.zeros(*x.shape, len(bins), device=x.device).scatter_add_(-1, index, weight)
+
+
+def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
+    """Expectation (...) over bins of softmax(logits), logits (..., num_bins).
+
+    Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
+    """
+    probs = logits.softmax(-1)
+    middle = len(bins) // 2
+    return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ bins[middle + 1 :]
+
+
+def two_hot_loss(logits: Tensor, targets: list[Tensor], bins: Tensor) -> Tensor:
+    """Cross entropy (...) of softmax(logits) with the two-hot code of each target (...), summed.
+
+    Only the two bins that hold weight are read, instead of a dense product with the code.
+    """
+    index, weight = zip(*(two_hot_neighbours(x, bins) for x in targets), strict=True)
+    index, weight = torch.cat(index, -1), torch.cat(weight, -1)  # (..., 2 * targets)
+    return len(targets) * logits.logsumexp(-1) - (weight * logits.gather(-1, index)).sum(-1)
+
+
+def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
+    """Class probabilities (..., C) with a share `unimix` of the uniform distribution mixed in."""
+    return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+
+
+def race_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Exponential(1) numbers: argmax(probs / noise) is a draw from probs, all ones give the mode."""
+    return torch.rand(shape, device=device).log_().neg_()
+
+
+def sample_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
+    """One-hot draw (..., C) from probs (..., C) with the straight-through gradient of probs."""
+    index = (probs.detach() / noise).argmax(-1, keepdim=True)
+    one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+    return one_hot + (probs - probs.detach())
+
+
+def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float) -> Tensor:
+    """KL(p || q) in nats, summed over the S latents: logits (..., S, C) -> (...)."""
+    p, q = unimix_probs(p_logits, unimix), unimix_probs(q_logits, unimix)
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+def lambda_return(
+    reward: Tensor, boot: Tensor, last: Tensor, terminal: Tensor, discount: float, lam: float
+) -> Tensor:
+    """lambda-returns of eq. 7, all inputs (N, T), output (N, T - 1).
+
+    R_t = r_t+1 + live_t+1 ((1 - cont_t+1) v_t+1 + cont_t+1 R_t+1) and R_T-1 = v_T-1, with
+    live = discount (1 - terminal) and cont = lam (1 - last). reward[:, 0] is never read.
+    """
+    live = (1 - terminal.float()) * discount
+    cont = (1 - last.float()) * lam
+    step = reward + live * (1 - cont) * boot
+    returns = [boot[:, -1]]
+    for t in reversed(range(1, reward.shape[1])):
+        returns.append(step[:, t] + live[:, t] * cont[:, t] * returns[-1])
+    return torch.stack(returns[:0:-1], 1)
+
+
+# --- networks -----------------------------------------------------------------------------------
+
+
+def scaled_init_(weight: Tensor, fan_in: int, outscale: float = 1.0) -> None:
+    """Truncated normal with standard deviation outscale / sqrt(fan_in)."""
+    nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
+    weight.data.mul_(1.1368 * outscale / math.sqrt(fan_in))  # 1.1368: what the truncation took
+
+
+def linear(inputs: int, outputs: int, outscale: float = 1.0) -> nn.Linear:
+    """Linear layer with the authors' initialisation and a zero bias."""
+    layer = nn.Linear(inputs, outputs)
+    scaled_init_(layer.weight, inputs, outscale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv(inputs: int, outputs: int) -> nn.Conv2d:
+    """5 x 5 convolution of stride 1 that keeps the size."""
+    layer = nn.Conv2d(inputs, outputs, 5, padding="same")
+    scaled_init_(layer.weight, inputs * 25)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
+    """`layers` x (Linear, RMSNorm, SiLU)."""
+    modules = []
+    for i in range(layers):
+        modules += [linear(units if i else inputs, units), nn.RMSNorm(units, eps=1e-4), nn.SiLU()]
+    return nn.Sequential(*modules)
+
+
+class BlockLinear(nn.Module):
+    """`blocks` independent linear maps, one per slice of the input: (..., inputs) -> (..., outputs).
+
+    The fan-in of the initialisation is the full input width, as in the authors' code.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int):
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        scaled_init_(self.weight, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.blocks, -1))
+        return torch.einsum("...ki,kio->...ko", x, self.weight).flatten(-2) + self.bias
+
+
+class RSSMPrior(nn.Module):
+    """Sequence model h' = f(h, z, a) and dynamics predictor p(z' | h'), eq. 3.
+
+    f is a GRU whose weights are block-diagonal over `blocks` slices of h; every block also sees a
+    dense embedding of the whole h, z and a.
+    """
+
+    def __init__(self, action_dim, deter, hidden, stoch, classes, blocks=8, unimix=0.01):
+        super().__init__()
+        self.stoch, self.classes, self.blocks, self.unimix = stoch, classes, blocks, unimix
+        self.deter_in = mlp(deter, hidden, 1)
+        self.stoch_in = mlp(stoch * classes, hidden, 1)
+        self.action_in = mlp(action_dim, hidden, 1)
+        self.hidden = BlockLinear(deter + blocks * 3 * hidden, deter, blocks)
+        self.hidden_norm = nn.Sequential(nn.RMSNorm(deter, eps=1e-4), nn.SiLU())
+        self.gates = BlockLinear(deter, 3 * deter, blocks)
+        self.head = mlp(deter, hidden, 2).append(linear(hidden, stoch * classes))
+
+    def embed(self, action: Tensor) -> Tensor:
+        """(..., A) -> (..., hidden); actions beyond [-1, 1] are scaled back to the border."""
+        return self.action_in(action / action.detach().abs().clamp(min=1))
+
+    def core(self, deter: Tensor, stoch: Tensor, action_embed: Tensor) -> Tensor:
+        """(N, D), (N, S, C), (N, hidden) -> next deter (N, D)."""
+        shared = [self.deter_in(deter), self.stoch_in(stoch.flatten(-2)), action_embed]
+        shared = torch.cat(shared, -1)[:, None].expand(-1, self.blocks, -1)
+        blocks = deter.unflatten(-1, (self.blocks, -1))  # (N, blocks, D / blocks)
+        x = self.hidden_norm(self.hidden(torch.cat([blocks, shared], -1).flatten(-2)))
+        gates = self.gates(x).unflatten(-1, (self.blocks, -1))
+        reset, candidate, update = gates.chunk(3, -1)  # split inside each block
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)  # the offset keeps the memory at first
+        return (update * candidate + (1 - update) * blocks).flatten(-2)
+
+    def logits(self, deter: Tensor) -> Tensor:
+        """(..., D) -> logits (..., S, C) of p(z | h)."""
+        return self.head(deter).unflatten(-1, (self.stoch, self.classes))
+
+    def forward(self, deter, stoch, action, noise) -> tuple[Tensor, Tensor]:
+        """One imagined step: (N, D), (N, S, C), (N, A), (N, S, C) -> next deter, stoch."""
+        deter = self.core(deter, stoch, self.embed(action))
+        return deter, sample_one_hot(unimix_probs(self.logits(deter), self.unimix), noise)
+
+
+class RSSMPosterior(nn.Module):
+    """Encoder q(z | h, x), eq. 3, on tokens of the observation x."""
+
+    def __init__(self, tokens, deter, hidden, stoch, classes, unimix=0.01):
+        super().__init__()
+        self.deter, self.stoch, self.classes, self.unimix = deter, stoch, classes, unimix
+        self.layer = linear(deter + tokens, hidden)
+        self.norm = nn.Sequential(nn.RMSNorm(hidden, eps=1e-4), nn.SiLU())
+        self.head = linear(hidden, stoch * classes)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(..., E) -> (..., hidden): the tokens' half of the first layer, for all steps at once."""
+        return F.linear(tokens, self.layer.weight[:, self.deter :], self.layer.bias)
+
+    def forward(self, deter: Tensor, embed: Tensor) -> Tensor:
+        """(N, D), (N, hidden) from `embed` -> logits (N, S, C)."""
+        x = self.norm(F.linear(deter, self.layer.weight[:, : self.deter]) + embed)
+        return self.head(x).unflatten(-1, (self.stoch, self.classes))
+
+
+class RSSMRollout(nn.Module):
+    """Filters a sequence: posterior latents of every step, resets inside the sequence included.
+
+    Three ways to run the same step: a Python loop, `use_scan` (torch's scan operator, one graph
+    for torch.compile whatever the length), `compile_step` (the loop over a compiled step).
+    """
+
+    def __init__(self, prior, posterior, use_scan=False, compile_step=False):
+        super().__init__()
+        self.prior, self.posterior, self.use_scan = prior, posterior, use_scan
+        self.step_fn = torch.compile(self.step) if compile_step else self.step
+
+    def step(self, deter, stoch, action_embed, token_embed, keep, noise):
+        """(N, D), (N, S, C), 2 x (N, hidden), (N), (N, S, C) -> deter, stoch, posterior logits."""
+        deter = self.prior.core(deter * keep[:, None], stoch * keep[:, None, None], action_embed)
+        logits = self.posterior(deter, token_embed)
+        return deter, sample_one_hot(unimix_probs(logits, self.prior.unimix), noise), logits
+
+    def forward(self, tokens, action, is_first, deter, stoch, noise):
+        """Rows 1..T from the latents before them.
+
+        tokens (B, T, E), action (B, T, A) the one *before* each row, is_first (B, T),
+        deter (B, D), stoch (B, S, C), noise (B, T, S, C)
+        -> deter (B, T, D), stoch (B, T, S, C), logits (B, T, S, C).
+        """
+        keep = (~is_first).float()
+        action_embed = self.prior.embed(action * keep[..., None])
+        inputs = (action_embed, self.posterior.embed(tokens), keep, noise)
+        if self.use_scan:
+            return self.scan(deter, stoch, inputs)
+        outputs = []
+        for step_inputs in zip(*(x.unbind(1) for x in inputs), strict=True):
+            deter, stoch, logits = self.step_fn(deter, stoch, *step_inputs)
+            outputs.append((deter, stoch, logits))
+        return tuple(torch.stack(x, 1) for x in zip(*outputs, strict=True))
+
+    def scan(self, deter, stoch, inputs):
+        """The same loop as one operator."""
+
+        def combine(carry, x):
+            deter, stoch, logits = self.step(*carry, *x)
+            return (deter, stoch), (deter.clone(), stoch.clone(), logits)
+
+        return scan(combine, (deter, stoch), inputs, dim=1)[1]
+
+
+class ObsEncoder(nn.Module):
+    """Observations -> tokens (..., E): symlog and an MLP for vectors, convolutions for images.
+
+    `shapes` maps keys to shapes, (D,) for a vector and (H, W, C) for a uint8 image.
+    """
+
+    def __init__(self, shapes: dict, depth: int, units: int, layers: int = 3):
+        super().__init__()
+        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
+        self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
+        self.outputs = 0
+        if self.vectors:
+            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, layers)
+            self.outputs += units
+        if self.images:
+            depths = [depth * m for m in DEPTH_MULTIPLIERS]
+            channels = sum(shapes[k][2] for k in self.images)
+            self.convs = nn.ModuleList(map(conv, [channels, *depths], depths))
+            self.norms = nn.ModuleList(nn.RMSNorm(d, eps=1e-4) for d in depths)
+            height, width = shapes[self.images[0]][:2]
+            self.outputs += (height // 16) * (width // 16) * depths[-1]
+
+    def forward(self, td: TensorDict) -> Tensor:
+        tokens = []
+        if self.vectors:
+            tokens.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
+        if self.images:
+            x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, H, W, C)
+            x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # channels first, last in memory
+            for layer, norm in zip(self.convs, self.norms, strict=True):
+                x = F.max_pool2d(layer(x), 2)
+                x = F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+            tokens.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, td.shape))
+        return torch.cat(tokens, -1)
+
+
+class ObsDecoder(nn.Module):
+    """Latents -> one prediction per observation key: symlog vectors (..., D), images in [0, 1]."""
+
+    def __init__(self, shapes, deter, stoch_size, depth, units, layers=3, blocks=8):
+        super().__init__()
+        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
+        self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
+        if self.vectors:
+            self.mlp = mlp(stoch_size + deter, units, layers)
+            self.heads = nn.ModuleList(linear(units, shapes[k][0]) for k in self.vectors)
+        if self.images:
+            depths = [depth * m for m in DEPTH_MULTIPLIERS]
+            height, width = (n // 16 for n in shapes[self.images[0]][:2])
+            self.blocks, self.grid = blocks, (height, width, depths[-1])
+            self.channels = [shapes[k][2] for k in self.images]
+            self.deter_in = BlockLinear(deter, math.prod(self.grid), blocks)
+            self.stoch_in = mlp(stoch_size, 2 * units, 1).append(
+                linear(2 * units, math.prod(self.grid))
+            )
+            self.norms = nn.ModuleList(nn.RMSNorm(d, eps=1e-4) for d in reversed(depths))
+            outputs = [*reversed(depths[:-1]), sum(self.channels)]
+            self.convs = nn.ModuleList(map(conv, reversed(depths), outputs))
+
+    def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
+        """(..., D), (..., S, C) -> {key: prediction}."""
+        stoch, outputs = stoch.flatten(-2), {}
+        if self.vectors:
+            x = self.mlp(torch.cat([stoch, deter], -1))
+            outputs |= {k: head(x) for k, head in zip(self.vectors, self.heads, strict=True)}
+        if self.images:
+            image = self.image(deter.flatten(0, -2), stoch.flatten(0, -2))
+            image = image.unflatten(0, deter.shape[:-1]).split(self.channels, -1)
+            outputs |= dict(zip(self.images, image, strict=True))
+        return outputs
+
+    def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
+        """(N, D), (N, S * C) -> (N, H, W, channels) in [0, 1]."""
+        height, width, depth = self.grid
+        x = self.deter_in(deter).unflatten(-1, (self.blocks, height, width, depth // self.blocks))
+        x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, h, w, blocks * c)
+        x = x + self.stoch_in(stoch).unflatten(-1, self.grid)
+        for norm, layer in zip(self.norms, self.convs, strict=True):
+            x = F.silu(norm(x)).permute(0, 3, 1, 2)
+            x = layer(F.interpolate(x, scale_factor=2, mode="nearest")).permute(0, 2, 3, 1)
+        return torch.sigmoid(x)
+
+
+class DreamerActor(nn.Module):
+    """Policy on features (..., D + S * C): continuous, discrete or multi-discrete actions.
+
+    Continuous: a normal distribution with mean tanh(m) and deviation in [0.1, 1]; samples are
+    not squashed, the environment clips them. `classes` = () means continuous; otherwise the
+    action is the concatenated one-hots of one categorical per entry.
+    """
+
+    def __init__(
+        self, inputs: int, action_dim: int, classes: tuple[int, ...], units: int, layers=3
+    ):
+        super().__init__()
+        self.classes, self.action_dim = tuple(classes), action_dim
+        self.mlp = mlp(inputs, units, layers)
+        self.head = linear(units, action_dim, outscale=0.01)
+        if not self.classes:
+            self.std_head = linear(units, action_dim, outscale=0.01)
+
+    def forward(self, feat: Tensor) -> "Normal | Categoricals":
+        """The action distribution at feat (..., F)."""
+        x = self.mlp(feat)
+        if self.classes:
+            return Categoricals(self.head(x).split(self.classes, -1))
+        std = (1.0 - 0.1) * torch.sigmoid(self.std_head(x) + 2.0) + 0.1
+        return BoundedNormal(torch.tanh(self.head(x)), std)
+
+    def draw_noise(self, *shape: int) -> Tensor:
+        """Random numbers (*shape, A) for the distribution's `sample`."""
+        shape, device = (*shape, self.action_dim), self.head.weight.device
+        return (
+            race_noise(*shape, device=device) if self.classes else torch.randn(shape, device=device)
+        )
+
+    def policy(self, td: TensorDict) -> TensorDict:
+        """Latents td[N] -> the same with a sampled `action`: the policy of `DreamerEnv.rollout`."""
+        return td.set("action", self(features(td)).sample(self.draw_noise(*td.batch_size)))
+
+
+class BoundedNormal:
+    """Diagonal normal over actions (..., A)."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        self.mode, self.dist = mean, Normal(mean, std, validate_args=False)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """noise (..., A) ~ N(0, 1) -> actions, beyond [-1, 1] now and then."""
+        return (self.mode + self.dist.stddev * noise).detach()
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return self.dist.log_prob(action).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return self.dist.entropy().sum(-1)
+
+
+class Categoricals:
+    """One categorical per discrete action; an action is their one-hots side by side, (..., A)."""
+
+    def __init__(self, logits: tuple[Tensor, ...]):
+        self.sizes = [x.shape[-1] for x in logits]
+        self.dists = [OneHotCategorical(logits=x, validate_args=False) for x in logits]
+
+    @property
+    def mode(self) -> Tensor:
+        return torch.cat([dist.mode for dist in self.dists], -1)
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """noise (..., A) from `race_noise` -> one-hot actions."""
+        noise = noise.split(self.sizes, -1)
+        pairs = zip(self.dists, noise, strict=True)
+        return torch.cat([sample_one_hot(d.probs, n).detach() for d, n in pairs], -1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        pairs = zip(self.dists, action.split(self.sizes, -1), strict=True)
+        return sum(dist.log_prob(a) for dist, a in pairs)
+
+    def entropy(self) -> Tensor:
+        return sum(dist.entropy() for dist in self.dists)
+
+
+def features(td: TensorDict) -> Tensor:
+    """(..., D) and (..., S, C) -> (..., D + S * C): what heads, actor and critic see."""
+    return torch.cat([td["deter"], td["stoch"].flatten(-2)], -1)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward and continuation heads; see Args for the sizes."""
+
+    def __init__(self, shapes: dict, action_dim: int, args: Args):
+        super().__init__()
+        stoch_size = args.stoch * args.classes
+        sizes = args.deter, args.hidden, args.stoch, args.classes
+        self.encoder = ObsEncoder(shapes, args.depth, args.units)
+        self.prior = RSSMPrior(action_dim, *sizes, args.blocks, args.unimix)
+        self.posterior = RSSMPosterior(self.encoder.outputs, *sizes, args.unimix)
+        self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
+        self.decoder = ObsDecoder(
+            shapes, args.deter, stoch_size, args.depth, args.units, blocks=args.blocks
+        )
+        self.features = args.deter + stoch_size
+        self.reward = mlp(self.features, args.units, 1).append(linear(args.units, BINS, 0.0))
+        self.cont = mlp(self.features, args.units, 1).append(linear(args.units, 1))
+        self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
+
+    def predict_reward(self, feat: Tensor) -> Tensor:
+        """Expected reward (...) at feat (..., F)."""
+        return two_hot_decode(self.reward(feat), self.bins)
+
+    def predict_continue(self, feat: Tensor) -> Tensor:
+        """Probability (...) that the episode goes on after feat (..., F), discount included."""
+        return self.cont(feat).squeeze(-1).sigmoid()
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+class DreamerV3ModelLoss(nn.Module):
+    """World model loss, eq. 4-6: reconstruction, reward, continuation, dynamics, representation.
+
+    The continuation target is 1 - 1/horizon instead of 1, so the head carries the discount.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        *,
+        lambda_reco=1.0,
+        lambda_reward=1.0,
+        lambda_continue=1.0,
+        lambda_dynamic=1.0,
+        lambda_representation=0.1,
+        free_nats=1.0,
+        horizon=333,
+    ):
+        super().__init__()
+        self.world_model, self.free_nats, self.horizon = world_model, free_nats, horizon
+        self.lambda_reco, self.lambda_reward = lambda_reco, lambda_reward
+        self.lambda_continue, self.lambda_dynamic = lambda_continue, lambda_dynamic
+        self.lambda_representation = lambda_representation
+
+    def forward(self, td: TensorDict, noise: Tensor | None = None) -> tuple[TensorDict, TensorDict]:
+        """td[B, T]: rows, and under "previous" the rows before them (action, deter, stoch).
+
+        Only the first previous latents are read. Returns scalar losses and td with the posterior
+        `deter`, `stoch`, `post_logits` and `prior_logits`, gradients attached.
+        """
+        model, previous = self.world_model, td["previous"]
+        if noise is None:
+            shape = (*td.shape, model.prior.stoch, model.prior.classes)
+            noise = race_noise(*shape, device=td["reward"].device)
+        td["deter"], td["stoch"], td["post_logits"] = model.rollout(
+            model.encoder(td),
+            previous["action"],
+            td["is_first"],
+            previous["deter"][:, 0],
+            previous["stoch"][:, 0],
+            noise,
+        )
+        td["prior_logits"] = model.prior.logits(td["deter"])
+        feat = features(td)
+        losses = {
+            "loss_model_reco": self.lambda_reco * self.reconstruction(td).mean(),
+            "loss_model_reward": self.lambda_reward * self.reward(feat, td["reward"]).mean(),
+            "loss_model_continue": self.lambda_continue * self.cont(feat, td["is_terminal"]).mean(),
+        }
+        dynamic, representation = self.kl(td["post_logits"], td["prior_logits"])
+        losses["loss_model_dynamic"] = self.lambda_dynamic * dynamic.mean()
+        losses["loss_model_representation"] = self.lambda_representation * representation.mean()
+        return TensorDict(losses), td
+
+    def kl(self, post_logits: Tensor, prior_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Dynamics and representation loss (B, T) in nats: free nats after the sum over latents."""
+        unimix = self.world_model.prior.unimix
+        dynamic = categorical_kl(post_logits.detach(), prior_logits, unimix)
+        representation = categorical_kl(post_logits, prior_logits.detach(), unimix)
+        return dynamic.clamp(min=self.free_nats), representation.clamp(min=self.free_nats)
+
+    def reconstruction(self, td: TensorDict) -> Tensor:
+        """Squared error (B, T), no 1/2, summed over numbers and keys: symlog or pixels / 255."""
+        loss = 0.0
+        for key, predicted in self.world_model.decoder(td["deter"], td["stoch"]).items():
+            image = td[key].dtype == torch.uint8
+            target = td[key].float() / 255 if image else symlog(td[key])
+            loss = loss + (predicted.float() - target).square().flatten(2).sum(-1)
+        return loss
+
+    def reward(self, feat: Tensor, reward: Tensor) -> Tensor:
+        """Two-hot cross entropy (B, T)."""
+        return two_hot_loss(self.world_model.reward(feat), [reward], self.world_model.bins)
+
+    def cont(self, feat: Tensor, is_terminal: Tensor) -> Tensor:
+        """Binary cross entropy (B, T) with the soft target 1 - 1/horizon, or 0 at a terminal row."""
+        target = (~is_terminal).float() * (1 - 1 / self.horizon)
+        logits = self.world_model.cont(feat).squeeze(-1)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+class DreamerV3ActorLoss(nn.Module):
+    """Imagines, scores with lambda-returns, and improves the actor by REINFORCE, eq. 12.
+
+    Advantages are divided by max(1, S): S is a slow average of the returns' 5-95 % range, whose
+    bounds `low` and `high` are buffers, updated before use in training mode.
+    """
+
+    def __init__(
+        self,
+        actor_model: DreamerActor,
+        value_model: nn.Module,
+        model_based_env: "DreamerEnv",
+        *,
+        imagination_horizon=15,
+        discount_loss=True,
+        lam=0.95,
+        entropy_bonus=3e-4,
+        normalization_rate=0.01,
+    ):
+        super().__init__()
+        self.actor, self.value, self.env = actor_model, value_model, model_based_env
+        self.imagination_horizon, self.discount_loss, self.lam = (
+            imagination_horizon,
+            discount_loss,
+            lam,
+        )
+        self.entropy_bonus, self.normalization_rate = entropy_bonus, normalization_rate
+        self.register_buffer("low", torch.zeros(()))
+        self.register_buffer("high", torch.zeros(()))
+
+    def forward(self, td: TensorDict, noise: TensorDict | None = None):
+        """td[N]: latents to start from, `deter` and `stoch`; no gradient reaches them.
+
+        Returns loss_actor and the dream[N, H + 1], its first entry the start, with `feat`,
+        `action`, `reward`, `continue`, `weight`, `value_logits`, `value`, and `lambda_target`
+        (the last one 0, to be ignored).
+        """
+        with torch.no_grad():
+            dream = self.imagine(td.select("deter", "stoch").detach(), noise)
+            dream["feat"] = features(dream)
+            dream["reward"] = self.env.world_model.predict_reward(dream["feat"])
+            dream["continue"] = self.env.world_model.predict_continue(dream["feat"])
+            weight = dream["continue"].cumprod(1)
+            dream["weight"] = weight if self.discount_loss else torch.ones_like(weight)
+        dream["value_logits"] = self.value(dream["feat"])
+        with torch.no_grad():
+            dream["value"] = two_hot_decode(dream["value_logits"], self.env.world_model.bins)
+            returns = lambda_return(
+                dream["reward"],
+                dream["value"],
+                torch.zeros_like(dream["reward"]),
+                1 - dream["continue"],
+                discount=1.0,  # it is in the continuation head
+                lam=self.lam,
+            )
+            dream["lambda_target"] = F.pad(returns, (0, 1))
+            advantage = (returns - dream["value"][:, :-1]) / self.return_scale(returns)
+        policy = self.actor(dream["feat"][:, :-1])
+        entropy = policy.entropy()
+        dream["entropy"] = F.pad(entropy.detach(), (0, 1))
+        objective = policy.log_prob(dream["action"][:, :-1]) * advantage
+        objective = objective + self.entropy_bonus * entropy
+        return TensorDict(loss_actor=-(dream["weight"][:, :-1] * objective).mean()), dream
+
+    def imagine(self, start: TensorDict, noise: TensorDict | None = None) -> TensorDict:
+        """start[N] -> [N, H + 1] with deter, stoch and action (zeros at the end), by the env's step."""
+        horizon, state, states, actions = self.imagination_horizon, start, [start], []
+        noise = self.draw_noise(len(start)) if noise is None else noise
+        for action_noise, stoch_noise in zip(
+            noise["action"].unbind(1), noise["stoch"].unbind(1), strict=True
+        ):
+            action = self.actor(features(state)).sample(action_noise)
+            state = self.env.transition(state, action, stoch_noise)
+            states.append(state)
+            actions.append(action)
+        dream = torch.stack(states, 1)
+        dream["action"] = F.pad(torch.stack(actions, 1), (0, 0, 0, 1))
+        return dream
+
+    def draw_noise(self, n: int) -> TensorDict:
+        """Random numbers for n dreams: action (n, H, A), stoch (n, H, S, C)."""
+        prior, horizon = self.env.world_model.prior, self.imagination_horizon
+        action = self.actor.draw_noise(n, horizon)
+        stoch = race_noise(n, horizon, prior.stoch, prior.classes, device=action.device)
+        return TensorDict(action=action, stoch=stoch, batch_size=[n, horizon])
+
+    def return_scale(self, returns: Tensor) -> Tensor:
+        """max(1, S) after one step of the average (only in training mode)."""
+        if self.training:
+            quantiles = returns.new_tensor([0.05, 0.95])
+            low, high = torch.quantile(returns.flatten(), quantiles)
+            self.low.lerp_(low, self.normalization_rate)
+            self.high.lerp_(high, self.normalization_rate)
+        return (self.high - self.low).clamp(min=1.0)
+
+
+class DreamerV3ValueLoss(nn.Module):
+    """Two-hot critic on imagined returns and, through `replay`, on returns along real rows.
+
+    A slow copy of the critic (moving average, no gradient) regularises it: the loss also holds
+    the cross entropy with the slow critic's own prediction.
+    """
+
+    def __init__(
+        self,
+        value_model,
+        slow_value_model,
+        bins,
+        *,
+        lam=0.95,
+        lambda_replay=0.3,
+        slow_regularization=1.0,
+        horizon=333,
+    ):
+        super().__init__()
+        self.value, self.slow_value = value_model, slow_value_model
+        self.lam, self.horizon, self.lambda_replay = lam, horizon, lambda_replay
+        self.slow_regularization = slow_regularization
+        self.register_buffer("bins", bins.clone(), persistent=False)
+
+    def error(self, logits: Tensor, target: Tensor, feat: Tensor) -> Tensor:
+        """Cross entropy (...) with the target (...) and with the slow critic at feat (..., F)."""
+        with torch.no_grad():
+            slow = two_hot_decode(self.slow_value(feat), self.bins)
+        return two_hot_loss(logits, [target.detach(), slow], self.bins)
+
+    def forward(self, dream: TensorDict) -> tuple[TensorDict, TensorDict]:
+        """dream[N, H + 1] of DreamerV3ActorLoss, its last state excluded."""
+        dream = dream[:, :-1]
+        error = self.error(dream["value_logits"], dream["lambda_target"], dream["feat"])
+        return TensorDict(loss_value=(dream["weight"] * error).mean()), dream
+
+    def replay(self, td: TensorDict, boot: Tensor) -> tuple[TensorDict, TensorDict]:
+        """td[B, T] of DreamerV3ModelLoss, boot (B, T) the imagined return from each row.
+
+        The gradient reaches the world model through the latents.
+        """
+        returns = lambda_return(
+            td["reward"], boot, td["is_last"], td["is_terminal"], 1 - 1 / self.horizon, self.lam
+        )
+        feat = features(td)[:, :-1]
+        error = self.error(self.value(feat), returns, feat.detach())
+        weight = (~td["is_last"][:, :-1]).float()
+        return TensorDict(loss_replay_value=self.lambda_replay * (weight * error).mean()), td
+
+
+# --- optimiser ----------------------------------------------------------------------------------
+
+
+class LaProp(torch.optim.Optimizer):
+    """Adaptive gradient clipping, RMS normalisation, then momentum; linear warm-up from 0.
+
+    AGC limits each tensor's gradient norm to `clip` times its weight norm. Unlike Adam, momentum
+    averages gradients that are already normalised (LaProp, Ziyin et al., 2020).
+    """
+
+    def __init__(self, params, lr=4e-5, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=1000):
+        super().__init__(params, dict(lr=lr))
+        self.clip, self.beta1, self.beta2, self.eps, self.warmup = clip, beta1, beta2, eps, warmup
+        for p in self.param_groups[0]["params"]:
+            self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
+        device = self.param_groups[0]["params"][0].device
+        self.param_groups[0]["step"] = torch.zeros((), device=device)  # no host sync in an update
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        params, step = group["params"], group["step"]
+        rms = [self.state[p]["rms"] for p in params]
+        momentum = [self.state[p]["momentum"] for p in params]
+        lr = group["lr"] * (step / self.warmup).clamp(max=1.0) if self.warmup else group["lr"]
+        step.add_(1)
+        grads = self.clipped(params)
+        torch._foreach_mul_(rms, self.beta2)
+        torch._foreach_addcmul_(rms, grads, grads, 1 - self.beta2)
+        scale = torch._foreach_div(rms, 1 - self.beta2**step)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_add_(scale, self.eps)
+        torch._foreach_div_(grads, scale)
+        torch._foreach_lerp_(momentum, grads, 1 - self.beta1)
+        update = torch._foreach_mul(momentum, -lr / (1 - self.beta1**step))
+        torch._foreach_add_(params, update)
+
+    def clipped(self, params: list[Tensor]) -> list[Tensor]:
+        """Gradients after AGC."""
+        grads = [p.grad for p in params]
+        limit = torch._foreach_norm(params)
+        torch._foreach_clamp_min_(limit, 1e-3)
+        ratio = torch._foreach_norm(grads)
+        torch._foreach_mul_(limit, self.clip)
+        torch._foreach_div_(ratio, limit)
+        torch._foreach_clamp_min_(ratio, 1.0)
+        return torch._foreach_div(grads, ratio)
+
+
+# --- imagination environment --------------------------------------------------------------------
+
+
+class DreamerEnv(ModelBasedEnvBase):
+    """Steps inside the world model: latents in, latents, reward and continuation out."""
+
+    def transition(self, td: TensorDict, action: Tensor, noise: Tensor | None = None) -> TensorDict:
+        """Latents td[N], action (N, A) -> next latents; the step that training imagines with."""
+        prior = self.world_model.prior
+        if noise is None:
+            noise = race_noise(*td["stoch"].shape, device=action.device)
+        deter, stoch = prior(td["deter"], td["stoch"], action, noise)
+        return TensorDict(deter=deter, stoch=stoch, batch_size=td.batch_size)
+
+    def _step(self, td: TensorDict) -> TensorDict:
+        state = self.transition(td, td["action"])
+        feat = features(state)
+        state["reward"] = self.world_model.predict_reward(feat)
+        state["continue"] = self.world_model.predict_continue(feat)
+        return state
+
+
+class DreamerDecoder(nn.Module):
+    """Adds decoded observations to latents td[*B] or to a rollout, in the environment's units."""
+
+    def __init__(self, world_model: WorldModel):
+        super().__init__()
+        self.world_model = world_model
+
+    def forward(self, td: TensorDict) -> TensorDict:
+        """Vectors float32 (*B, D), images uint8 (*B, H, W, C); under "next" as well."""
+        decoder = self.world_model.decoder
+        for key, value in decoder(td["deter"], td["stoch"]).items():
+            image = key in decoder.images
+            td[key] = (value * 255).round().byte() if image else symexp(value)
+        return td.set("next", self(td["next"])) if "next" in td.keys() else td
+
+
+# --- acting -------------------------------------------------------------------------------------
+
+
+def with_context(batch: TensorDict) -> TensorDict:
+    """Rows [B, T + 1] of the replay -> rows 1..T, each with the row before it as "previous"."""
+    td, previous = batch[:, 1:].exclude("deter", "stoch"), batch[:, :-1]
+    return td.set("previous", previous.select("action", "deter", "stoch"))
+
+
+class Agent:
+    """World model, actor and critic: `act` in an environment, `update` on a batch of replay.
+
+    `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
+    """
+
+    def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
+        self.spec, self.args, self.device = spec, args, torch.device(device)
+        shapes, classes = spec["shapes"], tuple(spec["classes"])
+        self.world_model = WorldModel(shapes, spec["action_dim"], args).to(device)
+        feat = self.world_model.features
+        self.actor = DreamerActor(feat, spec["action_dim"], classes, args.units).to(device)
+        self.value = mlp(feat, args.units, 3).append(linear(args.units, BINS, 0.0)).to(device)
+        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+        self.model_loss = DreamerV3ModelLoss(
+            self.world_model, free_nats=args.free_nats, horizon=args.horizon
+        )
+        self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
+        self.actor_loss = DreamerV3ActorLoss(
+            self.actor,
+            self.value,
+            self.env,
+            imagination_horizon=args.imagination_horizon,
+            lam=args.lam,
+            entropy_bonus=args.entropy_bonus,
+        ).to(device)
+        self.value_loss = DreamerV3ValueLoss(
+            self.value, self.slow_value, self.world_model.bins, lam=args.lam, horizon=args.horizon
+        ).to(device)
+        self.modules = {"world_model": self.world_model, "actor": self.actor, "value": self.value}
+        params = [p for module in self.modules.values() for p in module.parameters()]
+        self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
+
+    def initial(self, num_envs: int) -> TensorDict:
+        """Latents and action before the first row, [N]; any row with is_first ignores them."""
+        args, kw = self.args, dict(device=self.device)
+        return TensorDict(
+            deter=torch.zeros(num_envs, args.deter, **kw),
+            stoch=torch.zeros(num_envs, args.stoch, args.classes, **kw),
+            action=torch.zeros(num_envs, self.spec["action_dim"], **kw),
+            batch_size=[num_envs],
+        )
+
+    @torch.no_grad()
+    def act(self, rows: TensorDict, state: TensorDict | None = None, sample: bool = True):
+        """Rows[N] and the state returned for the rows before -> action (N, A) and state[N].
+
+        `sample=False` takes the policy's mode. The published scores are of the sampling policy.
+        """
+        rows = rows.to(self.device)
+        state = self.initial(len(rows)) if state is None else state
+        model, keep = self.world_model, (~rows["is_first"]).float()
+        with self.autocast():
+            deter, stoch, _ = model.rollout.step(
+                state["deter"],
+                state["stoch"],
+                model.prior.embed(state["action"] * keep[:, None]),
+                model.posterior.embed(model.encoder(rows)),
+                keep,
+                race_noise(*state["stoch"].shape, device=self.device),
+            )
+            state = TensorDict(deter=deter.float(), stoch=stoch.float(), batch_size=[len(rows)])
+            policy = self.actor(features(state))
+        action = policy.sample(self.actor.draw_noise(len(rows))) if sample else policy.mode
+        state["action"] = action * (~rows["is_last"]).float()[:, None]
+        return state["action"].cpu(), state
+
+    def update(self, batch: TensorDict, noise: dict | None = None):
+        """One step of every network on rows [B, T + 1].
+
+        Returns metrics (0-dim tensors) and the new latents[B, T] of rows 1..T for the replay.
+        `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
+        """
+        noise = noise or {}
+        td = with_context(batch.to(self.device))
+        with self.autocast():
+            with record_function("world model"):
+                losses, td = self.model_loss(td, noise.get("posterior"))
+            with record_function("dreams, actor"):
+                starts = td.select("deter", "stoch").flatten()
+                actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
+            with record_function("critic"):
+                value_losses, _ = self.value_loss(dream)
+                boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
+                replay_losses, _ = self.value_loss.replay(td, boot)
+        losses.update(actor_losses).update(value_losses).update(replay_losses)
+        with record_function("backward"):
+            self.optimizer.zero_grad()
+            sum(losses.values()).backward()
+        with record_function("optimiser"):
+            self.optimizer.step()
+            slow, fast = list(self.slow_value.parameters()), list(self.value.parameters())
+            torch._foreach_lerp_(slow, fast, self.args.slow_rate)
+        return self.metrics(losses, td, dream), td.select("deter", "stoch").detach()
+
+    @torch.no_grad()
+    def metrics(self, losses: TensorDict, td: TensorDict, dream: TensorDict) -> dict:
+        """What the README's glossary explains; 0-dim tensors, no host synchronisation."""
+        prior = unimix_probs(td["prior_logits"], self.args.unimix)
+        returns = dream["lambda_target"][:, :-1]
+        return {
+            **{f"train/{k}": v.detach() for k, v in losses.items()},
+            "train/prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
+            "train/imagined_reward": dream["reward"].mean(),
+            "train/imagined_return": returns.mean(),
+            "train/imagined_value": dream["value"].mean(),
+            "train/return_range": self.actor_loss.high - self.actor_loss.low,
+            "train/policy_entropy": dream["entropy"].mean(),
+            "train/continue": dream["continue"].mean(),
+        }
+
+    def autocast(self):
+        """bfloat16 matrix products on CUDA; parameters and everything else stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def pack(self, state: TensorDict) -> TensorDict:
+        """Latents -> what the replay stores: deter in half precision, class indices (..., S)."""
+        stoch = state["stoch"].argmax(-1).to(torch.uint8)
+        return TensorDict(deter=state["deter"].half(), stoch=stoch, batch_size=state.batch_size)
+
+    def unpack(self, batch: TensorDict) -> TensorDict:
+        """The inverse of `pack` on a batch of the replay, on the agent's device."""
+        batch = batch.to(self.device)
+        batch["deter"] = batch["deter"].float()
+        batch["stoch"] = F.one_hot(batch["stoch"].long(), self.args.classes).float()
+        return batch
+
+    def state_dict(self) -> dict:
+        parts = {name: module.state_dict() for name, module in self.modules.items()}
+        parts |= {"slow_value": self.slow_value.state_dict(), "spec": self.spec}
+        parts |= {"low": self.actor_loss.low, "high": self.actor_loss.high}
+        return parts | {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        for name, module in {**self.modules, "slow_value": self.slow_value}.items():
+            module.load_state_dict(state[name])
+        self.actor_loss.low.copy_(state["low"])
+        self.actor_loss.high.copy_(state["high"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def load(run: str | Path, device: str = "cpu") -> Agent:
+    """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
+    state = load_checkpoint(run, "dreamer_v3")
+    saved = json.loads((Path(run) / "args.json").read_text())
+    names = {field.name for field in dataclasses.fields(Args)}
+    agent = Agent(
+        state["agent"]["spec"], Args(**{k: v for k, v in saved.items() if k in names}), device
+    )
+    agent.load_state_dict(state["agent"])
+    return agent
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def make_envs(args: Args, num_envs: int, seed: int, frames: int = 0) -> Envs:
+    """The environments of a run; `frames` > 0: also pictures of that size for a video."""
+    return Envs(
+        args.env_id,
+        num_envs,
+        seed,
+        action_repeat=args.action_repeat,
+        obs=args.obs,
+        image_size=args.image_size,
+        workers=args.env_workers,
+        sticky=args.sticky,
+        camera=args.camera,
+        render_quality=args.render_quality,
+        frames=frames,
+    )
+
+
+def evaluate(agent: Agent, episodes: int, seed: int) -> tuple[list[float], list[np.ndarray]]:
+    """Play whole episodes with the sampling policy: returns, and frames of the first episode."""
+    envs = make_envs(dataclasses.replace(agent.args, env_workers=False), 1, seed, frames=256)
+    returns, frames, state = [], [], None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for episode in range(episodes):
+            total, rows = 0.0, envs.step(None if state is None else state["action"].cpu())
+            while True:
+                total += rows["reward"].item()
+                if episode == 0 and envs.can_render:
+                    frames.append(envs.frame())
+                action, state = agent.act(rows, state)
+                if rows["is_last"].item():
+                    break
+                rows = envs.step(action)
+            returns.append(total)
+    envs.close()
+    return returns, frames
+
+
+@torch.no_grad()
+def open_loop(agent: Agent, batch: TensorDict, context: int) -> TensorDict:
+    """Filter `context` rows, then predict the rest from the actions alone: [B, T].
+
+    Observations and `reward` as predicted; the truth under "true". Sampling noise is fixed.
+    """
+    with torch.random.fork_rng(), agent.autocast():
+        torch.manual_seed(0)
+        model, td = agent.world_model, with_context(batch)
+        _, td = agent.model_loss(td)
+        state = td[:, context - 1].select("deter", "stoch")
+        states = list(td[:, :context].select("deter", "stoch").unbind(1))
+        for t in range(context, td.shape[1]):
+            state = agent.env.transition(state, td["previous", "action"][:, t])
+            states.append(state)
+    states = torch.stack(states, 1).float()
+    out = DreamerDecoder(model)(states).set("reward", model.predict_reward(features(states)))
+    keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
+    return out.select(*keys).set("true", td.select(*keys))
+
+
+def draw_dream(logger: Logger, agent: Agent, batch: TensorDict, name: str):
+    """Open-loop prediction: a video for each image key, a plot for the vectors and the reward."""
+    length = batch.shape[1] - 1
+    context = min(length // 2, 8 if length < 64 else 16)
+    dream = open_loop(agent, batch[:6], context).cpu()
+    for key in agent.world_model.decoder.images:
+        truth, model = dream["true", key].int(), dream[key].int()
+        rows = torch.stack([truth, model, (model - truth + 255) // 2], 2)  # [B, T, 3, H, W, C]
+        rows = F.pad(rows, (0, 0, 2, 2, 2, 2))
+        border = torch.tensor([0, 255, 0]).repeat(length, 1)  # green: context; red: imagined
+        border[context:] = torch.tensor([255, 0, 0])
+        rows = rows.expand(*rows.shape[:-1], 3).clone()
+        border = border[None, :, None, None, :]
+        for edge in (rows[..., :2, :, :], rows[..., -2:, :, :]):
+            edge[:] = border[..., None, :]
+        for edge in (rows[..., :, :2, :], rows[..., :, -2:, :]):
+            edge[:] = border[..., None, :]
+        video = rows.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)  # [T, 3 H, B W, 3]
+        logger.video(f"{name}_{key}", video.byte().numpy(), fps=15)
+    logger.picture(name, plot_dream(dream, agent.world_model.decoder.vectors, context))
+
+
+def plot_dream(dream: TensorDict, keys: list[str], context: int):
+    """Figure of the first sequence: up to seven numbers of the vectors, and the reward."""
+    from matplotlib.figure import Figure
+
+    lines = [(f"{k}[{i}]", k, i) for k in keys for i in range(dream[k].shape[-1])][:7]
+    figure = Figure(figsize=(8, 1.3 * len(lines) + 2), layout="constrained")
+    axes = figure.subplots(len(lines) + 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (label, key, i) in zip(axes, [*lines, ("reward", "reward", None)], strict=True):
+        for td, style in ((dream["true"], "k-"), (dream, "C1--")):
+            values = td[key][0] if i is None else td[key][0, :, i]
+            axis.plot(values.numpy(), style, lw=1.5)
+        axis.axvline(context - 0.5, color="0.6", lw=1)
+        axis.set_ylabel(label, fontsize=8)
+    axes[0].set_title("true (black), model (dashed): filtered up to the line, then imagined")
+    axes[-1].set_xlabel("rows (one per action)")
+    return figure
+
+
+def benchmark(args: Args, device: torch.device):
+    """Print milliseconds per update by phase, steps per second, memory, and the run's time."""
+    envs = make_envs(args, args.num_envs, args.seed)
+    agent = Agent(spec_of(envs), args, device)
+    state, action, rows, times = None, None, [], {"environment": 0.0, "policy": 0.0}
+    for _ in range(max(args.batch_length + 1, 100)):
+        start = time.perf_counter()
+        row = envs.step(action)
+        middle = time.perf_counter()
+        action, state = agent.act(row, state)
+        times["environment"] += middle - start
+        times["policy"] += time.perf_counter() - middle
+        rows.append(row.set("action", action).update(agent.pack(state.cpu())))
+    count = len(rows) * args.num_envs
+    batch = torch.stack(rows[-args.batch_length - 1 :], 1)[[0] * args.batch_size]
+    for _ in range(3):
+        agent.update(agent.unpack(batch))
+    totals = []
+    for _ in range(10):
+        start = time.perf_counter()
+        agent.update(agent.unpack(batch))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        totals.append(time.perf_counter() - start)
+    with profile() as profiler:
+        agent.update(agent.unpack(batch))
+    phases = ("world model", "dreams, actor", "critic", "backward", "optimiser")
+    for event in profiler.key_averages():
+        if event.key in phases:
+            print(f"{event.cpu_time_total / 1e3:10.1f} ms  {event.key} (under the profiler)")
+    update = sorted(totals)[len(totals) // 2]
+    print(f"{update * 1e3:10.1f} ms  update (median of {len(totals)})")
+    for name, seconds in times.items():
+        print(f"{count / seconds:10.0f} rows/s  {name}")
+    row_seconds = sum(times.values()) / count
+    updates = args.train_ratio / (args.batch_size * args.batch_length)
+    hours = args.steps / args.action_repeat * (row_seconds + updates * update) / 3600
+    print(f"{hours:10.2f} h  for {args.steps:,} environment steps, {updates:.3g} updates per row")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB of GPU memory")
+    import resource
+
+    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:10.2f} GB of memory")
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def spec_of(envs: Envs) -> dict:
+    """What `Agent` needs to know of the environments, in a form that a checkpoint can hold."""
+    keys = [
+        k for k in envs.example.keys() if k not in ("reward", "is_first", "is_last", "is_terminal")
+    ]
+    shapes = {k: list(envs.example[k].shape) for k in sorted(keys)}
+    return {"shapes": shapes, "action_dim": envs.action_dim, "classes": list(envs.action_classes)}
+
+
+def setup(args: Args) -> torch.device:
+    """Threads, seeds and the device."""
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_flush_denormal(True)  # as XLA does; tiny gradients are slow on a CPU without it
+    torch.set_float32_matmul_precision("high")
+    seed_everything(args.seed)
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
+    """Replay of the run, no larger than the run can fill, with room for one save interval."""
+    example = envs.example.clone()
+    example["action"] = torch.zeros(envs.action_dim)
+    example.update(agent.pack(agent.initial(1).cpu())[0])
+    rows = math.ceil(args.steps / (args.num_envs * args.action_repeat)) + 1
+    slack = math.ceil(args.save_every / (args.num_envs * args.action_repeat)) + 1
+    capacity = min(args.replay_size, rows * args.num_envs)
+    size = Replay.gigabytes(example, capacity, args.num_envs, slack)
+    print(f"{size:>12.2f} GB replay of {capacity:,} rows in {folder / 'replay'}")
+    return Replay(
+        example,
+        capacity,
+        args.num_envs,
+        args.batch_length + 1,
+        folder / "replay",
+        slack=slack,
+        seed=args.seed,
+    )
+
+
+def check_finite(metrics: dict, updates: int):
+    """RunError that names the loss terms which are not finite."""
+    bad = [k for k, v in metrics.items() if "loss" in k and not torch.isfinite(v)]
+    if bad:
+        raise RunError(
+            f"{', '.join(bad)} not finite at update {updates:,}; stopped, and the last checkpoint "
+            "is kept. A smaller --lr or a look at the scale of rewards and observations may help"
+        )
+
+
+def finish(agent: Agent, logger: Logger, args: Args, step: int, folder: Path):
+    """Evaluate, film, draw the learning curve, and say where everything lies."""
+    returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    mean, std = np.mean(returns), np.std(returns)
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes of the sampling policy")
+    if frames:
+        fps = 30
+        print(f"video: {logger.video('policy', np.stack(frames), fps)}")
+    else:
+        print(f"no video: {args.env_id} cannot render")
+    return float(mean), float(std)
+
+
+def train(args: Args):
+    """Collect with the policy, update at `train_ratio`, log, save: the loop of the paper."""
+    folder, saved = open_run("dreamer_v3", args, fresh=args.fresh, may_change=MAY_CHANGE)
+    device = setup(args)
+    envs = make_envs(args, args.num_envs, args.seed)
+    agent = Agent(spec_of(envs), args, device)
+    replay = make_replay(args, envs, agent, folder)
+    logger = Logger(folder, args.steps, args.tensorboard)
+    ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))
+    log_due, save_due = Every(args.log_every), Every(args.save_every)
+    dream_due = Every(args.dream_every)
+    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
+    parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due)
+    step = updates = 0
+    state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        step, updates, score = saved["step"], saved["updates"], saved["score"]
+        state = TensorDict(saved["state"], [args.num_envs]).to(device)
+        set_rng_state(saved["rng"])
+    announce(agent, folder, device, step)
+    started, first = time.monotonic(), updates
+    with Stop() as stop:
+        while step < args.steps and not stop.requested:
+            rows = envs.step(state["action"].cpu() if step else None)
+            action, state = agent.act(rows, state)
+            replay.append(rows.clone().set("action", action).update(agent.pack(state.cpu())))
+            step += args.num_envs * args.action_repeat
+            score = score * (~rows["is_first"]) + rows["reward"]
+            for i in rows["is_last"].nonzero()[:, 0].tolist():
+                logger.write(step, **{"episode/return": score[i].item()})
+                logger.advance(step, **{"return": score[i].item()})
+            ready = len(replay) >= args.batch_size * args.batch_length
+            for _ in range(ratio(step // args.action_repeat) if ready else 0):
+                batch = replay.sample(args.batch_size)
+                metrics, latents = agent.update(agent.unpack(batch))
+                replay.write_back(batch["index"][:, 1:], agent.pack(latents))
+                updates += 1
+                if device.type == "cpu":
+                    check_finite(metrics, updates)
+                logger.add(metrics)
+                speed = (updates - first) / (time.monotonic() - started)
+                logger.advance(step, **{"updates/s": speed})
+            if log_due(step):
+                logger.write(step, updates=updates)
+            if dream_due(step) and updates:
+                draw_dream(logger, agent, agent.unpack(batch), f"dream_{step:09d}")
+            if save_due(step) or replay.exhausted:
+                if updates:
+                    check_finite(metrics, updates)
+                save(
+                    folder,
+                    step=step,
+                    updates=updates,
+                    score=score,
+                    state=state.to_dict(),
+                    rng=rng_state(),
+                    **parts,
+                )
+    save(
+        folder,
+        step=step,
+        updates=updates,
+        score=score,
+        state=state.to_dict(),
+        rng=rng_state(),
+        **parts,
+    )
+    if not stop.requested:
+        finish(agent, logger, args, step, folder)
+        print(f"learning curve: {plot_curve(folder)}")
+    logger.close()
+    envs.close()
+
+
+def announce(agent: Agent, folder: Path, device: torch.device, step: int):
+    """Sizes, device, folder, and whether the run starts or resumes."""
+    for name, module in agent.modules.items():
+        print(f"{sum(p.numel() for p in module.parameters()):>12,} parameters in {name}")
+    print(
+        f"run folder {folder}, device {device}, {'resumes at step ' + format(step, ',') if step else 'starts'}"
+    )
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    if args.benchmark:
+        return benchmark(args, setup(args))
+    if args.eval:
+        agent = load(args.eval)
+        logger = Logger(args.eval, agent.args.steps, tensorboard=False)
+        return finish(
+            agent,
+            logger,
+            dataclasses.replace(agent.args, eval_episodes=args.eval_episodes),
+            0,
+            Path(args.eval),
+        )
+    train(args)
+
+
+MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "benchmark")
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"error: {error}")

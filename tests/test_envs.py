@@ -1,0 +1,572 @@
+"""Rows of environments against hand-stepped gymnasium environments and known numbers."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
+
+import dummy_envs
+
+from common.envs import Envs
+
+torch.set_num_threads(1)
+
+
+def needs(*modules):
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
+
+
+def gl_works():
+    """In a process of its own: a broken driver may take the process with it."""
+    code = "import mujoco, shimmy; mujoco.GLContext(8, 8).make_current()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return done.returncode == 0
+
+
+needs_gl = pytest.mark.skipif(not gl_works(), reason="MuJoCo cannot render here")
+needs_dmc = needs("dm_control", "shimmy")
+
+
+def dummy(name, n=1, **options):
+    return Envs(f"dummy_envs:{name}-v0", n, **options)
+
+
+def episode_seed(seed, index, episode):
+    """The documented derivation, so that a change of it is noticed."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(index, episode))
+    return int(sequence.generate_state(1)[0]) >> 1
+
+
+def same(a, b):
+    return set(a.keys()) == set(b.keys()) and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+# --- rows -------------------------------------------------------------------------------------
+
+
+def test_rows_of_two_episodes():
+    envs = dummy("Base", 2, seed=3)
+    assert (envs.num_envs, envs.action_dim, envs.action_classes) == (2, 2, ())
+    example = {k: (tuple(v.shape), v.dtype) for k, v in envs.example.items()}
+    flag = ((), torch.bool)
+    assert example == {
+        "observation": ((2,), torch.float32),
+        "reward": ((), torch.float32),
+        "is_first": flag,
+        "is_last": flag,
+        "is_terminal": flag,
+    }
+    assert envs.example.batch_size == torch.Size([])
+    rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(11)]
+    assert all(row.batch_size == torch.Size([2]) for row in rows)
+    assert rows[0].keys() == envs.example.keys()
+    for i in range(2):  # 5 steps are 6 rows; the 7th is the next episode's reset
+        assert [r["reward"][i].item() for r in rows] == [0, 1, 2, 3, 4, 5] * 2
+        assert [r["observation"][i, 0].item() for r in rows] == [0, 1, 2, 3, 4, 5] * 2
+        assert [r["is_first"][i].item() for r in rows] == [True] + [False] * 5 + [True] + [
+            False
+        ] * 5
+        assert [r["is_last"][i].item() for r in rows] == ([False] * 5 + [True]) * 2
+        assert not any(r["is_terminal"][i] for r in rows)
+        for k, episode in ((0, 0), (6, 1)):
+            luck = np.random.default_rng(episode_seed(3, i, episode)).random()
+            assert rows[k]["observation"][i, 1].item() == np.float32(luck)
+    with pytest.raises(AssertionError, match="first"):
+        envs.step(None)
+    with pytest.raises(AssertionError):
+        envs.step(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="policy.*not finite"):
+        envs.step(torch.full((2, 2), torch.nan))
+
+
+def test_real_termination_is_terminal():
+    envs = dummy("Terminal")
+    rows = [envs.step(None)] + [envs.step(torch.zeros(1, 2)) for _ in range(5)]
+    assert [r["is_terminal"].item() for r in rows] == [False] * 5 + [True]
+    assert [r["is_last"].item() for r in rows] == [False] * 5 + [True]
+
+
+def test_action_repeat_sums_rewards_and_stops_at_the_end():
+    envs = dummy("Base", action_repeat=2)
+    rows = [envs.step(None)] + [envs.step(torch.zeros(1, 2)) for _ in range(4)]
+    assert [r["reward"].item() for r in rows] == [0, 1 + 2, 3 + 4, 5, 0]
+    assert [r["observation"][0, 0].item() for r in rows] == [0, 2, 4, 5, 0]
+    assert [r["is_last"].item() for r in rows] == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_rows_do_not_alias(workers):
+    envs = dummy("SameBuffer", 2, workers=workers)
+    rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(3)]
+    assert [r["observation"][1, 1].item() for r in rows] == [0, 1, 2, 3]
+    rows[-1]["observation"].zero_()
+    assert envs.state_dict()["row"]["observation"][0, 0] == 3
+    envs.close()
+
+
+def test_equals_gymnasium_by_hand():
+    """CartPole and Pendulum, several episodes, against gymnasium.make and the seeds."""
+    for env_id in ("CartPole-v1", "Pendulum-v1"):
+        envs, generator = Envs(env_id, 2, seed=5), torch.Generator().manual_seed(0)
+        hands, episodes, over = [gymnasium.make(env_id) for _ in range(2)], [-1, -1], [True, True]
+        for _ in range(450):
+            action = torch.rand(2, envs.action_dim, generator=generator) * 2 - 1
+            row = envs.step(action)
+            for i, hand in enumerate(hands):
+                reward, terminal, cut = 0.0, False, False
+                if over[i]:
+                    episodes[i] += 1
+                    obs, _ = hand.reset(seed=episode_seed(5, i, episodes[i]))
+                else:
+                    given = int(action[i].argmax()) if env_id[0] == "C" else action[i].numpy() * 2
+                    obs, reward, terminal, cut, _ = hand.step(given)
+                assert row["is_first"][i].item() == over[i]
+                over[i] = terminal or cut
+                np.testing.assert_array_equal(row["observation"][i].numpy(), obs)
+                assert row["reward"][i].item() == np.float32(reward)
+                assert row["is_last"][i].item() == over[i]
+                assert row["is_terminal"][i].item() == terminal
+        assert min(episodes) >= 2
+
+
+# --- actions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, dim, classes, cases",
+    [
+        (  # bounds [-2, 2], [0, 10], [-2, inf), (-inf, 10]: the last two are only clipped
+            "Box",
+            4,
+            (),
+            {
+                (0.5, -0.5, 0.25, -0.75): (1, 2.5, 0.25, -0.75),
+                (3, -3, 3, 3): (2, 0, 1, 1),
+                (-1, 1, -9, -9): (-2, 10, -1, -1),
+            },
+        ),
+        ("Whole", 4, (), {(-1, 1, 0.5, -0.26): (0, 10, 8, 4), (9, -9, 0, 0): (10, 0, 5, 5)}),
+        ("Discrete", 3, (3,), {(1, 0, 0): (1, 0, 0, 0), (0, 0, 1): (3, 0, 0, 0)}),
+        ("Multi", 5, (2, 3), {(0, 1, 0, 0, 1): (1, 7, 0, 0), (1, 0, 1, 0, 0): (0, 5, 0, 0)}),
+        ("Bits", 6, (2, 2, 2), {(0, 1, 1, 0, 0, 1): (1, 0, 1, 0)}),
+    ],
+)
+def test_actions_that_the_environment_sees(kind, dim, classes, cases):
+    envs = dummy(f"Echo{kind}")
+    assert (envs.action_dim, envs.action_classes) == (dim, classes)
+    envs.step(None)
+    for action, seen in cases.items():
+        row = envs.step(torch.tensor([action], dtype=torch.float32))
+        assert row["observation"][0].tolist() == list(seen), action
+
+
+# --- observations -----------------------------------------------------------------------------
+
+
+def test_nested_observations_and_images():
+    envs = dummy("Nested", image_size=16)
+    row = envs.step(None)
+    row = envs.step(torch.zeros(1, 2))
+    shapes = {k: tuple(v.shape[1:]) for k, v in row.items() if v.ndim > 1}
+    assert shapes == {
+        "body.place": (4,),
+        "body.alone": (1,),
+        "eye": (16, 16, 3),
+        "depth": (16, 16, 1),
+        "bytes": (7,),
+    }
+    assert row["body.place"].tolist() == [[0.5, 1, 2, 1]]
+    assert row["body.alone"].tolist() == [[1]]
+    assert row["bytes"].tolist() == [[0, 1, 2, 3, 4, 5, 6]] and row["bytes"].dtype == torch.float32
+    assert row["eye"].dtype == torch.uint8 and (row["depth"] == 7).all()
+    assert (row["eye"][0, :, :7] == 0).all()  # resized: the left stays black, the right coloured
+    assert (row["eye"][0, :, 9:] == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
+
+
+def test_obs_modes():
+    def keys(name, obs):
+        row = dummy(name, obs=obs, image_size=16).step(None)
+        return {k for k, _ in row.items() if k != "reward" and k[:3] != "is_"}
+
+    vectors = {"body.place", "body.alone", "bytes"}
+    assert keys("Nested", "vector") == vectors
+    assert keys("Nested", "pixels") == {"pixels"}
+    assert keys("Nested", "both") == vectors | {"eye", "depth", "pixels"}
+    assert keys("Picture", "pixels") == {"pixels"} and keys("Picture", "auto") == {"observation"}
+    envs = dummy("Nested", 2, obs="pixels", image_size=16, frames=24)
+    envs.step(None)
+    row = envs.step(torch.zeros(2, 2))
+    assert envs.can_render and (row["pixels"] == 1).all() and row["pixels"].shape == (2, 16, 16, 3)
+    frame = envs.frame()
+    assert frame.shape == (24, 24, 3) and frame.dtype == np.uint8 and (frame == 1).all()
+
+
+def test_videos_are_optional():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        envs = dummy("Base", frames=32)
+    assert not envs.can_render and envs.step(None)["is_first"].all()
+    assert not any("egl" in str(w.message) for w in caught)  # it is no problem of MuJoCo
+    with pytest.raises(RuntimeError, match="Base-v0 cannot be rendered.*rgb_array"):
+        dummy("Base", obs="pixels")
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("Worded", ["'order'", "Worded-v0", "Text", "FlattenObservation"]),
+        ("ChannelsFirst", ["'observation'", "ChannelsFirst-v0", "(3, 64, 64)", "last"]),
+        ("Reserved", ["reward", "Reserved-v0"]),
+        ("EchoTuple", ["EchoTuple-v0", "Tuple", "TransformAction"]),
+    ],
+)
+def test_unsupported_spaces(name, words):
+    with pytest.raises(ValueError) as caught:
+        dummy(name)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="obs='images'"):
+        dummy("Base", obs="images")
+    with pytest.raises(ValueError, match="Picture-v0.*vector"):
+        dummy("Picture", obs="vector")
+    with pytest.raises(TypeError, match="repeat"):
+        dummy("Base", repeat=2)
+
+
+# --- errors and crashes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_not_finite(workers):
+    envs = dummy("NotFinite", workers=workers)
+    for _ in range(3):
+        envs.step(torch.zeros(1, 2))
+    message = "observation 'velocity' of .*NotFinite-v0 is not finite at step 3 of environment 0"
+    with pytest.raises(ValueError, match=message):
+        envs.step(torch.zeros(1, 2))
+    assert envs.crashes == 0
+    envs.close()
+
+
+def test_reward_not_finite():
+    envs = dummy("NotFiniteReward")
+    with pytest.raises(ValueError, match="reward of .*NotFiniteReward-v0 is not finite at step 3"):
+        [envs.step(torch.zeros(1, 2)) for _ in range(4)]
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_crash_starts_a_new_episode(workers, capfd):
+    dummy_envs.Raises.lives = -1 if workers else 0  # gymnasium builds one more, here, to look at
+    envs = dummy("Raises", workers=workers, seed=1)
+    rows = [envs.step(None)] + [envs.step(torch.zeros(1, 2)) for _ in range(4)]
+    assert [r["observation"][0, 0].item() for r in rows] == [0, 1, 2, 0, 1]
+    assert [r["is_first"].item() for r in rows] == [True, False, False, True, False]
+    assert [r["is_last"].item() for r in rows] == [False] * 5
+    assert [r["reward"].item() for r in rows] == [0, 1, 2, 0, 1]
+    luck = np.random.default_rng(episode_seed(1, 0, 1)).random()
+    assert rows[3]["observation"][0, 1].item() == np.float32(luck)  # it is episode 1
+    assert envs.crashes == 1
+    again = dummy("Raises", workers=workers, seed=1)
+    again.load_state_dict(envs.state_dict())
+    assert again.crashes == 1
+    assert same(again.step(torch.zeros(1, 2)), envs.step(torch.zeros(1, 2)))
+    envs.close()
+    again.close()
+    if not workers:
+        assert "the simulator is gone" in capfd.readouterr().err
+
+
+def test_a_killed_worker_is_named():
+    envs = dummy("Base", 2, workers=True)
+    envs.step(None)
+    envs._vector.processes[1].kill()
+    envs._vector.processes[1].join()
+    with pytest.raises(RuntimeError, match="worker of dummy_envs:Base-v0 was killed"):
+        envs.step(torch.zeros(2, 2))
+    assert len(envs.state_dict()["actions"]) == 2  # the parent can still save
+    envs.close()
+
+
+def test_too_many_crashes():
+    envs = dummy("RaisesAlways", max_crashes=2)
+    for _ in range(8):  # rows 0 1 2, crash, 1 2, crash, 1 2
+        envs.step(torch.zeros(1, 2))
+    assert envs.crashes == 2
+    with pytest.raises(RuntimeError, match="RaisesAlways-v0, crash 3: .*the simulator is gone"):
+        [envs.step(torch.zeros(1, 2)) for _ in range(2)]
+    with pytest.raises(RuntimeError, match="RaisesInReset-v0, crash 11: .*no simulator"):
+        dummy("RaisesInReset").step(None)
+
+
+def test_rebuilding_fails():
+    dummy_envs.RaisesOnce.lives = 0
+    envs = dummy("RaisesOnce")
+    with pytest.raises(RuntimeError, match="RaisesOnce-v0, crash 1: .*gone.*not again"):
+        [envs.step(torch.zeros(1, 2)) for _ in range(4)]
+
+
+def test_unknown_ids_and_missing_packages(monkeypatch):
+    with pytest.raises(ValueError, match="unknown environment 'CartPol-v1'.*CartPole-v1"):
+        Envs("CartPol-v1")
+    with pytest.raises(ValueError, match="no_module_of_mine"):
+        Envs("no_module_of_mine:Some-v0")
+    with pytest.raises(ValueError, match="NoModule-v0 needs a package.*a_module_that_is_not_here"):
+        dummy("NoModule")
+
+    def missing(*modules):
+        for module in modules:
+            monkeypatch.setitem(sys.modules, module, None)
+
+    missing("dm_control")
+    with pytest.raises(ValueError, match="walker-walk-v0 needs.*pip install shimmy dm-control"):
+        Envs("dm_control/walker-walk-v0")
+    missing("ale_py", "crafter")
+    with pytest.raises(ValueError, match="ALE/Pong-v5 needs.*pip install ale-py"):
+        Envs("ALE/Pong-v5")
+    with pytest.raises(ValueError, match="crafter/Reward-v0 needs.*pip install crafter"):
+        Envs("crafter/Reward-v0")
+    missing("mujoco", *[name for name in sys.modules if "gymnasium.envs.mujoco" in name])
+    with pytest.raises(ValueError, match=r'Ant-v5 needs.*pip install "gymnasium\[mujoco\]"'):
+        Envs("Ant-v5")
+    missing("Box2D")
+    with pytest.raises(ValueError, match=r'LunarLander-v3 needs.*pip install "gymnasium\[box2d\]"'):
+        Envs("LunarLander-v3")
+
+
+@needs_dmc
+def test_unknown_dm_control_task():
+    for name in ("dm_control/walker-wlak-v0", "walker_walk"):
+        with pytest.raises(ValueError, match=f"'{name}'.*dm_control/walker-walk-v0"):
+            Envs(name)
+
+
+# --- resume -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize(
+    "env_id",
+    ["CartPole-v1", "Pendulum-v1", pytest.param("dm_control/walker-walk-v0", marks=needs_dmc)],
+)
+def test_resume_continues_bit_identically(env_id, workers, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    envs = Envs(env_id, 2, seed=2, workers=workers)
+    actions = torch.rand(280, 2, envs.action_dim, generator=generator) * 3 - 1.5
+    for t in range(230):  # in the second episode of Pendulum, in one of many of CartPole
+        envs.step(actions[t])
+    torch.save(envs.state_dict(), tmp_path / "state.pt")
+    want = [envs.step(actions[t]) for t in range(230, 280)]
+    envs.close()
+    envs = Envs(env_id, 2, seed=2, workers=workers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        envs.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert all(same(row, envs.step(actions[t + 230])) for t, row in enumerate(want))
+    envs.close()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 4, 6, 7])
+def test_resume_at_every_kind_of_row(rows):
+    """Before the first row, after a reset, in the middle, after is_last, after the next reset."""
+    options = {"seed": 4, "obs": "both", "image_size": 16}
+    envs, other = dummy("Nested", 2, **options), dummy("Nested", 2, **options)
+    for _ in range(rows):
+        envs.step(torch.zeros(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(envs.state_dict())
+    for _ in range(8):
+        assert same(envs.step(torch.ones(2, 2)), other.step(torch.ones(2, 2)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(*[e.state_dict()["actions"] for e in (envs, other)])
+    )
+    with pytest.raises(ValueError, match="num_envs=2, not 1"):
+        dummy("Nested").load_state_dict(envs.state_dict())
+
+
+def test_non_deterministic_environment_warns_and_goes_on():
+    envs, other = dummy("Random"), dummy("Random")
+    for _ in range(6):
+        row = envs.step(torch.zeros(1, 2))
+    assert row["is_last"].all()
+    with pytest.warns(
+        UserWarning, match="environment 0 of dummy_envs:Random-v0 is not determinist"
+    ):
+        other.load_state_dict(envs.state_dict())
+    assert other.step(torch.zeros(1, 2))["is_first"].all()
+
+
+# --- DM Control, MuJoCo, Atari, Crafter -------------------------------------------------------
+
+
+@needs_dmc
+def test_dm_control_episode_is_1001_rows():
+    from dm_control import suite
+
+    envs = Envs("dm_control/walker-walk-v0", seed=6)
+    assert (envs.action_dim, envs.action_classes) == (6, ())
+    by_hand = suite.load("walker", "walk", task_kwargs={"random": episode_seed(6, 0, 0)})
+    low, high = by_hand.action_spec().minimum, by_hand.action_spec().maximum
+    assert (low == -1).all() and (high == 1).all()
+    generator, step = np.random.default_rng(0), by_hand.reset()
+    row, total = envs.step(None), 0
+    for t in range(1001):
+        assert row["is_first"].item() == (t == 0) and row["is_last"].item() == (t == 1000)
+        assert not row["is_terminal"].item() and row["reward"].item() == np.float32(
+            step.reward or 0
+        )
+        for key, value in step.observation.items():
+            np.testing.assert_array_equal(row[key][0], np.float32(value).ravel())
+        total += row["reward"].item()
+        action = generator.uniform(-1, 1, 6).astype(np.float32)
+        row = envs.step(torch.from_numpy(action)[None])
+        step = by_hand.step(action.astype(np.float64)) if t < 1000 else step
+    assert row["is_first"].item() and row["reward"].item() == 0 and total > 0
+    assert row["height"].shape == (1, 1)  # a scalar in DM Control
+
+
+@needs_dmc
+def test_vectors_make_no_renderer(monkeypatch):
+    import mujoco
+    import shimmy  # noqa: F401
+    from dm_control import _render
+
+    def fail(*args, **kwargs):
+        raise AssertionError("a renderer was made")
+
+    monkeypatch.setattr(_render, "Renderer", fail)
+    monkeypatch.setattr(mujoco, "MjrContext", fail)
+    for env_id in ("dm_control/quadruped-walk-v0", "InvertedPendulum-v5"):
+        envs = Envs(env_id)
+        envs.step(None)
+        envs.step(torch.zeros(1, envs.action_dim))
+        with pytest.raises(RuntimeError, match="a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
+            Envs(env_id, obs="pixels")
+
+
+@needs_gl
+def test_pixels_of_dm_control():
+    options = {"obs": "pixels", "seed": 1, "frames": 100}
+    envs, other = (Envs("dm_control/walker-walk-v0", **options) for _ in range(2))
+    first = envs.step(None)
+    assert set(first.keys()) == {"pixels", "reward", "is_first", "is_last", "is_terminal"}
+    assert first["pixels"].shape == (1, 64, 64, 3) and first["pixels"].float().std() > 10
+    for _ in range(5):
+        row = envs.step(torch.ones(1, 6))
+    assert not torch.equal(row["pixels"], first["pixels"])
+    assert envs.can_render and envs.frame().shape == (100, 100, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(envs.state_dict())
+    assert same(envs.step(torch.zeros(1, 6)), other.step(torch.zeros(1, 6)))
+    envs.close()
+    other.close()
+
+
+@needs_gl
+def test_cameras_and_quality():
+    def pixels(**options):
+        envs = Envs("dm_control/quadruped-walk-v0", obs="pixels", seed=1, **options)
+        found = envs.step(None)["pixels"]
+        envs.close()
+        return found
+
+    assert torch.equal(pixels(), pixels(camera=2)) and not torch.equal(pixels(), pixels(camera=0))
+    full, fast = pixels(render_quality="full").float(), pixels(render_quality="fast").float()
+    assert 0 < (full - fast).abs().mean() < 30
+
+
+@needs_gl
+def test_gymnasium_mujoco_pixels_and_videos():
+    envs = Envs("InvertedPendulum-v5", obs="both", frames=96, image_size=48)
+    row = envs.step(None)
+    assert row["pixels"].shape == (1, 48, 48, 3) and row["observation"].shape == (1, 4)
+    small, big = row["pixels"][0].float(), torch.tensor(envs.frame()).float()
+    assert big.shape == (96, 96, 3) and big.std() > 10
+    halves = big.view(48, 2, 48, 2, 3).mean((1, 3))
+    assert (halves - small).abs().mean() < 12  # the same picture, larger
+    envs.step(torch.ones(1, 1))
+    envs.close()
+
+
+@needs_dmc
+def test_without_opengl_libraries():
+    """Pixels name the fixes; vectors do without."""
+    code = """
+import ctypes, warnings
+load = ctypes.CDLL.__init__
+def fail(self, name=None, *args, **kwargs):
+    if any(library in str(name) for library in ("EGL", "OSMesa")):
+        raise OSError("no such library")
+    load(self, name, *args, **kwargs)
+ctypes.CDLL.__init__ = fail
+from common.envs import Envs
+try:
+    Envs("dm_control/walker-walk-v0", obs="pixels")
+except RuntimeError as error:
+    assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
+else:
+    raise SystemExit("it rendered")
+warnings.simplefilter("ignore")
+envs = Envs("dm_control/walker-walk-v0", frames=32)
+assert not envs.can_render and envs.step(None)["is_first"].all()
+"""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs("ale_py", "cv2")
+def test_atari():
+    import ale_py
+
+    envs = Envs("ALE/Pong-v5", action_repeat=4, frames=120)
+    assert envs.action_classes == (6,) and envs.can_render
+    row = envs.step(None)
+    assert row["observation"].shape == (1, 64, 64, 3) and row["observation"].dtype == torch.uint8
+    for _ in range(30):
+        row = envs.step(torch.eye(6)[2:3])
+    assert envs.frame().shape == (120, 120, 3)
+    other = Envs("ALE/Pong-v5", action_repeat=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(envs.state_dict())
+    assert same(envs.step(torch.eye(6)[:1]), other.step(torch.eye(6)[:1]))
+    gymnasium.register_envs(ale_py)
+    assert Envs("ALE/Pong-v5", sticky=True, obs="pixels").action_classes == (18,)
+
+
+@needs("crafter")
+def test_crafter():
+    import crafter
+
+    envs = Envs("crafter/Reward-v0", seed=1)
+    assert envs.action_classes == (17,)
+    row = envs.step(None)
+    by_hand = crafter.Env(seed=episode_seed(1, 0, 0))
+    np.testing.assert_array_equal(row["observation"][0], by_hand.reset())
+    for _ in range(20):
+        row = envs.step(torch.eye(17)[1:2])
+        obs, reward, *_ = by_hand.step(1)
+        np.testing.assert_array_equal(row["observation"][0], obs)
+        assert row["reward"].item() == np.float32(reward)
+    envs._vector.envs[0].env.unwrapped.inner._player.health = 0
+    row = envs.step(torch.eye(17)[:1])
+    assert row["is_terminal"].all() and row["is_last"].all()

@@ -1,0 +1,407 @@
+"""The replay against a plain-list model, and against processes that are killed."""
+
+import copy
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from common.replay import Replay
+
+EXAMPLE = TensorDict(
+    observation=torch.zeros(3),
+    pixels=torch.zeros(4, 4, 3, dtype=torch.uint8),
+    deter=torch.zeros(2, dtype=torch.float16),
+    stoch=torch.zeros(2, dtype=torch.uint8),
+    is_first=torch.zeros((), dtype=torch.bool),
+    is_last=torch.zeros((), dtype=torch.bool),
+)
+PLAIN = EXAMPLE.exclude("deter", "stoch", "pixels")
+
+
+def make_row(row, num_envs, first=False, latent=0):
+    """The row that the tests append: observation = (env, row, 1), pixels follow the row."""
+    env = torch.arange(num_envs)
+    number = torch.full_like(env, row)
+    observation = torch.stack([env, number, torch.ones_like(env)], -1).float()
+    return TensorDict(
+        observation=observation,
+        pixels=((number + env) % 256).byte()[:, None, None, None].expand(-1, 4, 4, 3),
+        deter=torch.full((num_envs, 2), latent, dtype=torch.float32),
+        stoch=torch.full((num_envs, 2), latent % 256),
+        is_first=torch.full((num_envs,), first),
+        is_last=torch.zeros(num_envs, dtype=torch.bool),
+        batch_size=[num_envs],
+    )
+
+
+def fill(replay, rows, **options):
+    """Append `rows` rows with the keys of this replay."""
+    for _ in range(rows):
+        row = make_row(replay.total, replay.num_envs, **options)
+        replay.append(row.select(*replay.storage.keys()))
+
+
+def latents(index, value):
+    """Values for write_back at `index`, in wider dtypes than the stored ones."""
+    deter = torch.as_tensor(value).float().expand(index.shape[:2])[..., None].expand(-1, -1, 2)
+    return TensorDict(deter=deter, stoch=deter.long() % 256, batch_size=index.shape[:2])
+
+
+class Model:
+    """What the replay promises, with Python lists only (and the same random draws)."""
+
+    def __init__(self, num_envs, capacity, length, seed):
+        self.num_envs, self.keep, self.length = num_envs, capacity // num_envs, length
+        self.first, self.latent, self.queue = [], {}, []  # is_first of row r; latent of (env, r)
+        self.seed, self.random = seed, torch.Generator().manual_seed(seed).get_state()
+
+    @property
+    def oldest(self):
+        return max(0, len(self.first) - self.keep)
+
+    def pairs(self):
+        starts = range(self.oldest, len(self.first) - self.length + 1)
+        return [(env, start) for env in range(self.num_envs) for start in starts]
+
+    def append(self, first, latent):
+        row = len(self.first)
+        self.first.append(first)
+        self.latent.update({(env, row): latent for env in range(self.num_envs)})
+        if row >= self.length and row % self.length == 0:
+            self.queue += [(env, row - self.length + 1) for env in range(self.num_envs)]
+
+    def draw(self, batch_size):
+        fresh = [pair for pair in self.queue if pair[1] >= self.oldest]
+        self.queue, fresh = fresh[batch_size:], fresh[:batch_size]
+        pairs, generator = self.pairs(), torch.Generator()
+        generator.set_state(self.random)
+        draws = torch.randint(len(pairs), [batch_size - len(fresh)], generator=generator)
+        self.random = generator.get_state()
+        return fresh + [pairs[i] for i in draws.tolist()]
+
+    def check(self, batch, windows):
+        for b, (env, start) in enumerate(windows):
+            rows = list(range(start, start + self.length))
+            assert batch["index"][b].tolist() == [[env, row] for row in rows]
+            assert batch["observation"][b].tolist() == [[env, row, 1] for row in rows]
+            assert batch["pixels"][b, :, 3, 1, 2].tolist() == [(env + row) % 256 for row in rows]
+            wanted = [self.latent[env, row] for row in rows]
+            assert batch["deter"][b].tolist() == [[value, value] for value in wanted]
+            assert batch["stoch"][b].tolist() == [[value % 256] * 2 for value in wanted]
+            first = [True] + [self.first[row] for row in rows[1:]]
+            assert batch["is_first"][b].tolist() == first
+            assert batch["is_last"][b].tolist() == [*first[1:], False]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(0, 9),
+    st.integers(1, 12),
+    st.integers(0, 2**31),
+    st.lists(st.sampled_from("aaaaswwkc"), min_size=8, max_size=60),
+)
+def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, actions):
+    """Random appends, samples, write-backs, checkpoints and crashes give what lists give."""
+    rng = random.Random(seed)
+    capacity = num_envs * (length + extra) + rng.randrange(num_envs)
+    shape = (EXAMPLE, capacity, num_envs, length)
+    with tempfile.TemporaryDirectory() as directory:
+        replay, model = (
+            Replay(*shape, directory, slack=slack, seed=seed),
+            Model(num_envs, capacity, length, seed),
+        )
+        checkpoint, latent = None, 0
+
+        def save():
+            torch.save(replay.state_dict(), f"{directory}/checkpoint.pt")
+            return copy.deepcopy(model)
+
+        for action in actions:
+            if action == "a":
+                for _ in range(rng.randrange(1, 2 * length + 4)):
+                    checkpoint = save() if replay.exhausted else checkpoint
+                    latent, first = latent + 1, rng.random() < 0.2
+                    fill(replay, 1, first=first, latent=latent)
+                    model.append(first, latent)
+            elif action == "s" and len(replay):
+                batch_size = rng.randrange(1, 7)
+                model.check(replay.sample(batch_size), model.draw(batch_size))
+            elif action == "w" and replay.total:
+                low = max(0, replay.total - replay.physical - 2)  # some have left the ring
+                index = torch.tensor(
+                    [
+                        [[rng.randrange(num_envs), rng.randrange(low, replay.total)]] * 2
+                        for _ in range(rng.randrange(1, 30))
+                    ]
+                )
+                value = latent + 1 + torch.arange(index[..., 0].numel()).view(index.shape[:2])
+                replay.write_back(index, latents(index, value))
+                latent = int(value.max())
+                for (env, row), new in zip(
+                    index.flatten(0, 1).tolist(), value.flatten().tolist(), strict=True
+                ):
+                    if row >= model.oldest:
+                        model.latent[env, row] = new
+            elif action == "k":
+                checkpoint = save()
+            elif action == "c":  # crash: only the files and the checkpoint are left
+                model = copy.deepcopy(checkpoint) or Model(num_envs, capacity, length, seed)
+                replay = Replay(*shape, directory, slack=slack, seed=seed)
+                if checkpoint:
+                    state = torch.load(f"{directory}/checkpoint.pt", weights_only=True)
+                    replay.load_state_dict(state)
+            latent %= 1000  # exact in float16
+            assert replay.total == len(model.first)
+            assert len(replay) == len(model.pairs())
+            assert replay.rows == num_envs * (len(model.first) - model.oldest)
+        if len(replay):
+            model.check(replay.sample(20), model.draw(20))
+
+
+@pytest.mark.parametrize(("num_envs", "gate"), [(1, 1088), (16, 128)])
+def test_first_batch_is_the_queue(tmp_path, num_envs, gate):
+    """Details 51 and 53: 1,024 windows are there at row 1,088, or 128 rows of 16 environments."""
+    replay = Replay(PLAIN, 100_000, num_envs, 65, tmp_path)
+    while len(replay) < 1024:
+        fill(replay, 1)
+    assert replay.total == gate
+    windows = replay.sample(16)["index"][:, 0].tolist()
+    if num_envs == 1:
+        assert windows == [[0, 1 + 65 * i] for i in range(16)]
+    else:
+        assert windows == [[env, 1] for env in range(16)]
+    assert not replay.queue
+    again = replay.sample(16)["index"][:, 0].tolist()
+    assert again != windows and len(again) == 16
+
+
+def test_online_can_be_switched_off(tmp_path):
+    replay = Replay(PLAIN, 1000, 2, 5, tmp_path, online=False)
+    fill(replay, 100)
+    assert not replay.queue and replay.sample(4).shape == (4, 5)
+
+
+@pytest.mark.parametrize("rows", [30, 57, 100])  # before, just after and long after wrapping
+def test_starts_are_uniform_and_never_cross_the_write_head(tmp_path, rows):
+    """Detail 52, by chi-square over every (environment, start)."""
+    replay = Replay(PLAIN, 150, 3, 7, tmp_path, slack=4, seed=5, online=False)
+    fill(replay, rows)
+    oldest = max(0, rows - 50)
+    starts = rows - oldest - 7 + 1
+    assert len(replay) == 3 * starts
+    batch = replay.sample(60_000)
+    index = batch["index"]
+    assert (batch["observation"][..., :2] == index).all()
+    assert (index[:, 1:, 1] - index[:, :-1, 1] == 1).all() and (
+        index[..., 0] == index[:, :1, 0]
+    ).all()
+    assert index[..., 1].min() == oldest and index[..., 1].max() == rows - 1
+    counts = torch.bincount(index[:, 0, 0] * starts + index[:, 0, 1] - oldest, minlength=3 * starts)
+    expected = 60_000 / len(replay)
+    chi = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(replay) - 1
+    assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def test_annotation_touches_only_the_copy(tmp_path):
+    replay = Replay(PLAIN, 12, 1, 12, tmp_path)
+    for row in range(12):
+        fill(replay, 1, first=row in (0, 5, 9))
+    for _ in range(2):  # the second sample shows that the first did not change the files
+        batch = replay.sample(1)
+        assert batch["is_first"][0].nonzero()[:, 0].tolist() == [0, 5, 9]
+        assert batch["is_last"][0].nonzero()[:, 0].tolist() == [4, 8]
+    assert not replay.storage["is_last"].any()
+    fill(replay, 1)
+    assert replay.sample(1)["is_first"][0].nonzero()[:, 0].tolist() == [0, 4, 8]
+
+
+def test_dtypes_and_write_back(tmp_path):
+    """Detail 49: the following sample sees the latents, in the stored dtypes."""
+    replay = Replay(EXAMPLE, 10, 1, 10, tmp_path)
+    fill(replay, 10, latent=3)
+    batch = replay.sample(2)
+    assert {key: batch[key].dtype for key in EXAMPLE.keys()} == {
+        key: EXAMPLE[key].dtype for key in EXAMPLE.keys()
+    }
+    assert batch["pixels"].shape == (2, 10, 4, 4, 3) and batch["index"].dtype == torch.int64
+    index = batch["index"][:, 1:]
+    values = latents(index, 0.1).apply(
+        lambda leaf: leaf.clone().requires_grad_(leaf.is_floating_point())
+    )
+    values["stoch"] += 200
+    replay.write_back(index, values)
+    after = replay.sample(1)
+    assert (after["deter"][0, 1:] == torch.tensor(0.1).half()).all() and (
+        after["deter"][0, 0] == 3
+    ).all()
+    assert (after["stoch"][0, 1:] == 200).all() and not after["deter"].requires_grad
+
+
+def test_last_duplicate_wins(tmp_path):
+    replay = Replay(EXAMPLE, 100, 1, 2, tmp_path)
+    fill(replay, 100)
+    index = torch.zeros(32, 64, 2, dtype=torch.int64)
+    index[..., 1] = torch.arange(64) % 2 + 10
+    for trial in range(20):
+        value = torch.arange(32 * 64).view(32, 64) % 1999 + trial
+        replay.write_back(index, latents(index, value))
+        live = replay.current[10:12].long() * 100 + torch.tensor([10, 11])
+        assert replay.storage["deter"][live][:, 0].tolist() == value[-1, -2:].tolist()
+
+
+def test_same_seed_same_samples(tmp_path):
+    batches = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        replay = Replay(EXAMPLE, 200, 2, 5, tmp_path / name, seed=seed)
+        fill(replay, 150)
+        torch.rand(7)  # the draws do not use the global generator
+        batches.append(torch.cat([replay.sample(8) for _ in range(20)]))
+    assert (batches[0] == batches[1]).all()
+    assert (batches[0]["index"] != batches[2]["index"]).any()
+
+
+def test_exhausted_says_when_to_save(tmp_path):
+    replay = Replay(PLAIN, 10, 1, 3, tmp_path, slack=4)
+    fill(replay, 40)
+    assert not replay.exhausted  # there is no checkpoint to protect
+    replay.state_dict()
+    fill(replay, 3)
+    assert not replay.exhausted
+    fill(replay, 1)
+    assert replay.exhausted
+    replay.state_dict()
+    assert not replay.exhausted
+    replay = Replay(PLAIN, 10, 1, 3, tmp_path)
+    fill(replay, 40)
+    replay.state_dict()
+    assert not replay.exhausted  # without slack a save would not help
+
+
+def test_reopening_neither_zeroes_nor_copies(tmp_path):
+    replay = Replay(PLAIN, 20, 1, 4, tmp_path)
+    fill(replay, 9)
+    state = replay.state_dict()
+    inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    other = Replay(PLAIN, 20, 1, 4, tmp_path)
+    other.load_state_dict(state)
+    assert inodes == {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
+    assert other.storage["observation"][:9, 1].tolist() == list(range(9))
+    assert other.rows == 9 and (other.sample(30) == replay.sample(30)).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(capacity=60), "capacity is 20 in the checkpoint, 30 here"),
+        (dict(num_envs=4), "num_envs is 2 in the checkpoint, 4 here"),
+        (dict(length=6), "length is 5 in the checkpoint, 6 here"),
+        (dict(slack=1), "physical is 20 in the checkpoint, 21 here"),
+        (
+            dict(updatable=()),
+            r"deter is torch.float16 \[80, 2\] in the checkpoint, .*\[40, 2\] here",
+        ),
+        (dict(example=EXAMPLE.exclude("pixels")), r"pixels is torch.uint8 \[40.* None here"),
+    ],
+)
+def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message):
+    same = dict(example=EXAMPLE, capacity=40, num_envs=2, length=5, directory=tmp_path)
+    replay = Replay(**same)
+    fill(replay, 30)
+    state = replay.state_dict()
+    wanted = replay.sample(9)
+    with pytest.raises(ValueError, match=message):
+        Replay(**same | change).load_state_dict(state)
+    again = Replay(**same)
+    again.load_state_dict(state)
+    assert (again.sample(9) == wanted).all()
+
+
+def test_sizes(tmp_path, monkeypatch):
+    """gigabytes() is what the files take, and a disk that is too small is refused at once."""
+    arguments = dict(example=EXAMPLE, capacity=60_000, num_envs=2, slack=500)
+    size = Replay.gigabytes(**arguments)
+    usage = namedtuple("usage", "total used free")
+    free = int(size * 1e9) - 10
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
+    with pytest.raises(OSError, match=r"needs 0.0\d GB more, only .* free in .*--replay-size"):
+        Replay(**arguments, length=5, directory=tmp_path)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.undo()
+    Replay(**arguments, length=5, directory=tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == round(size * 1e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    Replay(**arguments, length=5, directory=tmp_path)  # the blocks are its own already
+
+
+def test_too_small_or_empty(tmp_path):
+    with pytest.raises(ValueError, match="16 rows for each of 4 environments .* window of 65"):
+        Replay(PLAIN, 64, 4, 65, tmp_path)
+    replay = Replay(PLAIN, 64, 4, 5, tmp_path)
+    fill(replay, 4)
+    assert len(replay) == 0
+    with pytest.raises(ValueError, match="no window of 5 rows in 16 rows"):
+        replay.sample(1)
+    with pytest.raises(AssertionError):
+        replay.append(make_row(0, 4))  # keys that the replay does not have
+
+
+KILLED = """
+import os, sys, torch
+sys.path.insert(0, "tests")
+from test_replay import EXAMPLE, Replay, fill, latents
+torch.set_num_threads(1)
+folder = sys.argv[1]
+replay = Replay(EXAMPLE, 100, 2, 5, folder + "/replay", slack=7)
+for turn in range(1, 10**9):
+    for _ in range(7):
+        assert not replay.exhausted
+        fill(replay, 1, latent=turn % 1000)
+        rows = range(max(0, replay.total - 50), replay.total)
+        index = torch.tensor([[(env, row) for row in rows] for env in range(2)])
+        replay.write_back(index, latents(index, 1999))  # must never be seen after a kill
+    replay.write_back(index, latents(index, turn % 1000))
+    torch.save({"turn": turn, "replay": replay.state_dict()}, folder + "/tmp")
+    os.replace(folder + "/tmp", folder + "/checkpoint.pt")
+    print(turn, flush=True)
+"""
+
+
+def test_a_killed_process_resumes_at_its_checkpoint(tmp_path):
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    for trial in range(2):
+        folder = tmp_path / str(trial)
+        command = [sys.executable, "-c", KILLED, str(folder)]
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE)
+        for _ in range(30):
+            assert process.stdout.readline()
+        time.sleep(0.0137 * (trial + 1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        turn = state["turn"]
+        replay = Replay(EXAMPLE, 100, 2, 5, folder / "replay", slack=7)
+        replay.load_state_dict(state["replay"])
+        assert replay.total == 7 * turn >= 210
+        batch = replay.sample(500)
+        assert (batch["observation"][..., :2] == batch["index"]).all()
+        assert len(batch["index"].flatten(0, 1).unique(dim=0)) == replay.rows == 100
+        assert (batch["deter"] == turn % 1000).all()
+        assert (batch["stoch"] == turn % 1000 % 256).all()
