@@ -26,6 +26,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -42,25 +43,17 @@ from torch._higher_order_ops import scan
 from torch.distributions import Normal, OneHotCategorical
 from torch.profiler import profile, record_function
 
-from common.checkpoint import (
-    Every,
-    Ratio,
-    RunError,
-    Stop,
-    load as load_checkpoint,
-    open_run,
-    rng_state,
-    save,
-    seed_everything,
-    set_rng_state,
-)
+from common import checkpoint
+from common.checkpoint import Every, Ratio, RunError, Stop
 from common.envs import Envs
 from common.imagination import ModelBasedEnvBase
-from common.logger import Logger, plot_curve
+from common.logger import Logger, dream_plot, dream_video, plot_curve
 from common.replay import Replay
 
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
+PHASES = ("world model", "dreams and actor", "critic", "backward", "optimiser")  # of an update
+MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "threads")
 
 
 @dataclass
@@ -82,7 +75,8 @@ class Args:
     benchmark: bool = False  # time the updates of these settings instead of training
     device: str = ""  # empty: cuda if there is one, else cpu
     threads: int = 0  # of torch on the CPU; 0: as many as cores
-    compile: bool = False  # torch.compile the step functions: faster after a minute or two
+    compile: bool = False  # torch.compile the hot functions: faster, after a minute or two
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
     tensorboard: bool = True  # mirror the metrics to TensorBoard
     log_every: int = 2_000  # environment steps between lines in metrics.jsonl
     save_every: int = 10_000  # environment steps between checkpoints
@@ -162,11 +156,11 @@ PRESETS = {
     "crafter": dict(env_id="crafter/Reward-v0", size="200m", train_ratio=512.0, steps=1_100_000),
     "debug": dict(
         env_id="Pendulum-v1",
-        steps=300,
+        steps=1000,
         num_envs=2,
         batch_size=4,
         batch_length=8,
-        train_ratio=8.0,
+        train_ratio=4.0,
         imagination_horizon=4,
         log_every=50,
         save_every=100,
@@ -219,7 +213,7 @@ def two_hot_neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     The interpolation is linear in raw space (the 2023 version did it in symlog space).
     Outside the support all weight is on the end bin.
     """
-    above = torch.bucketize(x, bins, right=True)
+    above = torch.bucketize(x.contiguous(), bins, right=True)
     index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
     low, high = bins[index].unbind(-1)
     upper = ((x - low) / (high - low)).nan_to_num(0.0, 0.0, 0.0)  # both ends: low == high
@@ -237,24 +231,28 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
     Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
     """
-    probs = logits.softmax(-1)
+    probs = logits.float().softmax(-1)
     middle = len(bins) // 2
     return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ bins[middle + 1 :]
 
 
-def two_hot_loss(logits: Tensor, targets: list[Tensor], bins: Tensor) -> Tensor:
-    """Cross entropy (...) of softmax(logits) with the two-hot code of each target (...), summed.
+def two_hot_loss(logits: Tensor, targets: list[Tensor], bins: Tensor, weights=(1.0,)) -> Tensor:
+    """Cross entropy (...) of softmax(logits) with the two-hot code of each target (...), weighted.
 
-    Only the two bins that hold weight are read, instead of a dense product with the code.
+    Only the bins that hold weight are read, instead of a dense product with the code.
     """
-    index, weight = zip(*(two_hot_neighbours(x, bins) for x in targets), strict=True)
-    index, weight = torch.cat(index, -1), torch.cat(weight, -1)  # (..., 2 * targets)
-    return len(targets) * logits.logsumexp(-1) - (weight * logits.gather(-1, index)).sum(-1)
+    pairs = [two_hot_neighbours(x, bins) for x in targets]
+    index = torch.cat([index for index, _ in pairs], -1)  # (..., 2 * targets)
+    weight = torch.cat([w * weight for (_, weight), w in zip(pairs, weights, strict=True)], -1)
+    logits = logits.float()
+    return sum(weights) * logits.logsumexp(-1) - (weight * logits.gather(-1, index)).sum(-1)
 
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     """Class probabilities (..., C) with a share `unimix` of the uniform distribution mixed in."""
-    return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+    # torch.softmax over so few classes takes three times as long on a CPU.
+    probs = (logits - logits.detach().amax(-1, keepdim=True)).exp()
+    return (1 - unimix) * probs / probs.sum(-1, keepdim=True) + unimix / logits.shape[-1]
 
 
 def race_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
@@ -326,21 +324,27 @@ def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
 
 
 class BlockLinear(nn.Module):
-    """`blocks` independent linear maps, one per slice of the input: (..., inputs) -> (..., outputs).
+    """Independent linear maps, one per slice of the input, each also seeing `shared` numbers.
 
-    The fan-in of the initialisation is the full input width, as in the authors' code.
+    The fan-in of the initialisation is that of all blocks together, as in the authors' code.
     """
 
-    def __init__(self, inputs: int, outputs: int, blocks: int):
+    def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
         self.blocks = blocks
-        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        width = inputs // blocks + shared
+        self.weight = nn.Parameter(torch.empty(blocks, width, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
-        scaled_init_(self.weight, inputs)
+        scaled_init_(self.weight, blocks * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (self.blocks, -1))
-        return torch.einsum("...ki,kio->...ko", x, self.weight).flatten(-2) + self.bias
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """(blocks, N, inputs / blocks) and shared (N, shared) -> (blocks, N, outputs / blocks)."""
+        bias = self.bias.unflatten(0, (self.blocks, 1, -1))
+        if shared is None:
+            return torch.baddbmm(bias, x, self.weight)
+        width = x.shape[-1]  # of the slice, which comes first in the block's input
+        common = torch.baddbmm(bias, shared.expand(self.blocks, -1, -1), self.weight[:, width:])
+        return torch.baddbmm(common, x, self.weight[:, :width])
 
 
 class RSSMPrior(nn.Module):
@@ -356,7 +360,7 @@ class RSSMPrior(nn.Module):
         self.deter_in = mlp(deter, hidden, 1)
         self.stoch_in = mlp(stoch * classes, hidden, 1)
         self.action_in = mlp(action_dim, hidden, 1)
-        self.hidden = BlockLinear(deter + blocks * 3 * hidden, deter, blocks)
+        self.hidden = BlockLinear(deter, deter, blocks, shared=3 * hidden)
         self.hidden_norm = nn.Sequential(nn.RMSNorm(deter, eps=1e-4), nn.SiLU())
         self.gates = BlockLinear(deter, 3 * deter, blocks)
         self.head = mlp(deter, hidden, 2).append(linear(hidden, stoch * classes))
@@ -368,18 +372,23 @@ class RSSMPrior(nn.Module):
     def core(self, deter: Tensor, stoch: Tensor, action_embed: Tensor) -> Tensor:
         """(N, D), (N, S, C), (N, hidden) -> next deter (N, D)."""
         shared = [self.deter_in(deter), self.stoch_in(stoch.flatten(-2)), action_embed]
-        shared = torch.cat(shared, -1)[:, None].expand(-1, self.blocks, -1)
-        blocks = deter.unflatten(-1, (self.blocks, -1))  # (N, blocks, D / blocks)
-        x = self.hidden_norm(self.hidden(torch.cat([blocks, shared], -1).flatten(-2)))
-        gates = self.gates(x).unflatten(-1, (self.blocks, -1))
+        blocks = deter.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (blocks, N, D / blocks)
+        x = self.hidden(blocks, torch.cat(shared, -1))
+        x = self.hidden_norm(x.transpose(0, 1).flatten(-2))  # over the full width
+        gates = self.gates(x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)).float()
         reset, candidate, update = gates.chunk(3, -1)  # split inside each block
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # the offset keeps the memory at first
-        return (update * candidate + (1 - update) * blocks).flatten(-2)
+        return torch.lerp(blocks, candidate, update).transpose(0, 1).flatten(-2)
+
+    def split(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (..., F) -> deter (..., D), stoch (..., S, C)."""
+        stoch = feat[..., -self.stoch * self.classes :].unflatten(-1, (self.stoch, self.classes))
+        return feat[..., : -self.stoch * self.classes], stoch
 
     def logits(self, deter: Tensor) -> Tensor:
         """(..., D) -> logits (..., S, C) of p(z | h)."""
-        return self.head(deter).unflatten(-1, (self.stoch, self.classes))
+        return self.head(deter).float().unflatten(-1, (self.stoch, self.classes))
 
     def forward(self, deter, stoch, action, noise) -> tuple[Tensor, Tensor]:
         """One imagined step: (N, D), (N, S, C), (N, A), (N, S, C) -> next deter, stoch."""
@@ -404,7 +413,7 @@ class RSSMPosterior(nn.Module):
     def forward(self, deter: Tensor, embed: Tensor) -> Tensor:
         """(N, D), (N, hidden) from `embed` -> logits (N, S, C)."""
         x = self.norm(F.linear(deter, self.layer.weight[:, : self.deter]) + embed)
-        return self.head(x).unflatten(-1, (self.stoch, self.classes))
+        return self.head(x).float().unflatten(-1, (self.stoch, self.classes))
 
 
 class RSSMRollout(nn.Module):
@@ -526,14 +535,14 @@ class ObsDecoder(nn.Module):
 
     def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """(N, D), (N, S * C) -> (N, H, W, channels) in [0, 1]."""
-        height, width, depth = self.grid
-        x = self.deter_in(deter).unflatten(-1, (self.blocks, height, width, depth // self.blocks))
-        x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, h, w, blocks * c)
+        height, width, _ = self.grid
+        x = self.deter_in(deter.unflatten(-1, (self.blocks, -1)).transpose(0, 1))
+        x = x.unflatten(-1, (height, width, -1)).permute(1, 2, 3, 0, 4).flatten(-2)  # (N, h, w, c)
         x = x + self.stoch_in(stoch).unflatten(-1, self.grid)
         for norm, layer in zip(self.norms, self.convs, strict=True):
             x = F.silu(norm(x)).permute(0, 3, 1, 2)
             x = layer(F.interpolate(x, scale_factor=2, mode="nearest")).permute(0, 2, 3, 1)
-        return torch.sigmoid(x)
+        return torch.sigmoid(x.float())
 
 
 class DreamerActor(nn.Module):
@@ -558,9 +567,9 @@ class DreamerActor(nn.Module):
         """The action distribution at feat (..., F)."""
         x = self.mlp(feat)
         if self.classes:
-            return Categoricals(self.head(x).split(self.classes, -1))
-        std = (1.0 - 0.1) * torch.sigmoid(self.std_head(x) + 2.0) + 0.1
-        return BoundedNormal(torch.tanh(self.head(x)), std)
+            return Categoricals(self.head(x).float().split(self.classes, -1))
+        std = (1.0 - 0.1) * torch.sigmoid(self.std_head(x).float() + 2.0) + 0.1
+        return BoundedNormal(torch.tanh(self.head(x).float()), std)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, A) for the distribution's `sample`."""
@@ -646,7 +655,7 @@ class WorldModel(nn.Module):
 
     def predict_continue(self, feat: Tensor) -> Tensor:
         """Probability (...) that the episode goes on after feat (..., F), discount included."""
-        return self.cont(feat).squeeze(-1).sigmoid()
+        return self.cont(feat).float().squeeze(-1).sigmoid()
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -729,7 +738,7 @@ class DreamerV3ModelLoss(nn.Module):
     def cont(self, feat: Tensor, is_terminal: Tensor) -> Tensor:
         """Binary cross entropy (B, T) with the soft target 1 - 1/horizon, or 0 at a terminal row."""
         target = (~is_terminal).float() * (1 - 1 / self.horizon)
-        logits = self.world_model.cont(feat).squeeze(-1)
+        logits = self.world_model.cont(feat).float().squeeze(-1)
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
@@ -766,51 +775,63 @@ class DreamerV3ActorLoss(nn.Module):
     def forward(self, td: TensorDict, noise: TensorDict | None = None):
         """td[N]: latents to start from, `deter` and `stoch`; no gradient reaches them.
 
-        Returns loss_actor and the dream[N, H + 1], its first entry the start, with `feat`,
-        `action`, `reward`, `continue`, `weight`, `value_logits`, `value`, and `lambda_target`
-        (the last one 0, to be ignored).
+        Returns loss_actor and the dream[N, H + 1], its first entry the start: `feat`, `action`,
+        `reward`, `continue`, `weight`, `value_logits`, `value`, `lambda_target`, `entropy`
+        (0 at the last entry, like the action and the target).
         """
         with torch.no_grad():
-            dream = self.imagine(td.select("deter", "stoch").detach(), noise)
-            dream["feat"] = features(dream)
-            dream["reward"] = self.env.world_model.predict_reward(dream["feat"])
-            dream["continue"] = self.env.world_model.predict_continue(dream["feat"])
+            dream = self.imagine(td, noise)
+            dream["reward"], dream["continue"] = self.predict(dream["feat"])
             weight = dream["continue"].cumprod(1)
             dream["weight"] = weight if self.discount_loss else torch.ones_like(weight)
-        dream["value_logits"] = self.value(dream["feat"])
-        with torch.no_grad():
-            dream["value"] = two_hot_decode(dream["value_logits"], self.env.world_model.bins)
-            returns = lambda_return(
-                dream["reward"],
-                dream["value"],
-                torch.zeros_like(dream["reward"]),
-                1 - dream["continue"],
-                discount=1.0,  # it is in the continuation head
-                lam=self.lam,
-            )
-            dream["lambda_target"] = F.pad(returns, (0, 1))
-            advantage = (returns - dream["value"][:, :-1]) / self.return_scale(returns)
-        policy = self.actor(dream["feat"][:, :-1])
-        entropy = policy.entropy()
+        dream["value_logits"], dream["value"] = self.evaluate(dream["feat"])
+        returns = lambda_return(
+            dream["reward"],
+            dream["value"],
+            last=torch.zeros_like(dream["reward"]),
+            terminal=1 - dream["continue"],
+            discount=1.0,  # it is in the continuation head
+            lam=self.lam,
+        )
+        advantage = (returns - dream["value"][:, :-1]) / self.return_scale(returns)
+        log_prob, entropy = self.policy(dream["feat"][:, :-1], dream["action"][:, :-1])
+        objective = log_prob * advantage + self.entropy_bonus * entropy
+        dream["lambda_target"] = F.pad(returns, (0, 1))
         dream["entropy"] = F.pad(entropy.detach(), (0, 1))
-        objective = policy.log_prob(dream["action"][:, :-1]) * advantage
-        objective = objective + self.entropy_bonus * entropy
         return TensorDict(loss_actor=-(dream["weight"][:, :-1] * objective).mean()), dream
 
     def imagine(self, start: TensorDict, noise: TensorDict | None = None) -> TensorDict:
-        """start[N] -> [N, H + 1] with deter, stoch and action (zeros at the end), by the env's step."""
-        horizon, state, states, actions = self.imagination_horizon, start, [start], []
+        """start[N] -> [N, H + 1] with `feat` and `action`, stepped by the environment's model."""
         noise = self.draw_noise(len(start)) if noise is None else noise
-        for action_noise, stoch_noise in zip(
-            noise["action"].unbind(1), noise["stoch"].unbind(1), strict=True
-        ):
-            action = self.actor(features(state)).sample(action_noise)
-            state = self.env.transition(state, action, stoch_noise)
-            states.append(state)
+        feats, actions = [features(start).detach()], []
+        for step in zip(noise["action"].unbind(1), noise["stoch"].unbind(1), strict=True):
+            action, feat = self.dream_step(feats[-1], *step)
+            feats.append(feat)
             actions.append(action)
-        dream = torch.stack(states, 1)
-        dream["action"] = F.pad(torch.stack(actions, 1), (0, 0, 0, 1))
-        return dream
+        action = F.pad(torch.stack(actions, 1), (0, 0, 0, 1))
+        return TensorDict(feat=torch.stack(feats, 1), action=action, batch_size=action.shape[:2])
+
+    def dream_step(self, feat, action_noise, stoch_noise) -> tuple[Tensor, Tensor]:
+        """Act at feat (N, F) and let the model answer: action (N, A), next feat (N, F)."""
+        prior = self.env.world_model.prior
+        action = self.actor(feat).sample(action_noise)
+        deter, stoch = prior(*prior.split(feat), action, stoch_noise)
+        return action, torch.cat([deter, stoch.flatten(-2)], -1)
+
+    def predict(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """Imagined reward and continuation probability (...) at feat (..., F)."""
+        model = self.env.world_model
+        return model.predict_reward(feat), model.predict_continue(feat)
+
+    def evaluate(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """The critic's logits (..., num_bins) and, without gradient, its value (...)."""
+        logits = self.value(feat)
+        return logits, two_hot_decode(logits.detach(), self.env.world_model.bins)
+
+    def policy(self, feat: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of the action and entropy (...), in nats."""
+        distribution = self.actor(feat)
+        return distribution.log_prob(action), distribution.entropy()
 
     def draw_noise(self, n: int) -> TensorDict:
         """Random numbers for n dreams: action (n, H, A), stoch (n, H, S, C)."""
@@ -838,9 +859,8 @@ class DreamerV3ValueLoss(nn.Module):
 
     def __init__(
         self,
-        value_model,
-        slow_value_model,
-        bins,
+        value_model: nn.Module,
+        slow_value_model: nn.Module,
         *,
         lam=0.95,
         lambda_replay=0.3,
@@ -851,13 +871,14 @@ class DreamerV3ValueLoss(nn.Module):
         self.value, self.slow_value = value_model, slow_value_model
         self.lam, self.horizon, self.lambda_replay = lam, horizon, lambda_replay
         self.slow_regularization = slow_regularization
-        self.register_buffer("bins", bins.clone(), persistent=False)
+        self.register_buffer("bins", two_hot_bins(BINS))
 
     def error(self, logits: Tensor, target: Tensor, feat: Tensor) -> Tensor:
         """Cross entropy (...) with the target (...) and with the slow critic at feat (..., F)."""
         with torch.no_grad():
             slow = two_hot_decode(self.slow_value(feat), self.bins)
-        return two_hot_loss(logits, [target.detach(), slow], self.bins)
+        weights = (1.0, self.slow_regularization)
+        return two_hot_loss(logits, [target.detach(), slow], self.bins, weights)
 
     def forward(self, dream: TensorDict) -> tuple[TensorDict, TensorDict]:
         """dream[N, H + 1] of DreamerV3ActorLoss, its last state excluded."""
@@ -971,8 +992,8 @@ class DreamerDecoder(nn.Module):
 
 def with_context(batch: TensorDict) -> TensorDict:
     """Rows [B, T + 1] of the replay -> rows 1..T, each with the row before it as "previous"."""
-    td, previous = batch[:, 1:].exclude("deter", "stoch"), batch[:, :-1]
-    return td.set("previous", previous.select("action", "deter", "stoch"))
+    previous = batch[:, :-1].select("action", "deter", "stoch")
+    return batch[:, 1:].exclude("deter", "stoch").set("previous", previous)
 
 
 class Agent:
@@ -983,50 +1004,57 @@ class Agent:
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
-        shapes, classes = spec["shapes"], tuple(spec["classes"])
-        self.world_model = WorldModel(shapes, spec["action_dim"], args).to(device)
-        feat = self.world_model.features
-        self.actor = DreamerActor(feat, spec["action_dim"], classes, args.units).to(device)
-        self.value = mlp(feat, args.units, 3).append(linear(args.units, BINS, 0.0)).to(device)
-        self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
-        self.model_loss = DreamerV3ModelLoss(
-            self.world_model, free_nats=args.free_nats, horizon=args.horizon
-        )
-        self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
-        self.actor_loss = DreamerV3ActorLoss(
-            self.actor,
-            self.value,
-            self.env,
-            imagination_horizon=args.imagination_horizon,
-            lam=args.lam,
-            entropy_bonus=args.entropy_bonus,
-        ).to(device)
-        self.value_loss = DreamerV3ValueLoss(
-            self.value, self.slow_value, self.world_model.bins, lam=args.lam, horizon=args.horizon
-        ).to(device)
+        with self.device:
+            self.world_model = WorldModel(spec["shapes"], spec["action_dim"], args)
+            feat = self.world_model.features
+            self.actor = DreamerActor(feat, spec["action_dim"], spec["classes"], args.units)
+            self.value = mlp(feat, args.units, 3).append(linear(args.units, BINS, 0.0))
+            self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
+            self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
+            self.model_loss = DreamerV3ModelLoss(
+                self.world_model, free_nats=args.free_nats, horizon=args.horizon
+            )
+            self.actor_loss = DreamerV3ActorLoss(
+                self.actor,
+                self.value,
+                self.env,
+                imagination_horizon=args.imagination_horizon,
+                lam=args.lam,
+                entropy_bonus=args.entropy_bonus,
+            )
+            self.value_loss = DreamerV3ValueLoss(
+                self.value, self.slow_value, lam=args.lam, horizon=args.horizon
+            )
         self.modules = {"world_model": self.world_model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
+        if args.compile:
+            self.compile()
+
+    def compile(self):
+        """Compile the functions in which an update spends its time (RSSMRollout does its own)."""
+        hot = [(self.actor_loss, name) for name in ("dream_step", "predict", "evaluate", "policy")]
+        hot += [(self.model_loss, name) for name in ("kl", "reward", "cont", "reconstruction")]
+        for module, name in [*hot, (self.value_loss, "error")]:
+            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
     def initial(self, num_envs: int) -> TensorDict:
-        """Latents and action before the first row, [N]; any row with is_first ignores them."""
-        args, kw = self.args, dict(device=self.device)
-        return TensorDict(
-            deter=torch.zeros(num_envs, args.deter, **kw),
-            stoch=torch.zeros(num_envs, args.stoch, args.classes, **kw),
-            action=torch.zeros(num_envs, self.spec["action_dim"], **kw),
-            batch_size=[num_envs],
-        )
+        """Latents and action before the first row, [N]; a row with is_first ignores them."""
+        args, sizes = self.args, (num_envs, self.spec["action_dim"])
+        with self.device:
+            stoch = torch.zeros(num_envs, args.stoch, args.classes)
+            deter, action = torch.zeros(num_envs, args.deter), torch.zeros(sizes)
+        return TensorDict(deter=deter, stoch=stoch, action=action, batch_size=[num_envs])
 
     @torch.no_grad()
     def act(self, rows: TensorDict, state: TensorDict | None = None, sample: bool = True):
-        """Rows[N] and the state returned for the rows before -> action (N, A) and state[N].
+        """Rows[N] and the state after the rows before -> action (N, A) on the CPU, state[N].
 
-        `sample=False` takes the policy's mode. The published scores are of the sampling policy.
+        `sample=False` takes the policy's mode; the published scores are of the sampling policy.
         """
-        rows = rows.to(self.device)
+        rows, model = rows.to(self.device), self.world_model
         state = self.initial(len(rows)) if state is None else state
-        model, keep = self.world_model, (~rows["is_first"]).float()
+        keep = (~rows["is_first"]).float()
         with self.autocast():
             deter, stoch, _ = model.rollout.step(
                 state["deter"],
@@ -1036,25 +1064,24 @@ class Agent:
                 keep,
                 race_noise(*state["stoch"].shape, device=self.device),
             )
-            state = TensorDict(deter=deter.float(), stoch=stoch.float(), batch_size=[len(rows)])
-            policy = self.actor(features(state))
+            policy = self.actor(torch.cat([deter, stoch.flatten(-2)], -1))
         action = policy.sample(self.actor.draw_noise(len(rows))) if sample else policy.mode
-        state["action"] = action * (~rows["is_last"]).float()[:, None]
-        return state["action"].cpu(), state
+        action = action * (~rows["is_last"]).float()[:, None]
+        state = TensorDict(deter=deter, stoch=stoch, action=action, batch_size=[len(rows)])
+        return action.cpu(), state
 
     def update(self, batch: TensorDict, noise: dict | None = None):
-        """One step of every network on rows [B, T + 1].
+        """One step of every network on rows [B, T + 1] with unpacked latents.
 
         Returns metrics (0-dim tensors) and the new latents[B, T] of rows 1..T for the replay.
         `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
         """
-        noise = noise or {}
-        td = with_context(batch.to(self.device))
+        noise, td = noise or {}, with_context(batch)
         with self.autocast():
             with record_function("world model"):
                 losses, td = self.model_loss(td, noise.get("posterior"))
-            with record_function("dreams, actor"):
-                starts = td.select("deter", "stoch").flatten()
+            with record_function("dreams and actor"):
+                starts = td.select("deter", "stoch").flatten()  # every row starts a dream
                 actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
             with record_function("critic"):
                 value_losses, _ = self.value_loss(dream)
@@ -1072,67 +1099,64 @@ class Agent:
 
     @torch.no_grad()
     def metrics(self, losses: TensorDict, td: TensorDict, dream: TensorDict) -> dict:
-        """What the README's glossary explains; 0-dim tensors, no host synchronisation."""
+        """What the README's glossary explains, as 0-dim tensors: no host synchronisation."""
         prior = unimix_probs(td["prior_logits"], self.args.unimix)
-        returns = dream["lambda_target"][:, :-1]
+        means = {k: dream[k].mean() for k in ("reward", "value", "continue", "entropy")}
         return {
-            **{f"train/{k}": v.detach() for k, v in losses.items()},
+            **{f"train/{name}": value.detach() for name, value in losses.items()},
+            **{f"dream/{name}": value for name, value in means.items()},
+            "dream/return": dream["lambda_target"][:, :-1].mean(),
+            "dream/return_range": self.actor_loss.high - self.actor_loss.low,
             "train/prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
-            "train/imagined_reward": dream["reward"].mean(),
-            "train/imagined_return": returns.mean(),
-            "train/imagined_value": dream["value"].mean(),
-            "train/return_range": self.actor_loss.high - self.actor_loss.low,
-            "train/policy_entropy": dream["entropy"].mean(),
-            "train/continue": dream["continue"].mean(),
         }
 
     def autocast(self):
-        """bfloat16 matrix products on CUDA; parameters and everything else stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        """bfloat16 matrix products where asked for; parameters and losses stay float32."""
+        auto = self.device.type == "cuda" and self.args.precision == "auto"
+        enabled = auto or self.args.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def pack(self, state: TensorDict) -> TensorDict:
-        """Latents -> what the replay stores: deter in half precision, class indices (..., S)."""
+        """Latents as the replay stores them: deter in half precision, class indices (..., S)."""
         stoch = state["stoch"].argmax(-1).to(torch.uint8)
         return TensorDict(deter=state["deter"].half(), stoch=stoch, batch_size=state.batch_size)
 
     def unpack(self, batch: TensorDict) -> TensorDict:
-        """The inverse of `pack` on a batch of the replay, on the agent's device."""
+        """The inverse of `pack` for a batch of the replay, on the agent's device."""
         batch = batch.to(self.device)
         batch["deter"] = batch["deter"].float()
         batch["stoch"] = F.one_hot(batch["stoch"].long(), self.args.classes).float()
         return batch
 
     def state_dict(self) -> dict:
-        parts = {name: module.state_dict() for name, module in self.modules.items()}
-        parts |= {"slow_value": self.slow_value.state_dict(), "spec": self.spec}
-        parts |= {"low": self.actor_loss.low, "high": self.actor_loss.high}
-        return parts | {"optimizer": self.optimizer.state_dict()}
+        modules = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
+        bounds = {"low": self.actor_loss.low, "high": self.actor_loss.high}
+        return {k: v.state_dict() for k, v in modules.items()} | bounds | {"spec": self.spec}
 
     def load_state_dict(self, state: dict):
-        for name, module in {**self.modules, "slow_value": self.slow_value}.items():
+        modules = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
+        for name, module in modules.items():
             module.load_state_dict(state[name])
         self.actor_loss.low.copy_(state["low"])
         self.actor_loss.high.copy_(state["high"])
-        self.optimizer.load_state_dict(state["optimizer"])
 
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    state = load_checkpoint(run, "dreamer_v3")
-    saved = json.loads((Path(run) / "args.json").read_text())
+    state = checkpoint.load(run, "dreamer_v3")["agent"]
+    saved = json.loads(Path(run, "args.json").read_text())
     names = {field.name for field in dataclasses.fields(Args)}
-    agent = Agent(
-        state["agent"]["spec"], Args(**{k: v for k, v in saved.items() if k in names}), device
-    )
-    agent.load_state_dict(state["agent"])
+    args = Args(**{name: value for name, value in saved.items() if name in names})
+    agent = Agent(state["spec"], dataclasses.replace(args, run=str(run), compile=False), device)
+    agent.load_state_dict(state)
     return agent
 
 
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def make_envs(args: Args, num_envs: int, seed: int, frames: int = 0) -> Envs:
-    """The environments of a run; `frames` > 0: also pictures of that size for a video."""
+def make_envs(args: Args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
+    """The environments that `args` describe; `frames` > 0: with pictures of that size."""
     return Envs(
         args.env_id,
         num_envs,
@@ -1140,7 +1164,7 @@ def make_envs(args: Args, num_envs: int, seed: int, frames: int = 0) -> Envs:
         action_repeat=args.action_repeat,
         obs=args.obs,
         image_size=args.image_size,
-        workers=args.env_workers,
+        workers=workers,
         sticky=args.sticky,
         camera=args.camera,
         render_quality=args.render_quality,
@@ -1148,131 +1172,116 @@ def make_envs(args: Args, num_envs: int, seed: int, frames: int = 0) -> Envs:
     )
 
 
-def evaluate(agent: Agent, episodes: int, seed: int) -> tuple[list[float], list[np.ndarray]]:
-    """Play whole episodes with the sampling policy: returns, and frames of the first episode."""
-    envs = make_envs(dataclasses.replace(agent.args, env_workers=False), 1, seed, frames=256)
-    returns, frames, state = [], [], None
+def evaluate(agent: Agent, episodes: int, seed: int):
+    """Play whole episodes: returns, frames and rows [1, L] (for dreams) of the first one."""
+    envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=256), [], [], []
+    action = state = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for episode in range(episodes):
-            total, rows = 0.0, envs.step(None if state is None else state["action"].cpu())
+            rows, total = envs.step(action), 0.0
             while True:
-                total += rows["reward"].item()
-                if episode == 0 and envs.can_render:
-                    frames.append(envs.frame())
                 action, state = agent.act(rows, state)
+                total += rows["reward"].item()
+                if episode == 0:
+                    first.append(rows.update(agent.pack(state).cpu()).set("action", action))
+                    frames += [envs.frame()] if envs.can_render else []
                 if rows["is_last"].item():
                     break
                 rows = envs.step(action)
             returns.append(total)
     envs.close()
-    return returns, frames
+    return returns, frames, torch.stack(first, 1)
 
 
 @torch.no_grad()
 def open_loop(agent: Agent, batch: TensorDict, context: int) -> TensorDict:
-    """Filter `context` rows, then predict the rest from the actions alone: [B, T].
+    """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
 
-    Observations and `reward` as predicted; the truth under "true". Sampling noise is fixed.
+    [B, T]: observations and `reward` as the model has them, and the truth under "true".
     """
     with torch.random.fork_rng(), agent.autocast():
         torch.manual_seed(0)
-        model, td = agent.world_model, with_context(batch)
+        model, td = agent.world_model, with_context(agent.unpack(batch))
         _, td = agent.model_loss(td)
-        state = td[:, context - 1].select("deter", "stoch")
         states = list(td[:, :context].select("deter", "stoch").unbind(1))
-        for t in range(context, td.shape[1]):
-            state = agent.env.transition(state, td["previous", "action"][:, t])
-            states.append(state)
-    states = torch.stack(states, 1).float()
-    out = DreamerDecoder(model)(states).set("reward", model.predict_reward(features(states)))
+        for action in td["previous", "action"][:, context:].unbind(1):
+            states.append(agent.env.transition(states[-1], action))
+        out = DreamerDecoder(model)(torch.stack(states, 1))
+        out["reward"] = model.predict_reward(features(out))
     keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
-    return out.select(*keys).set("true", td.select(*keys))
+    return out.select(*keys).set("true", td.select(*keys)).cpu()
 
 
-def draw_dream(logger: Logger, agent: Agent, batch: TensorDict, name: str):
-    """Open-loop prediction: a video for each image key, a plot for the vectors and the reward."""
+def draw_dreams(agent: Agent, logger: Logger, batch: TensorDict, name: str):
+    """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
     length = batch.shape[1] - 1
-    context = min(length // 2, 8 if length < 64 else 16)
-    dream = open_loop(agent, batch[:6], context).cpu()
+    context = max(1, length // 4)
+    dream = open_loop(agent, batch[:6], context)
     for key in agent.world_model.decoder.images:
-        truth, model = dream["true", key].int(), dream[key].int()
-        rows = torch.stack([truth, model, (model - truth + 255) // 2], 2)  # [B, T, 3, H, W, C]
-        rows = F.pad(rows, (0, 0, 2, 2, 2, 2))
-        border = torch.tensor([0, 255, 0]).repeat(length, 1)  # green: context; red: imagined
-        border[context:] = torch.tensor([255, 0, 0])
-        rows = rows.expand(*rows.shape[:-1], 3).clone()
-        border = border[None, :, None, None, :]
-        for edge in (rows[..., :2, :, :], rows[..., -2:, :, :]):
-            edge[:] = border[..., None, :]
-        for edge in (rows[..., :, :2, :], rows[..., :, -2:, :]):
-            edge[:] = border[..., None, :]
-        video = rows.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).flatten(1, 2)  # [T, 3 H, B W, 3]
-        logger.video(f"{name}_{key}", video.byte().numpy(), fps=15)
-    logger.picture(name, plot_dream(dream, agent.world_model.decoder.vectors, context))
+        logger.video(f"{name}_{key}", dream_video(dream["true", key], dream[key], context), fps=10)
+    curves = {"reward": (dream["true", "reward"][0], dream["reward"][0])}
+    for key in agent.world_model.decoder.vectors:
+        pairs = zip(dream["true", key][0].unbind(-1), dream[key][0].unbind(-1), strict=True)
+        curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
+    return logger.picture(name, dream_plot(curves, context))
 
 
-def plot_dream(dream: TensorDict, keys: list[str], context: int):
-    """Figure of the first sequence: up to seven numbers of the vectors, and the reward."""
-    from matplotlib.figure import Figure
-
-    lines = [(f"{k}[{i}]", k, i) for k in keys for i in range(dream[k].shape[-1])][:7]
-    figure = Figure(figsize=(8, 1.3 * len(lines) + 2), layout="constrained")
-    axes = figure.subplots(len(lines) + 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, key, i) in zip(axes, [*lines, ("reward", "reward", None)], strict=True):
-        for td, style in ((dream["true"], "k-"), (dream, "C1--")):
-            values = td[key][0] if i is None else td[key][0, :, i]
-            axis.plot(values.numpy(), style, lw=1.5)
-        axis.axvline(context - 0.5, color="0.6", lw=1)
-        axis.set_ylabel(label, fontsize=8)
-    axes[0].set_title("true (black), model (dashed): filtered up to the line, then imagined")
-    axes[-1].set_xlabel("rows (one per action)")
-    return figure
+def finish(agent: Agent, logger: Logger, args: Args, name: str) -> dict:
+    """Play, film, dream, and print where it all lies; returns the scores."""
+    returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes, sampling policy")
+    print("returns", *(f"{x:.1f}" for x in returns))
+    if frames:
+        fps = max(1, round(frames_per_second(args)))
+        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
+    else:
+        print(f"no video: {args.env_id} has no pictures to give")
+    if rows.shape[1] > 8:
+        print(f"dreams: {draw_dreams(agent, logger, rows[:, :129], f'{name}_dream')}")
+    return {"eval/return": mean, "eval/return_std": std}
 
 
 def benchmark(args: Args, device: torch.device):
-    """Print milliseconds per update by phase, steps per second, memory, and the run's time."""
-    envs = make_envs(args, args.num_envs, args.seed)
-    agent = Agent(spec_of(envs), args, device)
-    state, action, rows, times = None, None, [], {"environment": 0.0, "policy": 0.0}
-    for _ in range(max(args.batch_length + 1, 100)):
+    """Print milliseconds per update by phase, rows per second, memory, and the run's time."""
+    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
+    agent, action, state, rows = Agent(spec_of(envs), args, device), None, None, []
+    seconds = {"environment": 0.0, "policy": 0.0}
+    for _ in range(args.batch_length + 101):
         start = time.perf_counter()
         row = envs.step(action)
         middle = time.perf_counter()
         action, state = agent.act(row, state)
-        times["environment"] += middle - start
-        times["policy"] += time.perf_counter() - middle
-        rows.append(row.set("action", action).update(agent.pack(state.cpu())))
-    count = len(rows) * args.num_envs
-    batch = torch.stack(rows[-args.batch_length - 1 :], 1)[[0] * args.batch_size]
-    for _ in range(3):
-        agent.update(agent.unpack(batch))
-    totals = []
-    for _ in range(10):
+        seconds["environment"] += (middle - start) / args.num_envs
+        seconds["policy"] += (time.perf_counter() - middle) / args.num_envs
+        rows.append(row.update(agent.pack(state).cpu()).set("action", action))
+    envs.close()
+    for name, total in seconds.items():
+        print(f"{len(rows) / total:10.0f} rows/s  {name} ({args.num_envs} at a time)")
+    window = torch.stack(rows[-args.batch_length - 1 :], 1)
+    batch = window[torch.arange(args.batch_size) % args.num_envs]
+    durations = []
+    for _ in range(13):
         start = time.perf_counter()
         agent.update(agent.unpack(batch))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        totals.append(time.perf_counter() - start)
+        durations.append(time.perf_counter() - start)
+    update = statistics.median(durations[3:])  # the first ones compile
+    print(
+        f"{1e3 * update:10.1f} ms      update (median of 10; the first took {durations[0]:.1f} s)"
+    )
     with profile() as profiler:
         agent.update(agent.unpack(batch))
-    phases = ("world model", "dreams, actor", "critic", "backward", "optimiser")
     for event in profiler.key_averages():
-        if event.key in phases:
-            print(f"{event.cpu_time_total / 1e3:10.1f} ms  {event.key} (under the profiler)")
-    update = sorted(totals)[len(totals) // 2]
-    print(f"{update * 1e3:10.1f} ms  update (median of {len(totals)})")
-    for name, seconds in times.items():
-        print(f"{count / seconds:10.0f} rows/s  {name}")
-    row_seconds = sum(times.values()) / count
+        if event.key in PHASES:
+            print(f"{event.cpu_time_total / 1e3:10.1f} ms      {event.key}, while profiled")
     updates = args.train_ratio / (args.batch_size * args.batch_length)
-    hours = args.steps / args.action_repeat * (row_seconds + updates * update) / 3600
-    print(f"{hours:10.2f} h  for {args.steps:,} environment steps, {updates:.3g} updates per row")
-    if device.type == "cuda":
-        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB of GPU memory")
-    import resource
-
-    print(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:10.2f} GB of memory")
+    per_row = sum(seconds.values()) / len(rows) + updates * update
+    hours = args.steps / args.action_repeat * per_row / 3600
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
+    print(f"{peak_memory(device):10.2f} GB      memory of the process or the GPU")
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1280,32 +1289,20 @@ def benchmark(args: Args, device: torch.device):
 
 def spec_of(envs: Envs) -> dict:
     """What `Agent` needs to know of the environments, in a form that a checkpoint can hold."""
-    keys = [
-        k for k in envs.example.keys() if k not in ("reward", "is_first", "is_last", "is_terminal")
-    ]
-    shapes = {k: list(envs.example[k].shape) for k in sorted(keys)}
+    keys = set(envs.example.keys()) - {"reward", "is_first", "is_last", "is_terminal"}
+    shapes = {key: list(envs.example[key].shape) for key in sorted(keys)}
     return {"shapes": shapes, "action_dim": envs.action_dim, "classes": list(envs.action_classes)}
 
 
-def setup(args: Args) -> torch.device:
-    """Threads, seeds and the device."""
-    torch.set_num_threads(args.threads or os.cpu_count())
-    torch.set_flush_denormal(True)  # as XLA does; tiny gradients are slow on a CPU without it
-    torch.set_float32_matmul_precision("high")
-    seed_everything(args.seed)
-    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
-    """Replay of the run, no larger than the run can fill, with room for one save interval."""
-    example = envs.example.clone()
-    example["action"] = torch.zeros(envs.action_dim)
-    example.update(agent.pack(agent.initial(1).cpu())[0])
-    rows = math.ceil(args.steps / (args.num_envs * args.action_repeat)) + 1
-    slack = math.ceil(args.save_every / (args.num_envs * args.action_repeat)) + 1
-    capacity = min(args.replay_size, rows * args.num_envs)
+    """The run's replay: no larger than the run can fill, with room for one save interval."""
+    example = envs.example.clone().set("action", torch.zeros(envs.action_dim))
+    example.update(agent.pack(agent.initial(1))[0].cpu())
+    per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
+    needed = args.num_envs * (math.ceil(args.steps / per_row) + args.batch_length + 1)
+    capacity, slack = min(args.replay_size, needed), math.ceil(args.save_every / per_row) + 1
     size = Replay.gigabytes(example, capacity, args.num_envs, slack)
-    print(f"{size:>12.2f} GB replay of {capacity:,} rows in {folder / 'replay'}")
+    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return Replay(
         example,
         capacity,
@@ -1318,34 +1315,34 @@ def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
 
 
 def check_finite(metrics: dict, updates: int):
-    """RunError that names the loss terms which are not finite."""
+    """RunError that names the losses which are NaN or infinite."""
     bad = [k for k, v in metrics.items() if "loss" in k and not torch.isfinite(v)]
     if bad:
         raise RunError(
-            f"{', '.join(bad)} not finite at update {updates:,}; stopped, and the last checkpoint "
-            "is kept. A smaller --lr or a look at the scale of rewards and observations may help"
+            f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
+            "Look at the scale of rewards and observations, or try a smaller --lr"
         )
 
 
-def finish(agent: Agent, logger: Logger, args: Args, step: int, folder: Path):
-    """Evaluate, film, draw the learning curve, and say where everything lies."""
-    returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
-    mean, std = np.mean(returns), np.std(returns)
-    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes of the sampling policy")
-    if frames:
-        fps = 30
-        print(f"video: {logger.video('policy', np.stack(frames), fps)}")
-    else:
-        print(f"no video: {args.env_id} cannot render")
-    return float(mean), float(std)
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch.set_num_threads(args.threads or os.cpu_count())
+    torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
+    checkpoint.seed_everything(args.seed)
+    if args.benchmark:
+        return benchmark(args, device)
+    if args.eval:
+        agent = load(args.eval, device)
+        agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
+        finish(agent, Logger(args.eval, 0, tensorboard=False), agent.args, "eval")
+        return None
 
-
-def train(args: Args):
-    """Collect with the policy, update at `train_ratio`, log, save: the loop of the paper."""
-    folder, saved = open_run("dreamer_v3", args, fresh=args.fresh, may_change=MAY_CHANGE)
-    device = setup(args)
-    envs = make_envs(args, args.num_envs, args.seed)
+    folder, saved = checkpoint.open_run("dreamer_v3", args, "runs", args.fresh, MAY_CHANGE)
+    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent = Agent(spec_of(envs), args, device)
+    for name, module in agent.modules.items():
+        print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
     replay = make_replay(args, envs, agent, folder)
     logger = Logger(folder, args.steps, args.tensorboard)
     ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))
@@ -1353,96 +1350,57 @@ def train(args: Args):
     dream_due = Every(args.dream_every)
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
     parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due)
-    step = updates = 0
+    step, updates = 0, 0
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         step, updates, score = saved["step"], saved["updates"], saved["score"]
         state = TensorDict(saved["state"], [args.num_envs]).to(device)
-        set_rng_state(saved["rng"])
-    announce(agent, folder, device, step)
-    started, first = time.monotonic(), updates
+        checkpoint.set_rng_state(saved["rng"])
+    print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
+
+    def save():
+        counters = dict(step=step, updates=updates, score=score, state=state.to_dict())
+        checkpoint.save(folder, **parts, **counters, rng=checkpoint.rng_state())
+
     with Stop() as stop:
         while step < args.steps and not stop.requested:
             rows = envs.step(state["action"].cpu() if step else None)
             action, state = agent.act(rows, state)
-            replay.append(rows.clone().set("action", action).update(agent.pack(state.cpu())))
+            replay.append(rows.copy().update(agent.pack(state).cpu()).set("action", action))
             step += args.num_envs * args.action_repeat
-            score = score * (~rows["is_first"]) + rows["reward"]
-            for i in rows["is_last"].nonzero()[:, 0].tolist():
-                logger.write(step, **{"episode/return": score[i].item()})
-                logger.advance(step, **{"return": score[i].item()})
-            ready = len(replay) >= args.batch_size * args.batch_length
-            for _ in range(ratio(step // args.action_repeat) if ready else 0):
+            score = score * ~rows["is_first"] + rows["reward"]
+            for value in score[rows["is_last"]].tolist():
+                logger.write(step, **{"episode/return": value, "updates": updates})
+                logger.advance(step, **{"return": value})
+            enough = len(replay) >= args.batch_size * args.batch_length
+            for _ in range(ratio(step // args.action_repeat) if enough else 0):
                 batch = replay.sample(args.batch_size)
                 metrics, latents = agent.update(agent.unpack(batch))
                 replay.write_back(batch["index"][:, 1:], agent.pack(latents))
                 updates += 1
-                if device.type == "cpu":
+                if device.type == "cpu":  # on a GPU only before a save: it would wait for it
                     check_finite(metrics, updates)
                 logger.add(metrics)
-                speed = (updates - first) / (time.monotonic() - started)
-                logger.advance(step, **{"updates/s": speed})
+                logger.advance(step, updates=updates)
+            if dream_due(step) and updates:
+                draw_dreams(agent, logger, batch, f"dream_{step:09}")
             if log_due(step):
                 logger.write(step, updates=updates)
-            if dream_due(step) and updates:
-                draw_dream(logger, agent, agent.unpack(batch), f"dream_{step:09d}")
-            if save_due(step) or replay.exhausted:
-                if updates:
-                    check_finite(metrics, updates)
-                save(
-                    folder,
-                    step=step,
-                    updates=updates,
-                    score=score,
-                    state=state.to_dict(),
-                    rng=rng_state(),
-                    **parts,
-                )
-    save(
-        folder,
-        step=step,
-        updates=updates,
-        score=score,
-        state=state.to_dict(),
-        rng=rng_state(),
-        **parts,
-    )
-    if not stop.requested:
-        finish(agent, logger, args, step, folder)
+            if save_due(step) or replay.exhausted or stop.requested:
+                check_finite(metrics if updates else {}, updates)
+                save()
+        save()
+    if step >= args.steps:
+        logger.write(step, **finish(agent, logger, args, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
+    print(
+        f"run folder: {folder} (again the same command: {'nothing to do' if step >= args.steps else 'resume'})"
+    )
     logger.close()
     envs.close()
 
-
-def announce(agent: Agent, folder: Path, device: torch.device, step: int):
-    """Sizes, device, folder, and whether the run starts or resumes."""
-    for name, module in agent.modules.items():
-        print(f"{sum(p.numel() for p in module.parameters()):>12,} parameters in {name}")
-    print(
-        f"run folder {folder}, device {device}, {'resumes at step ' + format(step, ',') if step else 'starts'}"
-    )
-
-
-def main(argv: list[str] | None = None):
-    args = parse_args(argv)
-    if args.benchmark:
-        return benchmark(args, setup(args))
-    if args.eval:
-        agent = load(args.eval)
-        logger = Logger(args.eval, agent.args.steps, tensorboard=False)
-        return finish(
-            agent,
-            logger,
-            dataclasses.replace(agent.args, eval_episodes=args.eval_episodes),
-            0,
-            Path(args.eval),
-        )
-    train(args)
-
-
-MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "benchmark")
 
 if __name__ == "__main__":
     try:

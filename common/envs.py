@@ -307,7 +307,7 @@ class _Rows(gymnasium.Env):
                     if terminated or truncated:
                         break
             row = self._observe(obs, draw) | {"reward": np.float32(reward)}
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._crash(error)
             return self._next(action)
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
@@ -347,7 +347,7 @@ class _Rows(gymnasium.Env):
         self.done, actions = True, actions[self.index]
         row = self._next(None, draw=len(actions) == 0)
         for k, action in enumerate(actions):
-            if self.done or k and row["is_first"]:  # over too early, or crashed
+            if self.done or (k and row["is_first"]):  # over too early, or crashed
                 break
             row = self._next(action, draw=k == len(actions) - 1)
         self.done |= ends[self.index]
@@ -425,6 +425,8 @@ def _actions(space, env_id):
 class _Crafter(gymnasium.Env):
     """Crafter (Hafner, 2022) with today's interface: it is older than gymnasium."""
 
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
     def __init__(self, reward, render_mode=None):
         import crafter  # pip install crafter
 
@@ -432,10 +434,9 @@ class _Crafter(gymnasium.Env):
             return {k: sorted(v, key=lambda o: tuple(o.pos)) for k, v in world._chunks.items()}
 
         crafter.engine.World.chunks = property(chunks)
-        self.metadata, self.render_mode = {"render_modes": ["rgb_array"]}, render_mode
         self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = spaces.Discrete(17)
-        self.inner = crafter.Env(reward=reward)
+        self.inner, self.render_mode = crafter.Env(reward=reward), render_mode
 
     def reset(self, *, seed=None, options=None):
         self.inner._seed, self.inner._episode = seed, 0  # the world is a hash of these two

@@ -212,3 +212,43 @@ def _rows(path):
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):  # the last line of a killed run may be incomplete
             yield json.loads(line)
+
+
+def dream_video(truth, model, context):
+    """Truth, model and error above each other, the windows side by side: uint8 [T, h, w, 3].
+
+    truth, model: uint8 tensors [B, T, H, W, C]. The frame is green while the model saw the
+    images, the first `context` ones, and red where it imagines.
+    """
+    error = (model.int() - truth.int() + 255) // 2
+    tiles = torch.stack([truth.int(), model.int(), error], 2)  # [B, T, 3, H, W, C]
+    tiles = tiles[..., :3].expand(*tiles.shape[:-1], 3)
+    batch, steps, _, height, width, _ = tiles.shape
+    video = torch.zeros(steps, 3, height + 4, batch, width + 4, 3, dtype=torch.uint8)
+    video[:context, ..., 1] = 255
+    video[context:, ..., 0] = 255
+    video[:, :, 2:-2, :, 2:-2] = tiles.permute(1, 2, 3, 0, 4, 5).byte()
+    return video.flatten(3, 4).flatten(1, 2).numpy()
+
+
+def dream_plot(curves, context, most=8):
+    """Figure of true against imagined numbers: {label: (truth [T], model [T])}, the first `most`.
+
+    The model saw the first `context` rows and imagined the others.
+    """
+    from matplotlib.figure import Figure
+
+    shown = list(curves.items())[:most]
+    figure = Figure(figsize=(8, 1 + 1.1 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, (truth, model)) in zip(panels, shown, strict=True):
+        axes.plot(truth, color="black", lw=1.5, label="true")
+        axes.plot(model, color="#e07b1a", lw=1.5, ls="--", label="model")
+        axes.axvspan(-0.5, context - 0.5, color="0.92", lw=0)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0)
+    panels[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    panels[0].set_title("grey: the model sees the truth; then it imagines", loc="left", fontsize=9)
+    panels[-1].set_xlabel("rows (one for each action)")
+    return figure

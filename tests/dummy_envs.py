@@ -60,7 +60,7 @@ class Echo(Base):
 class Nested(Base):
     """A nested Dict with vectors of several types and shapes, and images."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
     observation_space = spaces.Dict(
         {
             "body": spaces.Dict(

@@ -7,18 +7,17 @@ import sys
 import warnings
 from pathlib import Path
 
+import dummy_envs
 import gymnasium
 import numpy as np
 import pytest
 import torch
 
+from common.envs import Envs
+
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
 
-import dummy_envs
-
-from common.envs import Envs
 
 torch.set_num_threads(1)
 
@@ -83,11 +82,11 @@ def test_rows_of_two_episodes():
         for k, episode in ((0, 0), (6, 1)):
             luck = np.random.default_rng(episode_seed(3, i, episode)).random()
             assert rows[k]["observation"][i, 1].item() == np.float32(luck)
-    with pytest.raises(AssertionError, match="first"):
+    with pytest.raises(AssertionError, match=r"first"):
         envs.step(None)
     with pytest.raises(AssertionError):
         envs.step(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match="policy.*not finite"):
+    with pytest.raises(ValueError, match=r"policy.*not finite"):
         envs.step(torch.full((2, 2), torch.nan))
 
 
@@ -219,7 +218,7 @@ def test_videos_are_optional():
         envs = dummy("Base", frames=32)
     assert not envs.can_render and envs.step(None)["is_first"].all()
     assert not any("egl" in str(w.message) for w in caught)  # it is no problem of MuJoCo
-    with pytest.raises(RuntimeError, match="Base-v0 cannot be rendered.*rgb_array"):
+    with pytest.raises(RuntimeError, match=r"Base-v0 cannot be rendered.*rgb_array"):
         dummy("Base", obs="pixels")
 
 
@@ -239,11 +238,11 @@ def test_unsupported_spaces(name, words):
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match="obs='images'"):
+    with pytest.raises(ValueError, match=r"obs='images'"):
         dummy("Base", obs="images")
-    with pytest.raises(ValueError, match="Picture-v0.*vector"):
+    with pytest.raises(ValueError, match=r"Picture-v0.*vector"):
         dummy("Picture", obs="vector")
-    with pytest.raises(TypeError, match="repeat"):
+    with pytest.raises(TypeError, match=r"repeat"):
         dummy("Base", repeat=2)
 
 
@@ -264,7 +263,7 @@ def test_not_finite(workers):
 
 def test_reward_not_finite():
     envs = dummy("NotFiniteReward")
-    with pytest.raises(ValueError, match="reward of .*NotFiniteReward-v0 is not finite at step 3"):
+    with pytest.raises(ValueError, match=r"reward of .*NotFiniteReward-v0 is not finite at step 3"):
         [envs.step(torch.zeros(1, 2)) for _ in range(4)]
 
 
@@ -295,7 +294,7 @@ def test_a_killed_worker_is_named():
     envs.step(None)
     envs._vector.processes[1].kill()
     envs._vector.processes[1].join()
-    with pytest.raises(RuntimeError, match="worker of dummy_envs:Base-v0 was killed"):
+    with pytest.raises(RuntimeError, match=r"worker of dummy_envs:Base-v0 was killed"):
         envs.step(torch.zeros(2, 2))
     assert len(envs.state_dict()["actions"]) == 2  # the parent can still save
     envs.close()
@@ -306,25 +305,25 @@ def test_too_many_crashes():
     for _ in range(8):  # rows 0 1 2, crash, 1 2, crash, 1 2
         envs.step(torch.zeros(1, 2))
     assert envs.crashes == 2
-    with pytest.raises(RuntimeError, match="RaisesAlways-v0, crash 3: .*the simulator is gone"):
+    with pytest.raises(RuntimeError, match=r"RaisesAlways-v0, crash 3: .*the simulator is gone"):
         [envs.step(torch.zeros(1, 2)) for _ in range(2)]
-    with pytest.raises(RuntimeError, match="RaisesInReset-v0, crash 11: .*no simulator"):
+    with pytest.raises(RuntimeError, match=r"RaisesInReset-v0, crash 11: .*no simulator"):
         dummy("RaisesInReset").step(None)
 
 
 def test_rebuilding_fails():
     dummy_envs.RaisesOnce.lives = 0
     envs = dummy("RaisesOnce")
-    with pytest.raises(RuntimeError, match="RaisesOnce-v0, crash 1: .*gone.*not again"):
+    with pytest.raises(RuntimeError, match=r"RaisesOnce-v0, crash 1: .*gone.*not again"):
         [envs.step(torch.zeros(1, 2)) for _ in range(4)]
 
 
 def test_unknown_ids_and_missing_packages(monkeypatch):
-    with pytest.raises(ValueError, match="unknown environment 'CartPol-v1'.*CartPole-v1"):
+    with pytest.raises(ValueError, match=r"unknown environment 'CartPol-v1'.*CartPole-v1"):
         Envs("CartPol-v1")
-    with pytest.raises(ValueError, match="no_module_of_mine"):
+    with pytest.raises(ValueError, match=r"no_module_of_mine"):
         Envs("no_module_of_mine:Some-v0")
-    with pytest.raises(ValueError, match="NoModule-v0 needs a package.*a_module_that_is_not_here"):
+    with pytest.raises(ValueError, match=r"NoModule-v0 needs a package.*a_module_that_is_not_here"):
         dummy("NoModule")
 
     def missing(*modules):
@@ -332,12 +331,12 @@ def test_unknown_ids_and_missing_packages(monkeypatch):
             monkeypatch.setitem(sys.modules, module, None)
 
     missing("dm_control")
-    with pytest.raises(ValueError, match="walker-walk-v0 needs.*pip install shimmy dm-control"):
+    with pytest.raises(ValueError, match=r"walker-walk-v0 needs.*pip install shimmy dm-control"):
         Envs("dm_control/walker-walk-v0")
     missing("ale_py", "crafter")
-    with pytest.raises(ValueError, match="ALE/Pong-v5 needs.*pip install ale-py"):
+    with pytest.raises(ValueError, match=r"ALE/Pong-v5 needs.*pip install ale-py"):
         Envs("ALE/Pong-v5")
-    with pytest.raises(ValueError, match="crafter/Reward-v0 needs.*pip install crafter"):
+    with pytest.raises(ValueError, match=r"crafter/Reward-v0 needs.*pip install crafter"):
         Envs("crafter/Reward-v0")
     missing("mujoco", *[name for name in sys.modules if "gymnasium.envs.mujoco" in name])
     with pytest.raises(ValueError, match=r'Ant-v5 needs.*pip install "gymnasium\[mujoco\]"'):
@@ -391,10 +390,9 @@ def test_resume_at_every_kind_of_row(rows):
         other.load_state_dict(envs.state_dict())
     for _ in range(8):
         assert same(envs.step(torch.ones(2, 2)), other.step(torch.ones(2, 2)))
-    assert all(
-        torch.equal(a, b) for a, b in zip(*[e.state_dict()["actions"] for e in (envs, other)])
-    )
-    with pytest.raises(ValueError, match="num_envs=2, not 1"):
+    mine, its = (e.state_dict()["actions"] for e in (envs, other))
+    assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    with pytest.raises(ValueError, match=r"num_envs=2, not 1"):
         dummy("Nested").load_state_dict(envs.state_dict())
 
 
@@ -404,7 +402,7 @@ def test_non_deterministic_environment_warns_and_goes_on():
         row = envs.step(torch.zeros(1, 2))
     assert row["is_last"].all()
     with pytest.warns(
-        UserWarning, match="environment 0 of dummy_envs:Random-v0 is not determinist"
+        UserWarning, match=r"environment 0 of dummy_envs:Random-v0 is not determinist"
     ):
         other.load_state_dict(envs.state_dict())
     assert other.step(torch.zeros(1, 2))["is_first"].all()
@@ -454,7 +452,7 @@ def test_vectors_make_no_renderer(monkeypatch):
         envs = Envs(env_id)
         envs.step(None)
         envs.step(torch.zeros(1, envs.action_dim))
-        with pytest.raises(RuntimeError, match="a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
+        with pytest.raises(RuntimeError, match=r"a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
             Envs(env_id, obs="pixels")
 
 

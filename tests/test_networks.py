@@ -1,0 +1,1114 @@
+"""The networks of dreamer_v3.py against numpy transcriptions of the published formulas.
+
+A number in a test's name is that of the detail it checks. Also here: causality, which loss
+moves which network, the three ways to run RSSMRollout, imagination environments, sizes.
+"""
+
+import math
+import os
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tensordict import TensorDict
+from torch import nn
+
+import dreamer_v3
+from common.imagination import WorldModelEnv
+from dreamer_v3 import (
+    SIZES,
+    Agent,
+    Args,
+    BlockLinear,
+    DreamerDecoder,
+    DreamerEnv,
+    ObsDecoder,
+    ObsEncoder,
+    RSSMPosterior,
+    RSSMPrior,
+    RSSMRollout,
+    features,
+    mlp,
+    race_noise,
+    spec_of,
+    symexp,
+    with_context,
+)
+
+torch.set_num_threads(1)
+TINY = dict(deter=32, hidden=8, stoch=4, classes=4, depth=2, units=16, imagination_horizon=4)
+SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
+DISCRETE = {"shapes": {"pixels": (32, 32, 3), "vector": (2,)}, "action_dim": 5, "classes": (2, 3)}
+
+
+def near(actual, expected, rtol=1e-5, atol=1e-6):
+    """Assert that two arrays agree: |actual - expected| <= atol + rtol |expected|."""
+    actual = torch.as_tensor(actual, dtype=torch.float64).detach()
+    expected = expected.detach() if isinstance(expected, torch.Tensor) else np.asarray(expected)
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def perturb(*modules, scale=0.3):
+    """Random numbers on every parameter: no zero bias, no scale of 1, no zero head."""
+    with torch.no_grad():
+        for module in modules:
+            for p in module.parameters():
+                p.add_(scale * torch.randn_like(p))
+
+
+def make_agent(spec=SPEC, seed=0, random=True, **args):
+    torch.manual_seed(seed)
+    agent = Agent(spec, Args(**{**TINY, **args}))
+    if random:
+        perturb(*agent.modules.values(), agent.slow_value)
+        far = (torch.arange(255) - 127).abs() > 25  # keeps rewards and values below 100
+        for head in (agent.world_model.reward, agent.value, agent.slow_value):
+            head[-1].bias.data[far] -= 40
+    return agent
+
+
+def make_latents(args, *shape):
+    stoch = F.one_hot(torch.randint(args.classes, (*shape, args.stoch)), args.classes).float()
+    deter = torch.rand(*shape, args.deter) * 2 - 1
+    return TensorDict(deter=deter, stoch=stoch, batch_size=list(shape))
+
+
+def make_batch(agent, batch=3, length=7, seed=1):
+    """Rows [B, length] of random data with resets and ends inside, latents unpacked."""
+    torch.manual_seed(seed)
+    td, spec = make_latents(agent.args, batch, length), agent.spec
+    for key, shape in spec["shapes"].items():
+        image = len(shape) == 3
+        size = (batch, length, *shape)
+        td[key] = torch.randint(256, size).byte() if image else torch.randn(size) * 3
+    td["reward"] = torch.randn(batch, length)
+    ends = torch.zeros(batch, length).bool()
+    ends[:1, 3:4] = True
+    ends[2:3, -1] = length > 1
+    td["is_last"], td["is_terminal"] = ends, ends.clone()
+    td["is_first"] = F.pad(ends[:, :-1], (1, 0))
+    action = torch.randn(batch, length, spec["action_dim"])
+    if spec["classes"]:
+        parts = [F.one_hot(x.argmax(-1), x.shape[-1]) for x in action.split(spec["classes"], -1)]
+        action = torch.cat(parts, -1).float()
+    td["action"] = action * 1.5 * ~ends[..., None]
+    return td
+
+
+def array(x):
+    return x.detach().double().numpy()
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def rms(x, scale):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-4) * array(scale)
+
+
+def dense(x, sequence):
+    """Numpy: Linear, RMSNorm, SiLU layers of a Sequential, one by one."""
+    for layer in sequence:
+        if isinstance(layer, nn.Linear):
+            x = x @ array(layer.weight).T + array(layer.bias)
+        elif isinstance(layer, nn.RMSNorm):
+            x = rms(x, layer.weight)
+        else:
+            assert isinstance(layer, nn.SiLU)
+            x = silu(x)
+    return x
+
+
+# --- RSSM ---------------------------------------------------------------------------------------
+
+
+def make_prior(deter=32, hidden=6, stoch=4, classes=3, blocks=4, action=2, seed=0):
+    torch.manual_seed(seed)
+    prior = RSSMPrior(action, deter, hidden, stoch, classes, blocks).double()
+    perturb(prior)
+    return prior
+
+
+def core_by_hand(prior, deter, stoch, action):
+    """The block GRU of the specification, section 1.2, one block at a time; (N, ...) arrays."""
+    action = action / np.maximum(1, np.abs(action))
+    n, width = deter.shape[0], deter.shape[1] // prior.blocks
+    u = [dense(deter, prior.deter_in), dense(stoch.reshape(n, -1), prior.stoch_in)]
+    u = np.concatenate([*u, dense(action, prior.action_in)], -1)
+    slices = [slice(k * width, (k + 1) * width) for k in range(prior.blocks)]
+    weight, bias = array(prior.hidden.weight), array(prior.hidden.bias)
+    x = [np.concatenate([deter[:, s], u], -1) @ weight[k] + bias[s] for k, s in enumerate(slices)]
+    x = silu(rms(np.concatenate(x, -1), prior.hidden_norm[0].weight))
+    weight, bias, out = array(prior.gates.weight), array(prior.gates.bias), []
+    for k, s in enumerate(slices):
+        gate = x[:, s] @ weight[k] + bias[3 * width * k : 3 * width * (k + 1)]
+        r, c, w = gate[:, :width], gate[:, width : 2 * width], gate[:, 2 * width :]
+        keep = 1 - sigmoid(w - 1)
+        out.append((1 - keep) * np.tanh(sigmoid(r) * c) + keep * deter[:, s])
+    return np.concatenate(out, -1)
+
+
+def random_inputs(n=5, deter=32, stoch=4, classes=3, action=2):
+    latents = make_latents(SimpleNamespace(deter=deter, stoch=stoch, classes=classes), n)
+    return latents["deter"].double(), latents["stoch"].double(), torch.randn(n, action).double() * 2
+
+
+def core(prior, deter, stoch, action):
+    return prior.core(deter, stoch, prior.embed(action))
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 8])
+def test_14_block_gru_formula(blocks):
+    prior, inputs = make_prior(blocks=blocks), random_inputs()
+    near(core(prior, *inputs), core_by_hand(prior, *map(array, inputs)), 1e-9, 1e-9)
+
+
+def test_14_prior_head_and_imagined_step():
+    prior, (deter, stoch, action) = make_prior(), random_inputs()
+    found, sample = prior(deter, stoch, action, torch.ones_like(stoch))
+    expected = core_by_hand(prior, array(deter), array(stoch), array(action))
+    near(found, expected, 1e-9, 1e-9)
+    logits = dense(expected, prior.head).reshape(5, 4, 3)
+    near(prior.logits(found), logits, 1e-9, 1e-9)
+    assert sample.argmax(-1).tolist() == logits.argmax(-1).tolist()
+    assert sum(isinstance(x, nn.Linear) for x in prior.head) == 3  # two layers and the logits
+
+
+def test_15_update_gate_bias():
+    """Gates of zero keep 0.73106 of the memory."""
+    prior, (deter, stoch, action) = make_prior(), random_inputs()
+    nn.init.zeros_(prior.gates.weight)
+    nn.init.zeros_(prior.gates.bias)
+    near(core(prior, deter, stoch, action), 0.73106 * array(deter), 1e-5, 1e-9)
+
+
+def test_16_block_layout():
+    """A block sees its slice first, then the 3 * hidden shared numbers, and no other slice."""
+    prior, (deter, stoch, action) = make_prior(), random_inputs()
+    assert prior.hidden.weight.shape == (4, 32 // 4 + 3 * 6, 8)
+    before = core(prior, deter, stoch, action)
+    prior.gates.weight.data[2] = 0
+    prior.gates.bias.data[48:72] = 0  # 3 * 8 gates per block
+    changed = (core(prior, deter, stoch, action) != before).any(0).unflatten(0, (4, 8)).all(-1)
+    assert changed.tolist() == [False, False, True, False]
+    prior = make_prior()
+    prior.hidden.weight.data[:, 8:] = 0  # only the slices are left
+    prior.hidden.weight.data[[0, 1, 3]] = 0  # only block 2's is left: the norm couples no others
+    prior.hidden.bias.data.zero_()
+    deter.requires_grad_()
+    core(prior, deter, stoch, action)[:, 16:24].sum().backward()
+    moved = deter.grad.ne(0).any(0).unflatten(0, (4, 8)).any(-1)
+    assert moved.tolist() == [False, False, True, False]
+
+
+def test_17_gates_are_split_inside_each_block():
+    prior, (deter, stoch, action) = make_prior(), random_inputs()
+    nn.init.zeros_(prior.gates.weight)
+    bias = torch.zeros(4, 3, 8).double()  # block, (reset, candidate, update), unit
+    bias[1, 0], bias[1, 1], bias[1, 2] = 0.3, 0.7, 50.0  # block 1 forgets its memory
+    bias[3, 2] = -50.0  # block 3 keeps all of it
+    prior.gates.bias.data = bias.flatten()
+    found = core(prior, deter, stoch, action).unflatten(-1, (4, 8))
+    old = deter.unflatten(-1, (4, 8))
+    near(found[:, 1], np.full((5, 8), math.tanh(0.7 / (1 + math.exp(-0.3)))))
+    near(found[:, 3], old[:, 3])
+    near(found[:, [0, 2]], 0.73106 * old[:, [0, 2]], 1e-5)
+
+
+def test_18_action_normalisation():
+    """[2, -0.5] -> [1, -0.5]; the gradient of a large action is divided, not cancelled."""
+    prior, (deter, stoch, _) = make_prior(), random_inputs(1)
+    actions = [torch.tensor([[a, -0.5]]).double().requires_grad_() for a in (2.0, 1.0)]
+    found = [core(prior, deter, stoch, a) for a in actions]
+    near(found[0], found[1], 1e-12, 1e-12)
+    for x in found:
+        x.sum().backward()
+    assert actions[1].grad.abs().min() > 0
+    near(actions[0].grad, actions[1].grad / torch.tensor([2.0, 1.0]), 1e-9, 1e-12)
+
+
+def test_19_block_linear_init():
+    """Standard deviation 1 / sqrt(width of all blocks together), truncated at 2 sigma."""
+    torch.manual_seed(0)
+    prior = RSSMPrior(6, **{k: SIZES["1m"][k] for k in ("deter", "hidden", "classes")}, stoch=32)
+    for weight, fan, std in ((prior.hidden, 2048, 0.0221), (prior.gates, 512, 0.0442)):
+        weight = weight.weight
+        near(weight.std(), std, 0.01)
+        border = 2 * 1.1368 / math.sqrt(fan)
+        assert 0.98 * border < weight.abs().max() <= border * (1 + 1e-6)
+        near(weight.mean(), 0.0, 0, 5 * std / math.sqrt(weight.numel()))
+    agent = make_agent(DISCRETE, random=False)
+    near(agent.world_model.decoder.deter_in.weight.std(), 1 / math.sqrt(32), 0.15)
+
+
+def test_19_linear_and_convolution_init():
+    torch.manual_seed(0)
+    encoder = ObsEncoder({"pixels": (64, 64, 3), "v": (400,)}, 16, 300)
+    layers = [(encoder.mlp[0], 400), (encoder.mlp[3], 300), (encoder.convs[1], 32 * 25)]
+    layers += [(encoder.convs[0], 75)]
+    for layer, fan in layers:
+        near(layer.weight.std(), 1 / math.sqrt(fan), 0.02)
+        assert layer.weight.abs().max() <= 2 * 1.1368 / math.sqrt(fan) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_20_every_layer_has_a_zero_bias(spec):
+    agent, count = make_agent(spec, random=False), 0
+    for module in agent.modules.values():
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | BlockLinear):
+                assert layer.bias is not None and layer.bias.eq(0).all()
+                count += 1
+            elif isinstance(layer, nn.RMSNorm):
+                assert layer.eps == 1e-4 and layer.weight.eq(1).all()
+                assert [n for n, _ in layer.named_parameters()] == ["weight"]  # no shift
+    assert count == (31 if spec is SPEC else 40)
+
+
+def test_21_rms_norm():
+    norm = mlp(3, 3, 1)[1]
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    near(norm(x), x / math.sqrt(14 / 3 + 1e-4), 1e-6)
+    near(norm(x * 1e-3), x * 1e-3 / math.sqrt(14e-6 / 3 + 1e-4), 1e-6)  # where eps matters
+    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+# (proprio walker, vision walker, crafter, Atari 96x96 gray) of the specification, section 1.11
+COUNTS = {
+    "1m": (640_867, 686_846, 687_875, 769_762),
+    "12m": (9_738_019, 10_494_158, 10_498_259, 11_808_850),
+    "25m": (21_782_947, 23_489_326, 23_495_475, 26_444_402),
+    "200m": (153_769_507, 165_948_686, 165_965_075, 186_936_082),
+    "400m": (345_473_059, 372_896_398, 372_920_979, 420_106_130),
+}
+WALKER = {"orientations": (14,), "height": (1,), "velocity": (9,)}
+DOMAINS = (
+    dict(shapes=WALKER, action_dim=6, classes=()),
+    dict(shapes={"pixels": (64, 64, 3)}, action_dim=6, classes=()),
+    dict(shapes={"image": (64, 64, 3)}, action_dim=17, classes=(17,)),
+    dict(shapes={"image": (96, 96, 1)}, action_dim=18, classes=(18,)),
+)
+
+
+def parameter_count(spec, size):
+    with torch.device("meta"):  # counts without memory
+        agent = Agent(spec, Args(**SIZES[size]), "meta")
+    return sum(p.numel() for m in agent.modules.values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_22_parameter_counts(size):
+    assert tuple(parameter_count(spec, size) for spec in DOMAINS) == COUNTS[size]
+
+
+@pytest.mark.parametrize(
+    "shapes, action_dim, count",
+    [
+        ({"position": (3,), "velocity": (2,)}, 1, 637_446),  # cartpole
+        ({"position": (8,), "velocity": (9,)}, 6, 639_964),  # cheetah
+        ({"position": (2,), "to_target": (2,), "velocity": (2,)}, 2, 637_769),  # reacher
+        ({"position": (4,), "touch": (2,), "velocity": (3,)}, 2, 638_156),  # finger_spin
+        ({"position": (4,), "velocity": (4,)}, 2, 638_027),  # cup_catch
+        ({"position": (6,), "touch": (2,), "velocity": (7,)}, 4, 639_318),  # hopper
+        ({"orientation": (2,), "velocity": (1,)}, 1, 637_188),  # pendulum
+    ],
+)
+def test_22_parameter_counts_of_other_tasks(shapes, action_dim, count):
+    spec = dict(shapes=shapes, action_dim=action_dim, classes=())
+    assert parameter_count(spec, "1m") == count
+
+
+def test_22_default_sizes_are_1m():
+    assert all(getattr(Args(), k) == v for k, v in SIZES["1m"].items())
+
+
+def test_23_output_scales():
+    agent = make_agent(random=False, units=256)
+    near(agent.actor.head.weight.std(), 0.01 / 16, 0.12)
+    near(agent.actor.std_head.weight.std(), 0.01 / 16, 0.12)
+    assert agent.world_model.reward[-1].weight.eq(0).all() and agent.value[-1].weight.eq(0).all()
+    near(agent.world_model.cont[-1].weight.std(), 1 / 16, 0.15)
+    discrete = make_agent(DISCRETE, random=False, units=256)
+    near(discrete.actor.head.weight.std(), 0.01 / 16, 0.12)
+
+
+def observe(agent, td, noise=None, deter=None, stoch=None, action=None):
+    """RSSMRollout on rows of `with_context`, with some inputs replaced."""
+    model, previous = agent.world_model, td["previous"]
+    if noise is None:
+        noise = torch.ones(*td.shape, agent.args.stoch, agent.args.classes)
+    return model.rollout(
+        model.encoder(td),
+        previous["action"] if action is None else action,
+        td["is_first"],
+        previous["deter"][:, 0] if deter is None else deter,
+        previous["stoch"][:, 0] if stoch is None else stoch,
+        noise,
+    )
+
+
+def test_24_reset_ignores_carry_and_action():
+    """is_first anywhere: outputs equal a fresh start, whatever came before."""
+    agent = make_agent()
+    td = with_context(make_batch(agent))
+    noise = race_noise(*td.shape, 4, 4)
+    td["is_first"][:] = False
+    td["is_first"][0, 0] = td["is_first"][1, 3] = True
+    whole = observe(agent, td, noise)
+    other = {k: torch.randn_like(td["previous", k][:, 0]) for k in ("deter", "stoch")}
+    action = td["previous", "action"].clone()
+    action[0, 0] += 5
+    action[1, :4] += 5
+    changed = observe(agent, td, noise, **other, action=action)
+    for x, y in zip(whole, changed, strict=True):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[1, 3:], y[1, 3:])
+    assert not torch.equal(whole[0][2], changed[0][2])  # no reset there: the carry matters
+    zeros = {k: torch.zeros_like(v) for k, v in other.items()}
+    start = td[:, 3:].clone()
+    start["is_first"][:] = False
+    action = (
+        start["previous", "action"] * torch.tensor([0, 1, 1, 1.0]).unsqueeze(-1)[: start.shape[1]]
+    )
+    action[:, 0] = 0
+    fresh = observe(agent, start, noise[:, 3:], **zeros, action=action)
+    near(whole[0][1, 3], fresh[0][1, 0])
+    near(whole[2][1, 3], fresh[2][1, 0])
+
+
+def test_50_reset_inside_a_window_equals_a_fresh_run():
+    """Rows after a reset, run on their own from zero latents, give the same latents."""
+    agent = make_agent()
+    td = with_context(make_batch(agent))
+    noise = race_noise(*td.shape, 4, 4)
+    whole = observe(agent, td, noise)
+    where = td["is_first"][0].nonzero().item()
+    part = td[:1, where:].clone()
+    part["is_first"][:] = False
+    part["previous", "action"][:, 0] = 0
+    zeros = {k: torch.zeros_like(part["previous", k][:, 0]) for k in ("deter", "stoch")}
+    fresh = observe(agent, part, noise[:1, where:], **zeros)
+    for x, y in zip(whole, fresh, strict=True):
+        near(x[:1, where:], y)
+
+
+def test_causality():
+    """deter and z at t + 1 depend on the observation and action at t; nothing on the future."""
+    agent = make_agent()
+    td = with_context(make_batch(agent, batch=1, length=7))
+    td["is_first"][:] = False
+    td["position"].requires_grad_()
+    td["previous", "action"].requires_grad_()
+    noise = race_noise(*td.shape, 4, 4)
+    deter, _, logits = observe(agent, td, noise)
+    for t in range(6):
+        for name, x in (("deter", deter[:, t]), ("logits", logits[:, t])):
+            inputs = (td["position"], td["previous", "action"])
+            grads = torch.autograd.grad(x.square().sum(), inputs, retain_graph=True)
+            seen = grads[0][0].ne(0).any(-1).tolist()
+            assert seen == [i < t or (i == t and name == "logits") for i in range(6)]
+            assert grads[1][0].ne(0).any(-1).tolist() == [i <= t for i in range(6)]
+
+
+def test_causality_of_values():
+    """The same by changing one observation: z before it is untouched, z after it can change."""
+    agent = make_agent()
+    td = with_context(make_batch(agent, batch=20, length=6))
+    td["is_first"][:] = False
+    noise = race_noise(*td.shape, 4, 4)
+    before = observe(agent, td, noise)
+    td["velocity"] = td["velocity"].clone()
+    td["velocity"][:, 2] += 50
+    after = observe(agent, td, noise)
+    pairs = list(zip(before, after, strict=True))
+    same = [[torch.equal(x[:, t], y[:, t]) for t in range(5)] for x, y in pairs]
+    assert same[0] == [True, True, True, False, False]  # deter
+    assert same[2] == [True, True, False, False, False]  # logits
+    assert same[1][:2] == [True, True] and not all(same[1][2:])  # stoch
+
+
+def test_posterior_formula():
+    torch.manual_seed(0)
+    posterior = RSSMPosterior(7, 32, 6, 4, 3).double()
+    perturb(posterior)
+    deter, tokens = torch.randn(5, 32).double(), torch.randn(5, 7).double()
+    layers = [posterior.layer, *posterior.norm, posterior.head]
+    expected = dense(np.concatenate([array(deter), array(tokens)], -1), layers)
+    near(posterior(deter, posterior.embed(tokens)), expected.reshape(5, 4, 3), 1e-9, 1e-9)
+
+
+def test_13_posterior_and_prior_samples_mix_in_the_uniform():
+    """Logits of a sure thing: 1 % of the draws are uniform over the 4 classes."""
+    torch.manual_seed(0)
+    agent, n = make_agent(random=False), 4000
+    prior, posterior = agent.world_model.prior, agent.world_model.posterior
+    for layer in (prior.head[-1], posterior.head):
+        nn.init.zeros_(layer.weight)
+        layer.bias.data = torch.tensor([1e3, 0, 0, 0]).repeat(4)
+    latents, action = make_latents(agent.args, n), torch.zeros(n, 2)
+    _, stoch = prior(latents["deter"], latents["stoch"], action, race_noise(n, 4, 4))
+    rollout = agent.world_model.rollout(
+        torch.zeros(n, 1, 16),
+        action[:, None],
+        torch.zeros(n, 1).bool(),
+        latents["deter"],
+        latents["stoch"],
+        race_noise(n, 1, 4, 4),
+    )
+    for draws in (stoch, rollout[1]):
+        other = draws.reshape(-1, 4)[:, 1:].sum().item()
+        expected = 4 * n * 0.0075
+        assert abs(other - expected) < 4.5 * math.sqrt(expected)
+
+
+# --- RSSMRollout --------------------------------------------------------------------------------
+
+
+def test_rollout_loop_by_hand():
+    """The rollout is: mask by is_first, core, posterior, draw; checked step by step in numpy."""
+    agent = make_agent()
+    model = agent.world_model.double()
+    td = with_context(make_batch(agent)).double()
+    td["is_first"] = with_context(make_batch(agent))["is_first"]
+    found = observe(agent, td, torch.ones(*td.shape, 4, 4).double())
+    tokens = array(model.encoder(td))
+    deter, stoch = array(td["previous", "deter"][:, 0]), array(td["previous", "stoch"][:, 0])
+    for t in range(td.shape[1]):
+        keep = array(~td["is_first"][:, t])[:, None]
+        action = array(td["previous", "action"][:, t]) * keep
+        deter = core_by_hand(model.prior, deter * keep, stoch * keep[..., None], action)
+        q = model.posterior
+        x = dense(np.concatenate([deter, tokens[:, t]], -1), [q.layer, *q.norm, q.head])
+        logits = x.reshape(-1, 4, 4)
+        stoch = np.eye(4)[logits.argmax(-1)]  # noise of ones: the mode
+        for a, b in zip(found, (deter, stoch, logits), strict=True):
+            near(a[:, t], b, 1e-7, 1e-7)
+
+
+def cpp_compiler():
+    return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+
+
+@pytest.mark.parametrize("mode", ["use_scan", "compile_step"])
+def test_rollout_modes_agree(mode):
+    """Loop, scan and compiled step: same outputs and gradients with the same noise."""
+    if mode == "compile_step" and not cpp_compiler():
+        pytest.skip("torch.compile on a CPU needs a C++ compiler, and there is none")
+    torch.manual_seed(0)
+    prior, posterior = RSSMPrior(2, 16, 8, 4, 4), RSSMPosterior(5, 16, 8, 4, 4)
+    perturb(prior, posterior)
+    is_first = torch.zeros(3, 6).bool()
+    is_first[0, 0] = is_first[1, 3] = True
+    latents = make_latents(SimpleNamespace(deter=16, stoch=4, classes=4), 3)
+    fixed = torch.randn(3, 6, 2), is_first
+    noise, weights = (
+        race_noise(3, 6, 4, 4),
+        [torch.randn(3, 6, *s) for s in ((16,), (4, 4), (4, 4))],
+    )
+    tokens, results = torch.randn(3, 6, 5), []
+    for kw in ({}, {mode: True}):
+        rollout = RSSMRollout(prior, posterior, **kw)
+        leaves = [tokens.clone(), latents["deter"].clone(), latents["stoch"].clone()]
+        leaves = [x.requires_grad_() for x in leaves]
+        out = rollout(leaves[0], *fixed, *leaves[1:], noise)
+        params = [p for n, p in rollout.named_parameters() if not n.startswith("prior.head")]
+        loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
+        results.append([*out, *torch.autograd.grad(loss, leaves + params)])
+    for x, y in zip(*results, strict=True):
+        assert x.shape == y.shape
+        near(x, y, 1e-4, 2e-5)
+    assert results[0][1].requires_grad and results[0][3].abs().sum() > 0
+
+
+# --- observations -------------------------------------------------------------------------------
+
+
+def test_25_feature_order():
+    latents = make_latents(SimpleNamespace(deter=3, stoch=2, classes=2), 4)
+    expected = torch.cat([latents["deter"], latents["stoch"].reshape(4, 4)], 1)
+    assert torch.equal(features(latents), expected)
+
+
+def test_25_decoder_takes_stoch_first():
+    torch.manual_seed(0)
+    decoder = ObsDecoder({"b": (2,), "a": (3,)}, 32, 16, 2, 16).double()
+    perturb(decoder)
+    deter, stoch, _ = random_inputs(classes=4)
+    x = dense(np.concatenate([array(stoch).reshape(5, 16), array(deter)], -1), decoder.mlp)
+    out = decoder(deter, stoch)
+    assert list(out) == ["a", "b"] and sum(isinstance(m, nn.Linear) for m in decoder.mlp) == 3
+    for key, head in zip(("a", "b"), decoder.heads, strict=True):
+        near(out[key], x @ array(head.weight).T + array(head.bias), 1e-9, 1e-9)
+
+
+def test_26_vector_encoder():
+    """Keys in sorted order, symlog, three layers of Linear, RMSNorm, SiLU."""
+    torch.manual_seed(0)
+    encoder = ObsEncoder({"zeta": (2,), "alpha": (3,)}, 2, 16).double()
+    perturb(encoder)
+    td = TensorDict(zeta=torch.randn(4, 6, 2) * 50, alpha=torch.randn(4, 6, 3), batch_size=[4, 6])
+    td["reward"] = torch.full((4, 6), torch.nan)  # never read
+    x = np.concatenate([array(td["alpha"]), array(td["zeta"])], -1)
+    x = np.sign(x) * np.log1p(np.abs(x))
+    assert sum(isinstance(m, nn.Linear) for m in encoder.mlp) == 3
+    near(encoder(td.double()), dense(x, encoder.mlp), 1e-6, 1e-6)
+
+
+def test_26_reward_and_flags_are_no_inputs():
+    example = TensorDict(
+        reward=torch.zeros(()),
+        is_first=torch.zeros(()).bool(),
+        is_last=torch.zeros(()).bool(),
+        is_terminal=torch.zeros(()).bool(),
+        velocity=torch.zeros(2),
+        image=torch.zeros(4, 4, 3).byte(),
+    )
+    found = spec_of(SimpleNamespace(example=example, action_dim=5, action_classes=(2, 3)))
+    assert found == {
+        "shapes": {"image": [4, 4, 3], "velocity": [2]},
+        "action_dim": 5,
+        "classes": [2, 3],
+    }
+
+
+def convolve(x, layer):
+    """Numpy: 5 x 5 convolution that keeps the size; (N, H, W, C) -> (N, H, W, C')."""
+    weight, (_, h, w, _) = array(layer.weight), x.shape
+    padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    out = sum(
+        padded[:, i : i + h, j : j + w] @ weight[:, :, i, j].T for i in range(5) for j in range(5)
+    )
+    return out + array(layer.bias)
+
+
+def test_26_28_image_encoder():
+    """Keys sorted, / 255 - 0.5; convolution, 2 x 2 maximum, RMSNorm, SiLU; flat (h, w, c)."""
+    torch.manual_seed(0)
+    encoder = ObsEncoder({"right": (32, 48, 1), "left": (32, 48, 3), "v": (2,)}, 2, 16).double()
+    perturb(encoder, scale=0.1)
+    td = TensorDict(
+        right=torch.randint(256, (2, 3, 32, 48, 1)).byte(),
+        left=torch.randint(256, (2, 3, 32, 48, 3)).byte(),
+        v=torch.randn(2, 3, 2).double(),
+        batch_size=[2, 3],
+    )
+    x = np.concatenate([array(td["left"]), array(td["right"])], -1).reshape(6, 32, 48, 4)
+    x = x / 255 - 0.5
+    for layer, norm in zip(encoder.convs, encoder.norms, strict=True):
+        x = convolve(x, layer)
+        n, h, w, c = x.shape
+        x = silu(rms(x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4)), norm.weight))
+    assert x.shape == (6, 2, 3, 8)
+    td["v"] = td["v"].float()
+    found = encoder.float()(td)
+    assert found.shape == (2, 3, encoder.outputs) == (2, 3, 16 + 2 * 3 * 8)
+    near(found[..., 16:], x.reshape(2, 3, -1), 1e-3, 1e-4)
+
+
+def test_28_encoder_size():
+    encoder = ObsEncoder({"pixels": (64, 64, 3)}, 4, 16)
+    assert encoder.outputs == 4 * 4 * 16
+    assert [c.weight.shape[0] for c in encoder.convs] == [8, 12, 16, 16]
+    td = TensorDict(pixels=torch.zeros(1, 2, 64, 64, 3).byte(), batch_size=[1, 2])
+    assert encoder(td).shape == (1, 2, 256)
+
+
+def test_27_image_decoder():
+    """Block-linear of deter + MLP of stoch, then x2 nearest, convolution, ...; sigmoid."""
+    torch.manual_seed(0)
+    shapes = {"right": (32, 48, 1), "left": (32, 48, 3)}
+    decoder = ObsDecoder(shapes, 32, 16, 4, 12, blocks=4).double()
+    perturb(decoder, scale=0.1)
+    deter, stoch, _ = random_inputs(3, classes=4)
+    h, w, c = 2, 3, 16
+    weight, bias = array(decoder.deter_in.weight), array(decoder.deter_in.bias)
+    x = np.concatenate([array(deter)[:, 8 * k : 8 * k + 8] @ weight[k] for k in range(4)], -1)
+    x = (x + bias).reshape(3, 4, h, w, c // 4).transpose(0, 2, 3, 1, 4).reshape(3, h, w, c)
+    assert [m.out_features for m in decoder.stoch_in if isinstance(m, nn.Linear)] == [24, h * w * c]
+    x = x + dense(array(stoch).reshape(3, 16), decoder.stoch_in).reshape(3, h, w, c)
+    for norm, layer in zip(decoder.norms, decoder.convs, strict=True):
+        x = silu(rms(x, norm.weight))
+        x = convolve(x.repeat(2, 1).repeat(2, 2), layer)
+    assert [m.out_channels for m in decoder.convs] == [16, 12, 8, 4]
+    out = decoder(deter.unflatten(0, (1, 3)), stoch.unflatten(0, (1, 3)))
+    found = torch.cat([out["left"], out["right"]], -1)
+    near(found, sigmoid(x)[None], 1e-7, 1e-9)
+    assert out["left"].shape == (1, 3, 32, 48, 3) and out["right"].shape == (1, 3, 32, 48, 1)
+
+
+def test_27_image_loss():
+    """Prediction 0.5, black 64 x 64 x 3 image: 3072, summed, no 1/2; white likewise."""
+    spec = dict(SPEC, shapes={"pixels": (64, 64, 3)})
+    agent = make_agent(spec, random=False)
+    last = agent.world_model.decoder.convs[-1]
+    nn.init.zeros_(last.weight)
+    td = make_latents(agent.args, 1, 3)
+    td["pixels"] = torch.zeros(1, 3, 64, 64, 3).byte()
+    td["pixels"][0, 1] = 255
+    td["pixels"][0, 2] = 51  # 0.2
+    expected = 12288 * np.array([[0.25, 0.25, 0.09]])
+    near(agent.model_loss.reconstruction(td), expected, 1e-5)
+    assert expected[0, 0] == 3072
+
+
+# --- gradients: which loss moves which network ---------------------------------------------------
+
+
+def gradients(module):
+    """Names of a module's parameters with a gradient that is not all zero."""
+    pairs = module.named_parameters()
+    return {n for n, p in pairs if p.grad is not None and p.grad.ne(0).any()}
+
+
+def clear(agent):
+    for module in (*agent.modules.values(), agent.slow_value):
+        module.zero_grad()
+
+
+def losses_of(agent, seed=0):
+    """All losses of one update, not yet summed, and the rows with latents."""
+    torch.manual_seed(seed)
+    losses, td = agent.model_loss(with_context(make_batch(agent)))
+    actor, dream = agent.actor_loss(td.select("deter", "stoch").flatten())
+    value, _ = agent.value_loss(dream)
+    boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
+    replay, _ = agent.value_loss.replay(td, boot)
+    return {**losses, **actor, **value, **replay}, td
+
+
+def prefixes(names):
+    return {n.split(".")[0] for n in names}
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_35_reinforce_only(spec):
+    """The actor's loss moves neither world model nor critics, the value loss only the critic."""
+    agent = make_agent(spec)
+    losses, _ = losses_of(agent)
+    everything = {n for n, _ in agent.actor.named_parameters()}
+    losses["loss_actor"].backward(retain_graph=True)
+    assert gradients(agent.actor) == everything
+    assert not gradients(agent.world_model) | gradients(agent.value) | gradients(agent.slow_value)
+    clear(agent)
+    losses["loss_value"].backward()
+    assert gradients(agent.value) == {n for n, _ in agent.value.named_parameters()}
+    assert not gradients(agent.world_model) | gradients(agent.actor) | gradients(agent.slow_value)
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_41_replay_value_gradient_reaches_the_encoder(spec):
+    agent = make_agent(spec)
+    losses, _ = losses_of(agent)
+    losses["loss_replay_value"].backward()
+    moved = gradients(agent.world_model)
+    assert {n for n, _ in agent.world_model.encoder.named_parameters()} <= {
+        n.removeprefix("encoder.") for n in moved
+    }
+    assert prefixes(moved) == {"encoder", "prior", "posterior"}
+    assert not any(n.startswith("prior.head") for n in moved)
+    assert gradients(agent.value) == {n for n, _ in agent.value.named_parameters()}
+    assert not gradients(agent.actor) | gradients(agent.slow_value)
+
+
+def test_40_value_targets_carry_no_gradient():
+    """The critic's gradient is that of its logits alone: returns and slow critic are constants."""
+    agent = make_agent()
+    _, dream = agent.actor_loss(make_latents(agent.args, 6))
+    assert not dream["lambda_target"].requires_grad and not dream["feat"].requires_grad
+    agent.value_loss(dream)[0]["loss_value"].backward()
+    found = agent.value[-1].bias.grad.clone()
+    logits = agent.value(dream["feat"])[:, :-1].detach().requires_grad_()
+    slow = dreamer_v3.two_hot_decode(agent.slow_value(dream["feat"]), agent.world_model.bins)
+    codes = sum(
+        dreamer_v3.two_hot_encode(x[:, :-1].detach(), agent.world_model.bins)
+        for x in (dream["lambda_target"], slow)
+    )
+    loss = -(codes * logits.log_softmax(-1)).sum(-1) * dream["weight"][:, :-1]
+    loss.mean().backward()
+    near(found, logits.grad.sum((0, 1)), 1e-3, 1e-6)
+
+
+def test_12_dynamics_and_representation_gradients():
+    """rep alone moves no prior head at any T; dyn alone moves no posterior at T = 1."""
+    for length in (2, 6):
+        agent = make_agent(SPEC, free_nats=0.0)
+        losses, _ = agent.model_loss(with_context(make_batch(agent, length=length)))
+        losses["loss_model_representation"].backward(retain_graph=True)
+        moved = gradients(agent.world_model)
+        assert not any(n.startswith("prior.head") for n in moved)
+        assert any(n.startswith("posterior") for n in moved)
+        assert any(n.startswith("encoder") for n in moved)
+        clear(agent)
+        losses["loss_model_dynamic"].backward()
+        moved = gradients(agent.world_model)
+        assert any(n.startswith("prior.head") for n in moved)
+        # with more rows the gradient runs back through the sampled latents
+        assert any(n.startswith("posterior") for n in moved) == (length > 2)
+        assert any(n.startswith("encoder") for n in moved) == (length > 2)
+
+
+def test_07_reward_and_continue_reach_the_encoder():
+    for key, head in (("reward", "reward"), ("continue", "cont"), ("reco", "decoder")):
+        agent = make_agent()
+        losses, _ = losses_of(agent)
+        losses[f"loss_model_{key}"].backward()
+        moved = gradients(agent.world_model)
+        assert {"encoder", "posterior", "prior", head} == prefixes(moved)
+
+
+def test_imagination_starts_carry_no_gradient():
+    agent = make_agent()
+    start = make_latents(agent.args, 4)
+    start["deter"].requires_grad_()
+    losses, dream = agent.actor_loss(start)
+    value, _ = agent.value_loss(dream)
+    (losses["loss_actor"] + value["loss_value"]).backward()
+    assert start["deter"].grad is None
+    assert dream["feat"].shape == (4, 5, 48) and torch.equal(dream["feat"][:, 0], features(start))
+
+
+def test_imagination_by_hand():
+    """Each step: the actor at the latents, then the prior; noise and actions in their places."""
+    agent = make_agent()
+    start = make_latents(agent.args, 3)
+    noise = agent.actor_loss.draw_noise(3)
+    dream = agent.actor_loss.imagine(start, noise)
+    state = start
+    for t in range(4):
+        policy = agent.actor(torch.cat([state["deter"], state["stoch"].flatten(1)], -1))
+        action = policy.mode + policy.dist.stddev * noise["action"][:, t]
+        near(dream["action"][:, t], action)
+        state = dict(
+            zip(
+                ("deter", "stoch"),
+                agent.world_model.prior(
+                    state["deter"], state["stoch"], action, noise["stoch"][:, t]
+                ),
+                strict=True,
+            )
+        )
+        near(dream["feat"][:, t + 1], torch.cat([state["deter"], state["stoch"].flatten(1)], -1))
+    assert dream["action"].shape == (3, 5, 2)
+
+
+# --- the update ---------------------------------------------------------------------------------
+
+
+def fixed_noise(agent, batch, length, seed=5):
+    torch.manual_seed(seed)
+    return {
+        "posterior": race_noise(batch, length, agent.args.stoch, agent.args.classes),
+        "dream": agent.actor_loss.draw_noise(batch * length),
+    }
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_42_loss_scales(spec):
+    """rec + rew + con + dyn + 0.1 rep + policy + value + 0.3 repval: their sum's gradient."""
+    agent, twin = make_agent(spec), make_agent(spec)
+    batch = make_batch(agent)
+    noise = fixed_noise(agent, 3, 6)
+    metrics, _ = agent.update(batch.clone(), noise)
+    loss, td = twin.model_loss, with_context(batch.clone())
+    _, td = loss(td, noise["posterior"])
+    feat = features(td)
+    dynamic, representation = loss.kl(td["post_logits"], td["prior_logits"])
+    starts = td.select("deter", "stoch").flatten()
+    actor, dream = twin.actor_loss(starts, noise["dream"])
+    value = twin.value_loss(dream)[0]["loss_value"]
+    twin.value_loss.lambda_replay = 1.0
+    boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
+    replay = twin.value_loss.replay(td, boot)[0]["loss_replay_value"]
+    terms = {
+        "loss_model_reco": loss.reconstruction(td).mean(),
+        "loss_model_reward": loss.reward(feat, td["reward"]).mean(),
+        "loss_model_continue": loss.cont(feat, td["is_terminal"]).mean(),
+        "loss_model_dynamic": dynamic.mean(),
+        "loss_model_representation": 0.1 * representation.mean(),
+        "loss_actor": actor["loss_actor"],
+        "loss_value": value,
+        "loss_replay_value": 0.3 * replay,
+    }
+    found = {k: v for k, v in metrics.items() if "loss" in k}
+    assert {k.removeprefix("train/") for k in found} == terms.keys()
+    for key, term in terms.items():
+        near(found[f"train/{key}"], term, 1e-6, 1e-7)
+    near(sum(found.values()), sum(terms.values()), 1e-6)
+    near(terms["loss_model_representation"], 0.1 * terms["loss_model_dynamic"])  # same KL
+    sum(terms.values()).backward()
+    for name, module in agent.modules.items():
+        pairs = zip(module.named_parameters(), twin.modules[name].parameters(), strict=True)
+        for (key, p), q in pairs:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=f"{name} {key}")
+
+
+def test_46_slow_critic():
+    """A copy at first; after an update 0.02 of the *new* critic and 0.98 of the old copy."""
+    agent = make_agent(random=False)
+    for p, q in zip(agent.value.parameters(), agent.slow_value.parameters(), strict=True):
+        assert torch.equal(p, q) and p.data_ptr() != q.data_ptr()
+    agent = make_agent(lr=1e-2, warmup=0)
+    fast = [p.detach().clone() for p in agent.value.parameters()]
+    slow = [p.detach().clone() for p in agent.slow_value.parameters()]
+    agent.update(make_batch(agent))
+    for f, s, p, q in zip(
+        fast, slow, agent.value.parameters(), agent.slow_value.parameters(), strict=True
+    ):
+        assert (p - f).abs().max() > 1e-3  # so that old and new differ
+        near(q, 0.02 * p.detach() + 0.98 * s, 1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_47_single_optimizer(spec):
+    """One group with every parameter of the seven networks once; none of the slow critic."""
+    agent = make_agent(spec)
+    assert len(agent.optimizer.param_groups) == 1
+    params = [id(p) for p in agent.optimizer.param_groups[0]["params"]]
+    model = agent.world_model
+    networks = [model.encoder, model.prior, model.posterior, model.decoder, model.reward]
+    networks += [model.cont, agent.actor, agent.value]
+    wanted = [id(p) for module in networks for p in module.parameters()]
+    assert len(params) == len(set(params)) and set(params) == set(wanted)
+    agent.update(make_batch(agent))
+    assert not gradients(agent.slow_value)
+    assert not any(p.requires_grad for p in agent.slow_value.parameters())
+    for name, module in agent.modules.items():
+        assert gradients(module) == {n for n, _ in module.named_parameters()}, name
+
+
+def test_45_first_update_is_a_no_op():
+    agent = make_agent()
+    before = [p.detach().clone() for m in agent.modules.values() for p in m.parameters()]
+    batch = make_batch(agent)
+    agent.update(batch.clone())
+    after = [p for m in agent.modules.values() for p in m.parameters()]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    agent.update(batch.clone())  # the second one moves by at most 4e-8, so some do not move
+    assert any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert max((x - y).abs().max() for x, y in zip(before, after, strict=True)) < 3e-7
+
+
+def test_47_clipping_is_per_tensor():
+    """A huge gradient in one network leaves the update of the others as it was."""
+    updates = []
+    for factor in (1.0, 1e4):
+        agent = make_agent(lr=1e-2, warmup=0)
+        before = agent.actor.head.weight.detach().clone()
+        for _ in range(2):
+            batch = make_batch(agent)
+            agent.model_loss.lambda_reco = factor
+            agent.update(batch, fixed_noise(agent, 3, 6))
+            factor = 1.0
+            with torch.no_grad():  # keeps all but the actor's head in place
+                twin = make_agent(lr=1e-2, warmup=0)
+                for name, module in agent.modules.items():
+                    for (key, p), q in zip(
+                        module.named_parameters(), twin.modules[name].parameters(), strict=True
+                    ):
+                        if (name, key) != ("actor", "head.weight"):
+                            p.copy_(q)
+                agent.slow_value.load_state_dict(twin.slow_value.state_dict())
+        updates.append(agent.actor.head.weight.detach() - before)
+    assert updates[0].abs().max() > 1e-3
+    near(updates[0], updates[1], 1e-4, 1e-6)
+
+
+def test_48_window():
+    """Row 0 gives the first latents and the first previous action, and no loss."""
+    agent = make_agent()
+    batch = make_batch(agent)
+    batch["is_first"][1:, 1] = False
+    noise = fixed_noise(agent, 3, 6)["posterior"]
+    found = agent.model_loss(with_context(batch.clone()), noise)[1]
+    assert found.shape == (3, 6)
+    assert torch.equal(found["reward"], batch["reward"][:, 1:])
+    later = batch.clone()
+    later["deter"][:, 1:] = torch.randn(3, 6, 32)  # stored latents of later rows are unused
+    later["stoch"][:, 1:] = torch.randn(3, 6, 4, 4)
+    later["action"][:, -1] += 1  # leads beyond the window
+    for key, shape in agent.spec["shapes"].items():
+        later[key][:, 0] = torch.randn(3, *shape)  # row 0 is never encoded
+    assert torch.equal(found["deter"], agent.model_loss(with_context(later), noise)[1]["deter"])
+    for key in ("deter", "stoch", "action"):
+        other = batch.clone()
+        other[key][:, 0] += 0.3
+        changed = agent.model_loss(with_context(other), noise)[1]["deter"]
+        assert (changed != found["deter"])[:, 0].any(-1).all()
+    other = batch.clone()
+    other["action"][1, 3] += 0.3
+    changed = agent.model_loss(with_context(other), noise)[1]["deter"]
+    assert (changed != found["deter"]).any(-1)[1].tolist() == [False] * 3 + [True] * 3
+    assert torch.equal(changed[[0, 2]], found["deter"][[0, 2]])
+
+
+def test_49_update_returns_the_posterior_latents():
+    agent = make_agent()
+    batch, noise = make_batch(agent), fixed_noise(agent, 3, 6)
+    expected = agent.model_loss(with_context(batch.clone()), noise["posterior"])[1]
+    before = batch.clone()
+    _, latents = agent.update(batch, noise)
+    assert latents.shape == (3, 6) and set(latents.keys()) == {"deter", "stoch"}
+    for key in ("deter", "stoch"):
+        near(latents[key], expected[key])
+        assert not latents[key].requires_grad
+    for key in before.keys():  # noqa: SIM118
+        assert torch.equal(batch[key], before[key])  # the batch itself is left alone
+
+
+def test_49_pack_and_unpack():
+    agent = make_agent()
+    latents = make_latents(agent.args, 3, 5)
+    packed = agent.pack(latents)
+    assert packed["deter"].dtype == torch.float16 and packed["stoch"].dtype == torch.uint8
+    again = agent.unpack(packed.clone())
+    near(again["deter"], latents["deter"], 1e-3, 1e-6)
+    assert torch.equal(again["stoch"], latents["stoch"])
+    stored = packed.clone()
+    agent.unpack(stored)
+    assert torch.equal(stored["stoch"], packed["stoch"])
+
+
+# --- acting -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_acting_filters_as_training_does(spec, monkeypatch):
+    """Row by row with `act`, or at once with the model loss: the same latents."""
+    monkeypatch.setattr(dreamer_v3, "race_noise", lambda *s, device="cpu": torch.ones(s))
+    agent = make_agent(spec)
+    batch, state, states = make_batch(agent), None, []
+    batch["is_first"][:, 0] = True
+    for t in range(7):
+        rows = batch[:, t].exclude("deter", "stoch", "action")
+        action, state = agent.act(rows, state)
+        assert action.shape == (3, spec["action_dim"])
+        assert action[rows["is_last"]].eq(0).all() and action[~rows["is_last"]].ne(0).any()
+        batch["action"][:, t] = action
+        batch["deter"][:, t], batch["stoch"][:, t] = state["deter"], state["stoch"]
+        states.append(state)
+    _, td = agent.model_loss(with_context(batch))
+    near(td["deter"], torch.stack([s["deter"] for s in states[1:]], 1), 1e-4, 1e-5)
+    near(td["stoch"], torch.stack([s["stoch"] for s in states[1:]], 1), 1e-4, 1e-5)
+
+
+def test_38_57_act_samples_unclipped():
+    agent = make_agent()
+    agent.actor.draw_noise = lambda *shape: torch.full((*shape, 2), 6.0)
+    rows = make_batch(agent, batch=4, length=1)[:, 0].exclude("deter", "stoch", "action")
+    rows["is_last"][:] = False
+    torch.manual_seed(0)
+    action, _ = agent.act(rows)
+    torch.manual_seed(0)
+    mode, state = agent.act(rows, sample=False)
+    policy = agent.actor(features(state))
+    near(mode, policy.mode)
+    near(action, policy.mode + 6 * policy.dist.stddev)
+    assert (action > 1).any()
+
+
+def test_24_act_forgets_at_a_reset():
+    agent = make_agent()
+    rows = make_batch(agent, batch=4, length=1)[:, 0].exclude("deter", "stoch", "action")
+    rows["is_first"] = torch.tensor([True, True, False, False])
+    states = []
+    for state in (None, make_latents(agent.args, 4).set("action", torch.randn(4, 2))):
+        torch.manual_seed(0)
+        states.append(agent.act(rows, state)[1]["deter"])
+    assert torch.equal(states[0][:2], states[1][:2])
+    assert (states[0][2:] != states[1][2:]).any(-1).all()
+
+
+# --- imagination environments -------------------------------------------------------------------
+
+
+def test_dreamer_env_rollout_equals_manual_steps():
+    agent = make_agent()
+    env = DreamerEnv(agent.world_model, ("deter", "stoch"))
+    assert {id(p) for p in env.parameters()} == {id(p) for p in agent.world_model.parameters()}
+    start = make_latents(agent.args, 3)
+    with torch.no_grad():
+        torch.manual_seed(7)
+        found = env.rollout(5, agent.actor.policy, start, auto_reset=False)
+        torch.manual_seed(7)
+        state = start
+        for t in range(5):
+            feat = torch.cat([state["deter"], state["stoch"].flatten(1)], -1)
+            action = agent.actor(feat).sample(agent.actor.draw_noise(3))
+            noise = race_noise(3, 4, 4)
+            deter, stoch = agent.world_model.prior(state["deter"], state["stoch"], action, noise)
+            after = torch.cat([deter, stoch.flatten(1)], -1)
+            near(found["deter"][:, t], state["deter"])
+            near(found["action"][:, t], action)
+            near(found["next", "deter"][:, t], deter)
+            near(found["next", "stoch"][:, t], stoch)
+            near(found["next", "reward"][:, t], agent.world_model.predict_reward(after))
+            logit = agent.world_model.cont(after)[:, 0]
+            near(found["next", "continue"][:, t], 1 / (1 + (-logit).exp()))
+            state = dict(deter=deter, stoch=stoch)
+    assert found.batch_size == (3, 5)
+    with pytest.raises(ValueError):
+        env.rollout(5, agent.actor.policy, auto_reset=False)
+    with pytest.raises(ValueError):
+        env.reset()
+
+
+def test_dreamer_env_step_trains_the_world_model():
+    agent = make_agent()
+    td = make_latents(agent.args, 3).set("action", torch.randn(3, 2))
+    agent.env.step(td)["next", "reward"].sum().backward()
+    assert prefixes(gradients(agent.world_model)) == {"prior", "reward"}
+
+
+def test_world_model_env_follows_its_model():
+    """x' = 0.9 x + 0.5 u with u = -0.4 x: x_t = 0.7^t x_0, reward -x^2, done below 0.2."""
+
+    def model(td):
+        x = 0.9 * td["x"] + 0.5 * td["action"]
+        reward, done = -x.square().squeeze(-1), x.squeeze(-1).abs() < 0.2
+        return TensorDict(x=x, reward=reward, done=done, batch_size=td.batch_size)
+
+    env = WorldModelEnv(model, ("x",))
+    start = TensorDict(x=torch.tensor([[1.0], [4.0]]), batch_size=[2])
+
+    def policy(td):
+        return td.set("action", -0.4 * td["x"])
+
+    found = env.rollout(50, policy, start, auto_reset=False)
+    assert found.batch_size == (2, 9)  # 4 * 0.7^9 is the first below 0.2
+    expected = torch.tensor([[1.0], [4.0]]) * 0.7 ** torch.arange(10)
+    near(found["x"][..., 0], expected[:, :-1])
+    near(found["next", "x"][..., 0], expected[:, 1:])
+    near(found["action"][..., 0], -0.4 * expected[:, :-1])
+    near(found["next", "reward"], -(expected[:, 1:] ** 2))
+    assert set(start.keys()) == {"x"}  # the caller's TensorDict is left alone
+
+
+def test_world_model_env_defaults():
+    env = WorldModelEnv(lambda td: td.set("x", td["x"] + td["action"]), ("x",))
+    start = TensorDict(x=torch.zeros(2, 1), batch_size=[2])
+    found = env.rollout(4, lambda td: td.set("action", torch.ones(2, 1)), start)
+    assert found["next", "x"][..., 0].tolist() == [[1, 2, 3, 4]] * 2
+    assert found["next", "reward"].tolist() == [[0.0] * 4] * 2
+    assert found["next", "done"].dtype == torch.bool and not found["next", "done"].any()
+
+
+def test_dreamer_decoder():
+    """Vectors in the environment's units, images uint8; under "next" as well."""
+    agent = make_agent(DISCRETE)
+    td = make_latents(agent.args, 2, 3)
+    td["next"] = make_latents(agent.args, 2, 3)
+    out = DreamerDecoder(agent.world_model)(td.clone())
+    for part, latents in ((out, td), (out["next"], td["next"])):
+        raw = agent.world_model.decoder(latents["deter"], latents["stoch"])
+        near(part["vector"], symexp(raw["vector"]))
+        assert part["pixels"].dtype == torch.uint8 and part["pixels"].shape == (2, 3, 32, 32, 3)
+        near(part["pixels"], raw["pixels"] * 255, 0, 0.51)
+    assert not torch.equal(out["pixels"], out["next", "pixels"])

@@ -1,0 +1,299 @@
+"""Three updates of the authors' JAX code (danijar/dreamerv3 at e3f0224) against `Agent.update`.
+
+dreamer_v3_jax.npz holds their parameters, a batch with episode ends, and what their code computed
+in float32 with sampling replaced by fixed rules: a latent is the mode, an action is
+mean + std * (0.5, -0.5). Noise of ones and of (0.5, -0.5) does the same here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+from dreamer_v3 import Agent, Args, features, two_hot_decode, with_context
+
+torch.set_num_threads(1)
+SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
+SCALES = {"rep": 0.1, "repval": 0.3}  # of the losses; the others have 1
+OBSERVED = ("is_first", "is_last", "is_terminal", "reward", "position", "velocity", "action")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return dict(np.load(Path(__file__).with_name("dreamer_v3_jax.npz")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flush_denormal():
+    """XLA on a CPU flushes denormal numbers to zero; squares of tiny gradients are denormal."""
+    before = torch.tensor(1e-40) * 1 == 0
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(bool(before))
+
+
+def dense(name, layer):
+    return {f"{name}/kernel": layer.weight.T, f"{name}/bias": layer.bias}
+
+
+def sequence(layers, linears, norms):
+    """Authors' names of the Linear and RMSNorm layers of a Sequential, in order."""
+    found = {}
+    for name, layer in zip(linears, (x for x in layers if isinstance(x, nn.Linear)), strict=True):
+        found |= dense(name, layer)
+    for name, layer in zip(norms, (x for x in layers if isinstance(x, nn.RMSNorm)), strict=True):
+        found[f"{name}/scale"] = layer.weight
+    return found
+
+
+def numbered(name, count):
+    return [name.format(i) for i in range(count)]
+
+
+def parameters(agent):
+    """Authors' names -> our tensors in the authors' layout (views: copying into them works)."""
+    model, prior, posterior = (
+        agent.world_model,
+        agent.world_model.prior,
+        agent.world_model.posterior,
+    )
+    found = {}
+    for i, layers in enumerate((prior.deter_in, prior.stoch_in, prior.action_in)):
+        found |= sequence(layers, [f"dyn/dynin{i}"], [f"dyn/dynin{i}norm"])
+    for name, layer in (("dyn/dynhid0", prior.hidden), ("dyn/dyngru", prior.gates)):
+        found |= {f"{name}/kernel": layer.weight, f"{name}/bias": layer.bias}
+    found["dyn/dynhid0norm/scale"] = prior.hidden_norm[0].weight
+    names = ["dyn/prior0", "dyn/prior1", "dyn/priorlogit"]
+    found |= sequence(prior.head, names, numbered("dyn/prior{}norm", 2))
+    found |= dense("dyn/obs0", posterior.layer) | dense("dyn/obslogit", posterior.head)
+    found["dyn/obs0norm/scale"] = posterior.norm[0].weight
+    found |= sequence(model.encoder.mlp, numbered("enc/mlp{}", 3), numbered("enc/mlp{}norm", 3))
+    names = numbered("dec/mlp/linear{}", 3), numbered("dec/mlp/norm{}", 3)
+    found |= sequence(model.decoder.mlp, *names)
+    for key, head in zip(("position", "velocity"), model.decoder.heads, strict=True):
+        found |= dense(f"dec/vec/{key}/pred", head)
+    found |= sequence(model.reward, ["rew/mlp/linear0", "rew/head/logits"], ["rew/mlp/norm0"])
+    found |= sequence(model.cont, ["con/mlp/linear0", "con/head/logit"], ["con/mlp/norm0"])
+    names = numbered("pol/mlp/linear{}", 3), numbered("pol/mlp/norm{}", 3)
+    found |= sequence(agent.actor.mlp, *names)
+    found |= dense("pol/head/action/mean", agent.actor.head)
+    found |= dense("pol/head/action/stddev", agent.actor.std_head)
+    for name, value in (("val", agent.value), ("slowval", agent.slow_value)):
+        linears = [*numbered(name + "/mlp/linear{}", 3), f"{name}/head/logits"]
+        found |= sequence(value, linears, numbered(name + "/mlp/norm{}", 3))
+    found |= {"retnorm/lo/value": agent.actor_loss.low, "retnorm/hi/value": agent.actor_loss.high}
+    return {name: x.detach() for name, x in found.items()}
+
+
+def make_agent(reference):
+    """The authors' small model with their parameters."""
+    args = Args(deter=64, hidden=16, stoch=8, classes=4, units=16, lr=1e-3, warmup=0)
+    agent = Agent(SPEC, args)
+    ours = parameters(agent)
+    theirs = {k[8:] for k in reference if k.startswith("params0/")}
+    assert theirs - set(ours) == {"slowval_count/value"} and set(ours) <= theirs
+    for name, x in ours.items():
+        value = torch.from_numpy(reference[f"params0/{name}"])
+        assert x.shape == value.shape, name
+        x.copy_(value)
+    return agent
+
+
+def make_batch(reference):
+    """[4, 10] rows, row 0 the context; stored latents of later rows are not to be used."""
+    td = {k: torch.from_numpy(reference[f"batch/{k}"]) for k in OBSERVED}
+    td |= {k: torch.from_numpy(reference[f"batch/dyn/{k}"]) for k in ("deter", "stoch")}
+    return TensorDict(td, [4, 10]).clone()
+
+
+def make_noise():
+    action = torch.tensor([0.5, -0.5]).expand(36, 15, 2)
+    dream = TensorDict(action=action, stoch=torch.ones(36, 15, 8, 4), batch_size=[36, 15])
+    return {"posterior": torch.ones(4, 9, 8, 4), "dream": dream}
+
+
+def close(name, actual, expected, rtol=1e-5):
+    """Agreement relative to the largest entry: |actual - expected| <= rtol max |expected|."""
+    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    assert actual.shape == expected.shape, name
+    error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= rtol * size, f"{name}: off by {error:.2e} of {size:.2e}"
+
+
+@pytest.fixture(scope="module")
+def forward(reference):
+    """The agent before any update, its rows with posteriors, its dream, all losses."""
+    agent, noise = make_agent(reference), make_noise()
+    losses, td = agent.model_loss(with_context(make_batch(reference)), noise["posterior"])
+    starts = td.select("deter", "stoch").flatten()
+    actor, dream = agent.actor_loss(starts, noise["dream"])
+    value, _ = agent.value_loss(dream)
+    boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
+    replay, _ = agent.value_loss.replay(td, boot)
+    return agent, td, dream, {**losses, **actor, **value, **replay}
+
+
+def test_the_batch_is_a_hard_one(reference):
+    """Resets, terminal and other ends inside the windows, or the comparison would prove little."""
+    first, last, terminal = (reference[f"batch/{k}"][:, 1:] for k in OBSERVED[:3])
+    assert first[:, 1:].any() and last[:, :-1].any()
+    assert terminal.any() and (last & ~terminal).any()
+
+
+def test_latents(reference, forward):
+    agent, td, _, _ = forward
+    close("tokens", agent.world_model.encoder(td), reference["out/tokens"])
+    for ours, theirs in (("post_logits", "post_logit"), ("prior_logits", "prior_logit")):
+        close(ours, td[ours], reference[f"out/{theirs}"])
+    close("deter", td["deter"], reference["out/deter"])
+    assert np.array_equal(td["stoch"].detach().numpy(), reference["out/stoch"])
+
+
+def test_predictions(reference, forward):
+    agent, td, _, _ = forward
+    model, feat = agent.world_model, features(td)
+    close("rew", model.predict_reward(feat), reference["out/rew"])
+    close("con", model.predict_continue(feat), reference["out/con"])
+    close("val", two_hot_decode(agent.value(feat), model.bins), reference["out/val"])
+    close("slowval", two_hot_decode(agent.slow_value(feat), model.bins), reference["out/slowval"])
+
+
+def test_losses_per_row(reference, forward):
+    """What the losses' own methods give for each row, before mean and scale."""
+    agent, td, dream, _ = forward
+    loss, feat = agent.model_loss, features(td)
+    dynamic, representation = loss.kl(td["post_logits"], td["prior_logits"])
+    found = {"dyn": dynamic, "rep": representation, "rew": loss.reward(feat, td["reward"])}
+    found["con"] = loss.cont(feat, td["is_terminal"])
+    for name, x in found.items():
+        close(name, x, reference[f"out/losses/{name}"])
+    both = reference["out/losses/position"] + reference["out/losses/velocity"]
+    close("reconstruction", loss.reconstruction(td), both)
+    dream = dream[:, :-1]
+    error = agent.value_loss.error(dream["value_logits"], dream["lambda_target"], dream["feat"])
+    value = (dream["weight"] * error).mean(1).reshape(4, 9)
+    close("value", value, reference["out/losses/value"])
+
+
+def test_policy_and_replay_losses_per_row(reference, forward):
+    """Where only the mean is returned: the loss of one start, or one sequence, at a time.
+
+    The bounds of the returns come from all of them, so they are set and frozen.
+    """
+    agent, td, dream, _ = forward
+    agent.actor_loss.eval()
+    noise, starts = make_noise()["dream"], td.select("deter", "stoch").flatten()
+    rows = [agent.actor_loss(starts[i : i + 1], noise[i : i + 1])[0] for i in range(36)]
+    agent.actor_loss.train()
+    policy = torch.stack([x["loss_actor"] for x in rows]).reshape(4, 9)
+    close("policy", policy, reference["out/losses/policy"], 2e-5)
+    boot = dream["lambda_target"][:, 0].unflatten(0, (4, 9))
+    rows = [agent.value_loss.replay(td[i : i + 1], boot[i : i + 1])[0] for i in range(4)]
+    replay = torch.stack([x["loss_replay_value"] for x in rows]) / 0.3
+    close("repval", replay, reference["out/losses/repval"].mean(1))
+
+
+def test_imagination_statistics(reference, forward):
+    agent, _, dream, _ = forward
+    low, scale = agent.actor_loss.low, agent.actor_loss.high - agent.actor_loss.low
+    assert scale > 1.5  # the normaliser is at work
+    returns, value = dream["lambda_target"][:, :-1], dream["value"]
+    advantage, normed = (returns - value[:, :-1]) / scale, (returns - low) / scale
+    found = {
+        "rew": dream["reward"].mean(),
+        "con": dream["continue"].mean(),
+        "weight": dream["weight"].mean(),
+        "val": value.mean(),
+        "tar": returns.mean(),
+        "adv": advantage.mean(),
+        "adv_std": advantage.std(correction=0),
+        "adv_mag": advantage.abs().mean(),
+        "ret": normed.mean(),
+        "ret_min": normed.min(),
+        "ret_max": normed.max(),
+        "ent/action": dream["entropy"][:, :-1].mean(),
+    }
+    for name, x in found.items():
+        close(name, x, reference[f"out/metrics/{name}"], 2e-5)
+
+
+def test_42_total_loss(reference, forward):
+    """Every mean, and the scaled sum 13.7265 of them."""
+    losses = forward[3]
+    names = {
+        "loss_model_reward": "rew",
+        "loss_model_continue": "con",
+        "loss_model_dynamic": "dyn",
+        "loss_model_representation": "rep",
+        "loss_actor": "policy",
+        "loss_value": "value",
+        "loss_replay_value": "repval",
+    }
+    for ours, theirs in names.items():
+        expected = SCALES.get(theirs, 1.0) * reference[f"out/losses/{theirs}"].mean()
+        close(ours, losses[ours], expected)
+    expected = sum(reference[f"out/losses/{k}"].mean() for k in ("position", "velocity"))
+    close("loss_model_reco", losses["loss_model_reco"], expected)
+    assert set(losses) == {*names, "loss_model_reco"}
+    close("total", sum(losses.values()), reference["out/loss"], 1e-6)
+
+
+def borderline(agent):
+    """Entries of the two last layers whose gradient's square may round to a denormal number."""
+    found = {}
+    for name, layer in (("rew", agent.world_model.reward[-1]), ("val", agent.value[-1])):
+        for key, grad in (("kernel", layer.weight.grad.T), ("bias", layer.bias.grad)):
+            found[f"{name}/head/logits/{key}"] = (grad.abs() > 0) & (grad.abs() < 1e-16)
+    return found | {f"slow{k}": v for k, v in found.items() if k.startswith("val")}
+
+
+def compare_parameters(agent, reference, step, border):
+    """All within 1e-5, but for at most 1 % of the reward's and the values' last layers.
+
+    Bins whose probability is about 1e-20 have gradients whose squares are at the border of the
+    denormal numbers; divided by their own root plus 1e-20, rounding decides how far they move.
+    The slow critic's biases, which reach 200, may be off by two roundings an update.
+    """
+    for name, x in parameters(agent).items():
+        expected = torch.from_numpy(reference[f"params{step}/{name}"])
+        error = (x - expected).abs()
+        if name.startswith("slowval/head"):
+            error = (error - 2.4e-7 * step * expected.abs()).clamp(min=0)
+        if name in border:
+            assert error[border[name]].max() < (2e-5 if name.startswith("slow") else 5e-4), name
+            assert (error > 1e-5).float().mean() < 0.01, name
+            error = error[~border[name]]
+        assert error.max() < 1e-5, f"{name} after {step} updates: {error.max():.2e}"
+        if name.startswith("slowval/mlp"):  # its error is far below its own movement
+            moved = (expected - torch.from_numpy(reference[f"params0/{name}"])).abs().max()
+            assert error.max() < 0.05 * moved, name
+
+
+def test_three_updates(reference):
+    """Loss at each, gradient norm, parameters, slow critic, return bounds after one and three."""
+    agent, border = make_agent(reference), {}
+    for step in (1, 2, 3):
+        metrics, latents = agent.update(make_batch(reference), make_noise())
+        total = sum(v for k, v in metrics.items() if k.startswith("train/loss"))
+        close(f"loss {step}", total, reference[f"step{step}/opt/loss"], 2e-6)
+        grads = [p.grad for m in agent.modules.values() for p in m.parameters()]
+        norm = torch.cat([g.flatten() for g in grads]).double().norm()
+        close(f"gradient {step}", norm, reference[f"step{step}/opt/grad_norm"], 2e-5)
+        border = {k: v | border.get(k, False) for k, v in borderline(agent).items()}
+        if step == 1:
+            close("deter", latents["deter"], reference["out/deter"])
+        if step != 2:
+            compare_parameters(agent, reference, step, border)
+            for key, ours in (("lo", agent.actor_loss.low), ("hi", agent.actor_loss.high)):
+                close(key, ours, reference[f"params{step}/retnorm/{key}/value"], 2e-5)
+
+
+def test_updates_move_every_tensor(reference):
+    """The authors' updates are large against the tolerance above, in each tensor."""
+    for name in (k[8:] for k in reference if k.startswith("params1/")):
+        if "count" not in name:
+            moved = np.abs(reference[f"params3/{name}"] - reference[f"params0/{name}"]).max()
+            assert moved > (3e-5 if name.startswith("slowval") else 1e-3), name
