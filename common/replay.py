@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def _files(example, capacity, num_envs, slack, updatable):
-    """{key: (shape, dtype)} of the files: [N * physical, ...], twice as many rows if updatable."""
+    """{key: (shape, dtype)} of the files: [physical * N, ...], twice as many rows if updatable."""
     rows = num_envs * (capacity // num_envs + slack)
     return {
         key: ((rows * (1 + (key in updatable)), *leaf.shape), leaf.dtype)
@@ -45,7 +45,8 @@ def _map(files, directory):
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
-    Row r, counted from 0, lies at r % physical. The files hold `slack` rows of each environment
+    Row r of environment e, counted from 0, lies at (r % physical) * N + e, so that a longer run
+    may ask for a larger ring as long as this one has not come round. The files hold `slack` rows of each environment
     more than can be drawn, so that the rows that a checkpoint refers to survive the next `slack`
     appends: save when `exhausted` is True. `write_back` fills the one of two slots that the
     checkpoint does not use. So a process killed at any moment resumes exactly at its checkpoint
@@ -67,11 +68,12 @@ class Replay:
             raise ValueError(f"{have} are less than a window of {length}: raise --replay-size")
         files = _files(example, capacity, num_envs, slack, updatable)
         self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
-        self.layout |= {"length": length, **{k: f"{d} {list(s)}" for k, (s, d) in files.items()}}
+        shapes = {key: f"{dtype} {list(shape[1:])}" for key, (shape, dtype) in files.items()}
+        self.updatable = [key for key in files if key in updatable]
+        self.layout |= {"length": length, "updatable": ", ".join(self.updatable), **shapes}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.storage = _map(files, directory)
-        self.updatable = [key for key in files if key in updatable]
         self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
@@ -107,9 +109,10 @@ class Replay:
     def append(self, row: TensorDict):
         """Add one row of each environment: TensorDict[N] with the keys of `example`."""
         assert set(row.keys()) == set(self.storage.keys()), (row, self.layout)
-        where = torch.arange(self.num_envs) * self.physical + self.total % self.physical
+        where = self.total % self.physical * self.num_envs + torch.arange(self.num_envs)
         for key, leaf in self.storage.items():
-            leaf.index_copy_(0, where, row[key].detach().to(leaf))
+            slot = where * 2 if key in self.updatable else where
+            leaf.index_copy_(0, slot, row[key].detach().to(leaf))
         # The last checkpoint does not refer to the row that was here (see slack): slot 0 is free.
         self.current[where] = self.saved[where] = 0
         if self.online and self.total >= self.length and self.total % self.length == 0:
@@ -134,8 +137,8 @@ class Replay:
         window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
         index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
         index[..., 1] += torch.arange(self.length)
-        where = (index[..., 0] * self.physical + index[..., 1] % self.physical).flatten()
-        live = where + self.current[where].long() * len(self.current)
+        where = (index[..., 1] % self.physical * self.num_envs + index[..., 0]).flatten()
+        live = where * 2 + self.current[where].long()
         # index_select copies whole rows: six times as fast as indexing where rows are pictures.
         batch = TensorDict({}, [len(where)])
         for key, leaf in self.storage.items():
@@ -152,14 +155,14 @@ class Replay:
         """
         env, row = index.flatten(0, 1).cpu().unbind(-1)
         kept = (row >= self.oldest).nonzero()[:, 0]
-        where = (env * self.physical + row % self.physical)[kept]
+        where = (row % self.physical * self.num_envs + env)[kept]
         # Two writes to one row have no fixed order in torch: keep the last one of each row.
         where, group = where.unique(return_inverse=True)
         order = torch.zeros_like(where).scatter_reduce_(0, group, kept, "amax")
         spare = 1 - self.saved[where]
         for key in self.updatable:
             leaf, value = self.storage[key], values[key].detach().flatten(0, 1)[order]
-            leaf.index_copy_(0, where + spare.long() * len(self.current), value.to(leaf))
+            leaf.index_copy_(0, where * 2 + spare.long(), value.to(leaf))
         self.current[where] = spare
 
     def state_dict(self) -> dict:
@@ -173,18 +176,22 @@ class Replay:
             "layout": self.layout,
             "total": self.total,
             "queue": torch.tensor(self.queue, dtype=torch.int64).view(-1, 2),
-            "current": self.current.view(self.num_envs, -1)[:, : self.total].clone(),
+            "current": self.current[: self.total * self.num_envs].clone(),
             "generator": self.generator.get_state(),
         }
 
     def load_state_dict(self, state: dict):
-        """Continue from a checkpoint; ValueError if it belongs to files of another layout."""
+        """Continue from a checkpoint; ValueError if it belongs to files of another layout.
+
+        A larger capacity is accepted until the smaller ring has come round.
+        """
+        grown = state["total"] <= min(state["layout"]["physical"], self.capacity)
         for name in self.layout | state["layout"]:
             theirs, ours = state["layout"].get(name), self.layout.get(name)
-            if theirs != ours:
+            if theirs != ours and not (grown and name in ("capacity", "physical")):
                 raise ValueError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist()))
-        self.current.view(self.num_envs, -1)[:, : self.total] = state["current"]
+        self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)
         self.generator.set_state(state["generator"])
