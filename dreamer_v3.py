@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 import tyro
@@ -61,7 +62,7 @@ class Args:
     preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
         "default"  # all that a benchmark fixes; other flags override it
     )
-    size: Literal["1m", "12m", "25m", "50m", "100m", "200m", "400m"] = "1m"  # of the networks
+    size: Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = ""  # parameters; 1m
     env_id: str = "dm_control/cartpole-swingup-v0"  # any gymnasium id, also my_module:MyEnv-v0
     steps: int = 100_000  # environment steps, with action repeat and reset rows
     seed: int = 0  # of networks, noise, replay and environments
@@ -137,52 +138,32 @@ SIZES = {
     "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
 }
 
+# fmt: off
 PRESETS = {
-    "default": dict(),
+    "default": {},
     "dmc_proprio": dict(
-        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000
-    ),
+        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000),
     "dmc_vision": dict(
-        env_id="dm_control/walker-walk-v0",
-        obs="pixels",
-        size="200m",
-        num_envs=16,
-        train_ratio=256.0,
-        steps=1_100_000,
-    ),
+        env_id="dm_control/walker-walk-v0", obs="pixels", num_envs=16, steps=1_100_000,
+        size="200m", train_ratio=256.0),
     "atari100k": dict(
-        env_id="ALE/Pong-v5", size="200m", action_repeat=4, train_ratio=256.0, steps=440_000
-    ),
-    "crafter": dict(env_id="crafter/Reward-v0", size="200m", train_ratio=512.0, steps=1_100_000),
+        env_id="ALE/Pong-v5", action_repeat=4, steps=440_000, size="200m", train_ratio=256.0),
+    "crafter": dict(
+        env_id="crafter/Reward-v0", steps=1_100_000, size="200m", train_ratio=512.0),
     "debug": dict(
-        env_id="Pendulum-v1",
-        steps=1000,
-        num_envs=2,
-        batch_size=4,
-        batch_length=8,
-        train_ratio=4.0,
-        imagination_horizon=4,
-        log_every=50,
-        save_every=100,
-        dream_every=200,
-        eval_episodes=1,
-        deter=16,
-        hidden=8,
-        stoch=4,
-        depth=2,
-        units=8,
-    ),
+        env_id="Pendulum-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8, train_ratio=4.0,
+        imagination_horizon=4, deter=16, hidden=8, stoch=4, depth=2, units=8, eval_episodes=1,
+        log_every=50, save_every=100, dream_every=500),
 }
+# fmt: on
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args: the size's numbers, then the preset's, then the flags given."""
-    argv = sys.argv[1:] if argv is None else argv
-    first = tyro.cli(Args, args=argv, description=__doc__)  # its --help lists everything
-    size = first.size if any(a.startswith("--size") for a in argv) else None
-    preset = PRESETS[first.preset]
-    size = size or preset.get("size", Args.size)
-    default = Args(**{**SIZES[size], **preset, "preset": first.preset, "size": size})
+    """Flags -> Args: a flag beats the preset, the preset beats the size, the size the defaults."""
+    chosen = tyro.cli(Args, args=argv, description=__doc__)  # for --preset, --size and --help
+    preset = PRESETS[chosen.preset]
+    size = chosen.size or preset.get("size", "1m")
+    default = Args(**{**SIZES[size], **preset, "preset": chosen.preset, "size": size})
     return tyro.cli(Args, default=default, args=argv, description=__doc__)
 
 
@@ -200,7 +181,7 @@ def symexp(x: Tensor) -> Tensor:
 
 
 def two_hot_bins(num_bins: int = 255) -> Tensor:
-    """(num_bins,) exponentially spaced bins, eq. 10: exactly antisymmetric, the middle one exactly 0."""
+    """(num_bins,) bins, eq. 10: exponentially spaced, exactly antisymmetric, the middle one 0."""
     if num_bins < 3 or num_bins % 2 == 0:
         raise ValueError(f"num_bins must be odd and at least 3, so that a bin is 0; got {num_bins}")
     half = symexp(torch.linspace(-20, 0, num_bins // 2 + 1))
@@ -256,7 +237,7 @@ def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
 
 
 def race_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Exponential(1) numbers: argmax(probs / noise) is a draw from probs, all ones give the mode."""
+    """Exponential(1) numbers: argmax(probs / noise) is a draw from probs, ones give the mode."""
     return torch.rand(shape, device=device).log_().neg_()
 
 
@@ -331,20 +312,20 @@ class BlockLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
-        self.blocks = blocks
-        width = inputs // blocks + shared
-        self.weight = nn.Parameter(torch.empty(blocks, width, outputs // blocks))
+        width = inputs // blocks + shared  # of a block's input, its slice first
+        self.blocks, self.slice = blocks, inputs // blocks
+        self.weight = nn.Parameter(torch.empty(width, blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.zeros(outputs))
         scaled_init_(self.weight, blocks * width)
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
-        """(blocks, N, inputs / blocks) and shared (N, shared) -> (blocks, N, outputs / blocks)."""
-        bias = self.bias.unflatten(0, (self.blocks, 1, -1))
+        """(N, inputs), (N, shared) -> (N, blocks, outputs / blocks)."""
+        x = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
+        x = torch.bmm(x, self.weight[: self.slice].transpose(0, 1)).transpose(0, 1)
         if shared is None:
-            return torch.baddbmm(bias, x, self.weight)
-        width = x.shape[-1]  # of the slice, which comes first in the block's input
-        common = torch.baddbmm(bias, shared.expand(self.blocks, -1, -1), self.weight[:, width:])
-        return torch.baddbmm(common, x, self.weight[:, :width])
+            return x + self.bias.view(self.blocks, -1)
+        dense = torch.addmm(self.bias, shared, self.weight[self.slice :].flatten(1))
+        return x + dense.unflatten(-1, (self.blocks, -1))
 
 
 class RSSMPrior(nn.Module):
@@ -372,14 +353,13 @@ class RSSMPrior(nn.Module):
     def core(self, deter: Tensor, stoch: Tensor, action_embed: Tensor) -> Tensor:
         """(N, D), (N, S, C), (N, hidden) -> next deter (N, D)."""
         shared = [self.deter_in(deter), self.stoch_in(stoch.flatten(-2)), action_embed]
-        blocks = deter.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (blocks, N, D / blocks)
-        x = self.hidden(blocks, torch.cat(shared, -1))
-        x = self.hidden_norm(x.transpose(0, 1).flatten(-2))  # over the full width
-        gates = self.gates(x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)).float()
+        x = self.hidden(deter, torch.cat(shared, -1)).flatten(-2)
+        gates = self.gates(self.hidden_norm(x)).float()  # (N, blocks, 3 D / blocks)
         reset, candidate, update = gates.chunk(3, -1)  # split inside each block
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # the offset keeps the memory at first
-        return torch.lerp(blocks, candidate, update).transpose(0, 1).flatten(-2)
+        blocks = deter.unflatten(-1, (self.blocks, -1))
+        return torch.lerp(blocks, candidate, update).flatten(-2)
 
     def split(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """Features (..., F) -> deter (..., D), stoch (..., S, C)."""
@@ -536,8 +516,8 @@ class ObsDecoder(nn.Module):
     def image(self, deter: Tensor, stoch: Tensor) -> Tensor:
         """(N, D), (N, S * C) -> (N, H, W, channels) in [0, 1]."""
         height, width, _ = self.grid
-        x = self.deter_in(deter.unflatten(-1, (self.blocks, -1)).transpose(0, 1))
-        x = x.unflatten(-1, (height, width, -1)).permute(1, 2, 3, 0, 4).flatten(-2)  # (N, h, w, c)
+        x = self.deter_in(deter).unflatten(-1, (height, width, -1))  # (N, blocks, h, w, c)
+        x = x.permute(0, 2, 3, 1, 4).flatten(-2)
         x = x + self.stoch_in(stoch).unflatten(-1, self.grid)
         for norm, layer in zip(self.norms, self.convs, strict=True):
             x = F.silu(norm(x)).permute(0, 3, 1, 2)
@@ -685,7 +665,7 @@ class DreamerV3ModelLoss(nn.Module):
         self.lambda_continue, self.lambda_dynamic = lambda_continue, lambda_dynamic
         self.lambda_representation = lambda_representation
 
-    def forward(self, td: TensorDict, noise: Tensor | None = None) -> tuple[TensorDict, TensorDict]:
+    def forward(self, td: TensorDict, noise: Tensor | None = None):
         """td[B, T]: rows, and under "previous" the rows before them (action, deter, stoch).
 
         Only the first previous latents are read. Returns scalar losses and td with the posterior
@@ -736,7 +716,7 @@ class DreamerV3ModelLoss(nn.Module):
         return two_hot_loss(self.world_model.reward(feat), [reward], self.world_model.bins)
 
     def cont(self, feat: Tensor, is_terminal: Tensor) -> Tensor:
-        """Binary cross entropy (B, T) with the soft target 1 - 1/horizon, or 0 at a terminal row."""
+        """Binary cross entropy (B, T), target 1 - 1/horizon, or 0 at a terminal row."""
         target = (~is_terminal).float() * (1 - 1 / self.horizon)
         logits = self.world_model.cont(feat).float().squeeze(-1)
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -1234,8 +1214,7 @@ def finish(agent: Agent, logger: Logger, args: Args, name: str) -> dict:
     print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes, sampling policy")
     print("returns", *(f"{x:.1f}" for x in returns))
     if frames:
-        fps = max(1, round(frames_per_second(args)))
-        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
+        print(f"video of the first episode: {logger.video(name, np.stack(frames))}")
     else:
         print(f"no video: {args.env_id} has no pictures to give")
     if rows.shape[1] > 8:
@@ -1281,7 +1260,9 @@ def benchmark(args: Args, device: torch.device):
     per_row = sum(seconds.values()) / len(rows) + updates * update
     hours = args.steps / args.action_repeat * per_row / 3600
     print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
-    print(f"{peak_memory(device):10.2f} GB      memory of the process or the GPU")
+    print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1395,9 +1376,7 @@ def main(argv: list[str] | None = None):
     if step >= args.steps:
         logger.write(step, **finish(agent, logger, args, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
-    print(
-        f"run folder: {folder} (again the same command: {'nothing to do' if step >= args.steps else 'resume'})"
-    )
+    print(f"all of it: {folder}" if step >= args.steps else "saved; the same command resumes")
     logger.close()
     envs.close()
 

@@ -196,7 +196,7 @@ def set_rng_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    for device, value in zip(range(torch.cuda.device_count()), state["cuda"]):
+    for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(value, device)
 
 

@@ -45,8 +45,8 @@ def _map(files, directory):
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
-    Row r of environment e, counted from 0, lies at (r % physical) * N + e, so that a longer run
-    may ask for a larger ring as long as this one has not come round. The files hold `slack` rows of each environment
+    Row r of environment e, counted from 0, lies at (r % physical) * N + e, so a longer run may ask
+    for a larger ring until this one has come round. The files hold `slack` rows of each environment
     more than can be drawn, so that the rows that a checkpoint refers to survive the next `slack`
     appends: save when `exhausted` is True. `write_back` fills the one of two slots that the
     checkpoint does not use. So a process killed at any moment resumes exactly at its checkpoint

@@ -4,6 +4,7 @@ A number in a test's name is that of the detail it checks. Also here: causality,
 moves which network, the three ways to run RSSMRollout, imagination environments, sizes.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -103,6 +104,11 @@ def array(x):
     return x.detach().double().numpy()
 
 
+def kernel(layer):
+    """The weights of a BlockLinear as a view (blocks, inputs per block, outputs per block)."""
+    return layer.weight.detach().transpose(0, 1)
+
+
 def silu(x):
     return x / (1 + np.exp(-x))
 
@@ -133,7 +139,7 @@ def dense(x, sequence):
 
 def make_prior(deter=32, hidden=6, stoch=4, classes=3, blocks=4, action=2, seed=0):
     torch.manual_seed(seed)
-    prior = RSSMPrior(action, deter, hidden, stoch, classes, blocks).double()
+    prior = RSSMPrior(action, deter, hidden, stoch, classes, blocks)
     perturb(prior)
     return prior
 
@@ -145,10 +151,10 @@ def core_by_hand(prior, deter, stoch, action):
     u = [dense(deter, prior.deter_in), dense(stoch.reshape(n, -1), prior.stoch_in)]
     u = np.concatenate([*u, dense(action, prior.action_in)], -1)
     slices = [slice(k * width, (k + 1) * width) for k in range(prior.blocks)]
-    weight, bias = array(prior.hidden.weight), array(prior.hidden.bias)
+    weight, bias = array(kernel(prior.hidden)), array(prior.hidden.bias)
     x = [np.concatenate([deter[:, s], u], -1) @ weight[k] + bias[s] for k, s in enumerate(slices)]
     x = silu(rms(np.concatenate(x, -1), prior.hidden_norm[0].weight))
-    weight, bias, out = array(prior.gates.weight), array(prior.gates.bias), []
+    weight, bias, out = array(kernel(prior.gates)), array(prior.gates.bias), []
     for k, s in enumerate(slices):
         gate = x[:, s] @ weight[k] + bias[3 * width * k : 3 * width * (k + 1)]
         r, c, w = gate[:, :width], gate[:, width : 2 * width], gate[:, 2 * width :]
@@ -159,7 +165,7 @@ def core_by_hand(prior, deter, stoch, action):
 
 def random_inputs(n=5, deter=32, stoch=4, classes=3, action=2):
     latents = make_latents(SimpleNamespace(deter=deter, stoch=stoch, classes=classes), n)
-    return latents["deter"].double(), latents["stoch"].double(), torch.randn(n, action).double() * 2
+    return latents["deter"], latents["stoch"], torch.randn(n, action) * 2
 
 
 def core(prior, deter, stoch, action):
@@ -169,16 +175,16 @@ def core(prior, deter, stoch, action):
 @pytest.mark.parametrize("blocks", [1, 4, 8])
 def test_14_block_gru_formula(blocks):
     prior, inputs = make_prior(blocks=blocks), random_inputs()
-    near(core(prior, *inputs), core_by_hand(prior, *map(array, inputs)), 1e-9, 1e-9)
+    near(core(prior, *inputs), core_by_hand(prior, *map(array, inputs)), 1e-5, 1e-6)
 
 
 def test_14_prior_head_and_imagined_step():
     prior, (deter, stoch, action) = make_prior(), random_inputs()
     found, sample = prior(deter, stoch, action, torch.ones_like(stoch))
     expected = core_by_hand(prior, array(deter), array(stoch), array(action))
-    near(found, expected, 1e-9, 1e-9)
+    near(found, expected, 1e-5, 1e-6)
     logits = dense(expected, prior.head).reshape(5, 4, 3)
-    near(prior.logits(found), logits, 1e-9, 1e-9)
+    near(prior.logits(found), logits, 1e-5, 1e-6)
     assert sample.argmax(-1).tolist() == logits.argmax(-1).tolist()
     assert sum(isinstance(x, nn.Linear) for x in prior.head) == 3  # two layers and the logits
 
@@ -188,21 +194,21 @@ def test_15_update_gate_bias():
     prior, (deter, stoch, action) = make_prior(), random_inputs()
     nn.init.zeros_(prior.gates.weight)
     nn.init.zeros_(prior.gates.bias)
-    near(core(prior, deter, stoch, action), 0.73106 * array(deter), 1e-5, 1e-9)
+    near(core(prior, deter, stoch, action), 0.73106 * array(deter), 1e-5, 1e-6)
 
 
 def test_16_block_layout():
     """A block sees its slice first, then the 3 * hidden shared numbers, and no other slice."""
     prior, (deter, stoch, action) = make_prior(), random_inputs()
-    assert prior.hidden.weight.shape == (4, 32 // 4 + 3 * 6, 8)
+    assert kernel(prior.hidden).shape == (4, 32 // 4 + 3 * 6, 8)
     before = core(prior, deter, stoch, action)
-    prior.gates.weight.data[2] = 0
+    kernel(prior.gates)[2] = 0
     prior.gates.bias.data[48:72] = 0  # 3 * 8 gates per block
     changed = (core(prior, deter, stoch, action) != before).any(0).unflatten(0, (4, 8)).all(-1)
     assert changed.tolist() == [False, False, True, False]
     prior = make_prior()
-    prior.hidden.weight.data[:, 8:] = 0  # only the slices are left
-    prior.hidden.weight.data[[0, 1, 3]] = 0  # only block 2's is left: the norm couples no others
+    kernel(prior.hidden)[:, 8:] = 0  # only the slices are left
+    kernel(prior.hidden)[[0, 1, 3]] = 0  # only block 2's is left: the norm couples no others
     prior.hidden.bias.data.zero_()
     deter.requires_grad_()
     core(prior, deter, stoch, action)[:, 16:24].sum().backward()
@@ -213,7 +219,7 @@ def test_16_block_layout():
 def test_17_gates_are_split_inside_each_block():
     prior, (deter, stoch, action) = make_prior(), random_inputs()
     nn.init.zeros_(prior.gates.weight)
-    bias = torch.zeros(4, 3, 8).double()  # block, (reset, candidate, update), unit
+    bias = torch.zeros(4, 3, 8)  # block, (reset, candidate, update), unit
     bias[1, 0], bias[1, 1], bias[1, 2] = 0.3, 0.7, 50.0  # block 1 forgets its memory
     bias[3, 2] = -50.0  # block 3 keeps all of it
     prior.gates.bias.data = bias.flatten()
@@ -227,13 +233,13 @@ def test_17_gates_are_split_inside_each_block():
 def test_18_action_normalisation():
     """[2, -0.5] -> [1, -0.5]; the gradient of a large action is divided, not cancelled."""
     prior, (deter, stoch, _) = make_prior(), random_inputs(1)
-    actions = [torch.tensor([[a, -0.5]]).double().requires_grad_() for a in (2.0, 1.0)]
+    actions = [torch.tensor([[a, -0.5]]).requires_grad_() for a in (2.0, 1.0)]
     found = [core(prior, deter, stoch, a) for a in actions]
-    near(found[0], found[1], 1e-12, 1e-12)
+    near(found[0], found[1], 1e-6, 1e-6)
     for x in found:
         x.sum().backward()
     assert actions[1].grad.abs().min() > 0
-    near(actions[0].grad, actions[1].grad / torch.tensor([2.0, 1.0]), 1e-9, 1e-12)
+    near(actions[0].grad, actions[1].grad / torch.tensor([2.0, 1.0]), 1e-5, 1e-6)
 
 
 def test_19_block_linear_init():
@@ -437,12 +443,12 @@ def test_causality_of_values():
 
 def test_posterior_formula():
     torch.manual_seed(0)
-    posterior = RSSMPosterior(7, 32, 6, 4, 3).double()
+    posterior = RSSMPosterior(7, 32, 6, 4, 3)
     perturb(posterior)
-    deter, tokens = torch.randn(5, 32).double(), torch.randn(5, 7).double()
+    deter, tokens = torch.randn(5, 32), torch.randn(5, 7)
     layers = [posterior.layer, *posterior.norm, posterior.head]
     expected = dense(np.concatenate([array(deter), array(tokens)], -1), layers)
-    near(posterior(deter, posterior.embed(tokens)), expected.reshape(5, 4, 3), 1e-9, 1e-9)
+    near(posterior(deter, posterior.embed(tokens)), expected.reshape(5, 4, 3), 1e-5, 1e-6)
 
 
 def test_13_posterior_and_prior_samples_mix_in_the_uniform():
@@ -475,10 +481,9 @@ def test_13_posterior_and_prior_samples_mix_in_the_uniform():
 def test_rollout_loop_by_hand():
     """The rollout is: mask by is_first, core, posterior, draw; checked step by step in numpy."""
     agent = make_agent()
-    model = agent.world_model.double()
-    td = with_context(make_batch(agent)).double()
-    td["is_first"] = with_context(make_batch(agent))["is_first"]
-    found = observe(agent, td, torch.ones(*td.shape, 4, 4).double())
+    model = agent.world_model
+    td = with_context(make_batch(agent))
+    found = observe(agent, td)
     tokens = array(model.encoder(td))
     deter, stoch = array(td["previous", "deter"][:, 0]), array(td["previous", "stoch"][:, 0])
     for t in range(td.shape[1]):
@@ -490,18 +495,27 @@ def test_rollout_loop_by_hand():
         logits = x.reshape(-1, 4, 4)
         stoch = np.eye(4)[logits.argmax(-1)]  # noise of ones: the mode
         for a, b in zip(found, (deter, stoch, logits), strict=True):
-            near(a[:, t], b, 1e-7, 1e-7)
+            near(a[:, t], b, 1e-5, 1e-5)
 
 
 def cpp_compiler():
     return shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
 
 
-@pytest.mark.parametrize("mode", ["use_scan", "compile_step"])
-def test_rollout_modes_agree(mode):
-    """Loop, scan and compiled step: same outputs and gradients with the same noise."""
-    if mode == "compile_step" and not cpp_compiler():
-        pytest.skip("torch.compile on a CPU needs a C++ compiler, and there is none")
+@pytest.mark.parametrize("mode", ["use_scan", "compile_step", "inductor"])
+def test_rollout_modes_agree(mode, monkeypatch):
+    """Loop, scan and compiled step: same outputs and gradients with the same noise.
+
+    The compiled step is traced, forward and backward, but not translated to C++ unless SLOW=1:
+    that takes a minute the first time.
+    """
+    if mode == "compile_step":
+        fast = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", fast)
+    if mode == "inductor":
+        if not os.environ.get("SLOW") or not cpp_compiler():
+            pytest.skip("the C++ backend takes a minute: set SLOW=1, with a C++ compiler installed")
+        mode = "compile_step"
     torch.manual_seed(0)
     prior, posterior = RSSMPrior(2, 16, 8, 4, 4), RSSMPosterior(5, 16, 8, 4, 4)
     perturb(prior, posterior)
@@ -539,14 +553,14 @@ def test_25_feature_order():
 
 def test_25_decoder_takes_stoch_first():
     torch.manual_seed(0)
-    decoder = ObsDecoder({"b": (2,), "a": (3,)}, 32, 16, 2, 16).double()
+    decoder = ObsDecoder({"b": (2,), "a": (3,)}, 32, 16, 2, 16)
     perturb(decoder)
     deter, stoch, _ = random_inputs(classes=4)
     x = dense(np.concatenate([array(stoch).reshape(5, 16), array(deter)], -1), decoder.mlp)
     out = decoder(deter, stoch)
     assert list(out) == ["a", "b"] and sum(isinstance(m, nn.Linear) for m in decoder.mlp) == 3
     for key, head in zip(("a", "b"), decoder.heads, strict=True):
-        near(out[key], x @ array(head.weight).T + array(head.bias), 1e-9, 1e-9)
+        near(out[key], x @ array(head.weight).T + array(head.bias), 1e-5, 1e-6)
 
 
 def test_26_vector_encoder():
@@ -625,11 +639,11 @@ def test_27_image_decoder():
     """Block-linear of deter + MLP of stoch, then x2 nearest, convolution, ...; sigmoid."""
     torch.manual_seed(0)
     shapes = {"right": (32, 48, 1), "left": (32, 48, 3)}
-    decoder = ObsDecoder(shapes, 32, 16, 4, 12, blocks=4).double()
+    decoder = ObsDecoder(shapes, 32, 16, 4, 12, blocks=4)
     perturb(decoder, scale=0.1)
     deter, stoch, _ = random_inputs(3, classes=4)
     h, w, c = 2, 3, 16
-    weight, bias = array(decoder.deter_in.weight), array(decoder.deter_in.bias)
+    weight, bias = array(kernel(decoder.deter_in)), array(decoder.deter_in.bias)
     x = np.concatenate([array(deter)[:, 8 * k : 8 * k + 8] @ weight[k] for k in range(4)], -1)
     x = (x + bias).reshape(3, 4, h, w, c // 4).transpose(0, 2, 3, 1, 4).reshape(3, h, w, c)
     assert [m.out_features for m in decoder.stoch_in if isinstance(m, nn.Linear)] == [24, h * w * c]
@@ -640,7 +654,7 @@ def test_27_image_decoder():
     assert [m.out_channels for m in decoder.convs] == [16, 12, 8, 4]
     out = decoder(deter.unflatten(0, (1, 3)), stoch.unflatten(0, (1, 3)))
     found = torch.cat([out["left"], out["right"]], -1)
-    near(found, sigmoid(x)[None], 1e-7, 1e-9)
+    near(found, sigmoid(x)[None], 1e-5, 1e-6)
     assert out["left"].shape == (1, 3, 32, 48, 3) and out["right"].shape == (1, 3, 32, 48, 1)
 
 
@@ -974,6 +988,22 @@ def test_49_pack_and_unpack():
     stored = packed.clone()
     agent.unpack(stored)
     assert torch.equal(stored["stoch"], packed["stoch"])
+
+
+def test_update_in_bfloat16():
+    """What CUDA runs under autocast: losses near float32's, latents and parameters finite."""
+    totals = []
+    for dtype in (torch.float32, torch.bfloat16):
+        agent = make_agent(DISCRETE, lr=1e-3, warmup=0)
+        if dtype == torch.bfloat16:
+            agent.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+        metrics, latents = agent.update(make_batch(agent), fixed_noise(agent, 3, 6))
+        totals.append({k: v.float() for k, v in metrics.items() if "loss_model" in k})
+        assert latents["deter"].isfinite().all()
+        params = [p for module in agent.modules.values() for p in module.parameters()]
+        assert all(p.dtype == torch.float32 and p.isfinite().all() for p in params)
+    for key, value in totals[0].items():
+        near(totals[1][key], value, 0.1, 0.05)
 
 
 # --- acting -------------------------------------------------------------------------------------

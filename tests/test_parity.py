@@ -64,7 +64,7 @@ def parameters(agent):
     for i, layers in enumerate((prior.deter_in, prior.stoch_in, prior.action_in)):
         found |= sequence(layers, [f"dyn/dynin{i}"], [f"dyn/dynin{i}norm"])
     for name, layer in (("dyn/dynhid0", prior.hidden), ("dyn/dyngru", prior.gates)):
-        found |= {f"{name}/kernel": layer.weight, f"{name}/bias": layer.bias}
+        found |= {f"{name}/kernel": layer.weight.transpose(0, 1), f"{name}/bias": layer.bias}
     found["dyn/dynhid0norm/scale"] = prior.hidden_norm[0].weight
     names = ["dyn/prior0", "dyn/prior1", "dyn/priorlogit"]
     found |= sequence(prior.head, names, numbered("dyn/prior{}norm", 2))
