@@ -54,7 +54,7 @@ from common.replay import Replay
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 PHASES = ("world model", "dreams and actor", "critic", "backward", "optimiser")  # of an update
-MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "threads")
+MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "device")
 
 
 @dataclass
@@ -164,7 +164,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     preset = PRESETS[chosen.preset]
     size = chosen.size or preset.get("size", "1m")
     default = Args(**{**SIZES[size], **preset, "preset": chosen.preset, "size": size})
-    return tyro.cli(Args, default=default, args=argv, description=__doc__)
+    args = tyro.cli(Args, default=default, args=argv, description=__doc__)
+    if args.render_quality == "auto":  # decided once, so that a run keeps it on any machine
+        args.render_quality = "full" if torch.cuda.is_available() else "fast"
+    return args
 
 
 # --- maths --------------------------------------------------------------------------------------
@@ -558,7 +561,7 @@ class DreamerActor(nn.Module):
             race_noise(*shape, device=device) if self.classes else torch.randn(shape, device=device)
         )
 
-    def policy(self, td: TensorDict) -> TensorDict:
+    def act(self, td: TensorDict) -> TensorDict:
         """Latents td[N] -> the same with a sampled `action`: the policy of `DreamerEnv.rollout`."""
         return td.set("action", self(features(td)).sample(self.draw_noise(*td.batch_size)))
 
@@ -1331,7 +1334,7 @@ def main(argv: list[str] | None = None):
     dream_due = Every(args.dream_every)
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
     parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due)
-    step, updates = 0, 0
+    step, updates, metrics, batch = 0, 0, {}, None
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
         for name, part in parts.items():
@@ -1342,6 +1345,7 @@ def main(argv: list[str] | None = None):
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():
+        check_finite(metrics, updates)
         counters = dict(step=step, updates=updates, score=score, state=state.to_dict())
         checkpoint.save(folder, **parts, **counters, rng=checkpoint.rng_state())
 
@@ -1365,12 +1369,11 @@ def main(argv: list[str] | None = None):
                     check_finite(metrics, updates)
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
-            if dream_due(step) and updates:
+            if dream_due(step) and batch is not None:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
             if log_due(step):
                 logger.write(step, updates=updates)
-            if save_due(step) or replay.exhausted or stop.requested:
-                check_finite(metrics if updates else {}, updates)
+            if save_due(step) or replay.exhausted:
                 save()
         save()
     if step >= args.steps:

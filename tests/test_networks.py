@@ -973,7 +973,7 @@ def test_49_update_returns_the_posterior_latents():
     for key in ("deter", "stoch"):
         near(latents[key], expected[key])
         assert not latents[key].requires_grad
-    for key in before.keys():  # noqa: SIM118
+    for key in before.keys():
         assert torch.equal(batch[key], before[key])  # the batch itself is left alone
 
 
