@@ -200,7 +200,7 @@ def two_hot_neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     above = torch.bucketize(x.contiguous(), bins, right=True)
     index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
     low, high = bins[index].unbind(-1)
-    upper = ((x - low) / (high - low)).nan_to_num(0.0, 0.0, 0.0)  # both ends: low == high
+    upper = torch.where(low < high, (x - low) / (high - low), 0.0 * x)  # 0 x: NaN stays NaN
     return index, torch.stack([1 - upper, upper], -1)
 
 
@@ -217,7 +217,8 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     """
     probs = logits.float().softmax(-1)
     middle = len(bins) // 2
-    return (probs[..., middle + 1 :] - probs[..., :middle].flip(-1)) @ bins[middle + 1 :]
+    pairs = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
+    return (pairs * bins[middle + 1 :]).sum(-1)
 
 
 def two_hot_loss(logits: Tensor, targets: list[Tensor], bins: Tensor, weights=(1.0,)) -> Tensor:
@@ -546,7 +547,7 @@ class DreamerActor(nn.Module):
         if not self.classes:
             self.std_head = linear(units, action_dim, outscale=0.01)
 
-    def forward(self, feat: Tensor) -> "Normal | Categoricals":
+    def forward(self, feat: Tensor) -> "BoundedNormal | Categoricals":
         """The action distribution at feat (..., F)."""
         x = self.mlp(feat)
         if self.classes:
@@ -1076,8 +1077,9 @@ class Agent:
             sum(losses.values()).backward()
         with record_function("optimiser"):
             self.optimizer.step()
-            slow, fast = list(self.slow_value.parameters()), list(self.value.parameters())
-            torch._foreach_lerp_(slow, fast, self.args.slow_rate)
+            with torch.no_grad():
+                slow, fast = list(self.slow_value.parameters()), list(self.value.parameters())
+                torch._foreach_lerp_(slow, fast, self.args.slow_rate)
         return self.metrics(losses, td, dream), td.select("deter", "stoch").detach()
 
     @torch.no_grad()

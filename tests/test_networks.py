@@ -1064,9 +1064,14 @@ def test_dreamer_env_rollout_equals_manual_steps():
     env = DreamerEnv(agent.world_model, ("deter", "stoch"))
     assert {id(p) for p in env.parameters()} == {id(p) for p in agent.world_model.parameters()}
     start = make_latents(agent.args, 3)
+
+    def policy(td):
+        noise = agent.actor.draw_noise(len(td))
+        return td.set("action", agent.actor(features(td)).sample(noise))
+
     with torch.no_grad():
         torch.manual_seed(7)
-        found = env.rollout(5, agent.actor.policy, start, auto_reset=False)
+        found = env.rollout(5, policy, start, auto_reset=False)
         torch.manual_seed(7)
         state = start
         for t in range(5):
@@ -1085,7 +1090,7 @@ def test_dreamer_env_rollout_equals_manual_steps():
             state = dict(deter=deter, stoch=stoch)
     assert found.batch_size == (3, 5)
     with pytest.raises(ValueError):
-        env.rollout(5, agent.actor.policy, auto_reset=False)
+        env.rollout(5, policy, auto_reset=False)
     with pytest.raises(ValueError):
         env.reset()
 
