@@ -4,10 +4,14 @@ import errno
 import json
 import os
 import pickle
+import platform
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import zipfile
 from contextlib import suppress
@@ -18,12 +22,12 @@ import numpy as np
 import torch
 
 FORMAT = 1  # of checkpoint.pt
-RUN_CONTROL = ("fresh", "eval", "run")  # fields of Args that say what to do, not what is learned
+RUN_CONTROL = ("fresh", "eval", "run", "origin")  # not what is learned, so free to differ
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
 LOCKS = {}  # inode -> open lock file, held until the process ends
 
 
-class RunError(RuntimeError):
+class RunError(RuntimeError, ValueError):
     """A message for the user; scripts print it without a traceback and exit with code 1."""
 
 
@@ -50,9 +54,29 @@ def open_run(script, args, root="runs", fresh=False, may_change=()) -> tuple[Pat
     state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
     if state is None:
         _remove(folder / leftover for leftover in LEFTOVERS)
+    asked["origin"] = saved["origin"] if state and "origin" in saved else _origin()
     text = json.dumps(asked, indent=2) + "\n"
     _write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
+
+
+def _origin():
+    """What a published figure has to name: command, commit, versions, hardware."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    commit = changed = ""
+    with suppress(OSError):
+        ask = {"capture_output": True, "text": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **ask).stdout.strip()
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (re.findall("model name\\s*: (.*)", cpu) or [platform.processor()])[0]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": f"{commit or 'unknown'}{' with changes' if changed else ''}",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+        "hardware": f"{os.cpu_count()} cores of {cpu}, {gpu}",
+    }
 
 
 def _saved_args(folder):

@@ -30,6 +30,8 @@ from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
+from common.checkpoint import RunError
+
 OWN_GL = "MUJOCO_GL" not in os.environ and sys.platform == "linux"
 if OWN_GL:
     os.environ["MUJOCO_GL"] = "egl"  # read when mujoco or dm_control is first imported
@@ -69,14 +71,14 @@ class Envs:
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
     to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros.
-    `options` are the fields of Options. Raises ValueError for an unknown id, a missing package, an
-    unsupported space and NaN; RuntimeError if it cannot render or crashes too often.
+    `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
+    unsupported space, NaN, or if it cannot render or crashes too often.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
         self.env_id, self.num_envs, options = env_id, num_envs, Options(**options)
         if options.obs not in ("auto", "vector", "pixels", "both"):
-            raise ValueError(f"obs={options.obs!r} is not auto, vector, pixels or both")
+            raise RunError(f"obs={options.obs!r} is not auto, vector, pixels or both")
         if options.render_quality == "auto":
             options.render_quality = "full" if torch.cuda.is_available() else "fast"
         makers = [partial(_Rows, env_id, i, seed, options) for i in range(num_envs)]
@@ -113,11 +115,11 @@ class Envs:
         action = action.detach().to("cpu", torch.float32).contiguous().numpy()
         assert action.shape == (self.num_envs, self.action_dim), action.shape
         if not np.isfinite(action).all():
-            raise ValueError(f"the policy's action for {self.env_id} is not finite: {action}")
+            raise RunError(f"the policy's action for {self.env_id} is not finite: {action}")
         try:
             self._receive(self._vector.step(action)[0])
         except (EOFError, ConnectionError) as error:
-            raise RuntimeError(f"a worker of {self.env_id} was killed: memory?") from error
+            raise RunError(f"a worker of {self.env_id} was killed: memory?") from error
         for past, taken, first in zip(self._actions, action, self._row["is_first"], strict=True):
             if first:
                 past.clear()
@@ -146,7 +148,7 @@ class Envs:
     def load_state_dict(self, state: dict) -> None:
         """Bring every environment back by repeating its episode; warns where that fails."""
         if len(state["actions"]) != self.num_envs:
-            raise ValueError(f"saved with num_envs={len(state['actions'])}, not {self.num_envs}")
+            raise RunError(f"saved with num_envs={len(state['actions'])}, not {self.num_envs}")
         if state["row"] is None:
             return
         past = [actions.numpy() for actions in state["actions"]]
@@ -193,7 +195,7 @@ class _Rows(gymnasium.Env):
         row["reward"] = spaces.Box(-np.inf, np.inf, (), np.float32)
         row |= {key: spaces.Box(0, 2**62, (), np.int64) for key in ("_episode", "_crashes")}
         if not self.boxes or self.boxes.keys() & {"action", *row}:
-            raise ValueError(f"{env_id} observes {list(boxes)}: no use for obs={options.obs!r}")
+            raise RunError(f"{env_id} observes {list(boxes)}: no use for obs={options.obs!r}")
         self.observation_space = spaces.Dict(self.boxes | row)
         width, self.action_classes, self.decode = _actions(self.env.action_space, env_id)
         self.action_space = spaces.Box(-np.inf, np.inf, (width,), np.float32)
@@ -222,7 +224,7 @@ class _Rows(gymnasium.Env):
             spec = gymnasium.registry.get(name)
             where = f"{name} {spec.entry_point if spec else ''}"
             fix = [f"; pip install {names}" for part, names in PACKAGES.items() if part in where]
-            raise ValueError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
+            raise RunError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
         except gymnasium.error.Error as error:
             if name in gymnasium.registry:
                 raise
@@ -230,7 +232,7 @@ class _Rows(gymnasium.Env):
                 importlib.import_module("shimmy")  # its ids are among the similar ones
             near = ", ".join(difflib.get_close_matches(name, gymnasium.registry, 3, 0.4))
             text = f"unknown environment {self.env_id!r}: {error} Similar: {near}"
-            raise ValueError(text) from error
+            raise RunError(text) from error
 
     def _register(self, module):
         try:
@@ -239,7 +241,7 @@ class _Rows(gymnasium.Env):
             raise
         except Exception as error:  # no OpenGL library
             if self.drawn or not OWN_GL:
-                raise RuntimeError(f"cannot import {module}: {error}{GL_HELP}") from error
+                raise RunError(f"cannot import {module}: {error}{GL_HELP}") from error
             os.environ["MUJOCO_GL"] = "disable"
             importlib.import_module(module)
 
@@ -252,7 +254,7 @@ class _Rows(gymnasium.Env):
             fix = GL_HELP if self._model() is not None else ""
             text = f"{self.env_id} cannot be rendered: {error}{fix}"
             if self.drawn:
-                raise RuntimeError(text) from error
+                raise RunError(text) from error
             warnings.warn(text, stacklevel=2)
             return False
 
@@ -282,7 +284,7 @@ class _Rows(gymnasium.Env):
             if renderer.viewer is not None:
                 renderer.viewer.viewport.width = renderer.viewer.viewport.height = size
         if self.env.render_mode != "rgb_array":
-            raise RuntimeError("it has no render_mode rgb_array")
+            raise RunError("it has no render_mode rgb_array")
         return np.ascontiguousarray(_resize(np.asarray(self.env.render()), size))
 
     def frame(self):
@@ -313,7 +315,7 @@ class _Rows(gymnasium.Env):
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
             where = f"at step {self.count} of environment {self.index} (episode {self.episode})"
             kind = "reward" if key == "reward" else f"observation {key!r}"
-            raise ValueError(f"{kind} of {self.env_id} is not finite {where}")
+            raise RunError(f"{kind} of {self.env_id} is not finite {where}")
         row |= {"is_first": np.bool_(self.done), "is_terminal": np.bool_(terminated)}
         self.done = bool(terminated or truncated)
         row |= {"is_last": np.bool_(self.done), "_crashes": np.int64(self.crashes)}
@@ -332,14 +334,14 @@ class _Rows(gymnasium.Env):
         self.crashes, self.done = self.crashes + 1, True
         text = f"environment {self.index} of {self.env_id}, crash {self.crashes}: {error!r}"
         if self.crashes > self.options.max_crashes:
-            raise RuntimeError(f"{text}; that is too often") from error
+            raise RunError(f"{text}; that is too often") from error
         print(f"{text}; it is built again for a new episode", file=sys.stderr)
         with contextlib.suppress(Exception):
             self.env.close()
         try:
             self.env = self._build()
         except Exception as again:
-            raise RuntimeError(f"{text}; building it again failed: {again!r}") from again
+            raise RunError(f"{text}; building it again failed: {again!r}") from again
 
     def replay(self, episodes, crashes, actions, ends):
         """Repeat the actions of a saved episode and return its last row."""
@@ -371,13 +373,13 @@ def _row_box(key, space, size, env_id):
     shape, name = space.shape, f"observation {key!r} of {env_id}, {space},"
     if type(space) is not spaces.Box:
         fix = "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        raise ValueError(f"{name} is neither a Box nor a Dict of them: {fix}")
+        raise RunError(f"{name} is neither a Box nor a Dict of them: {fix}")
     flat = len(shape) == 2 and min(shape) >= 16
     if space.dtype != np.uint8 or not (flat or len(shape) == 3):
         return spaces.Box(-np.inf, np.inf, (int(np.prod(shape)),), np.float32)
     channels = 1 if flat else shape[2]
     if channels > min(shape[:2]):
-        raise ValueError(f"{name} has to have its channels last")
+        raise RunError(f"{name} has to have its channels last")
     return spaces.Box(0, 255, (size, size, channels), np.uint8)
 
 
@@ -413,7 +415,7 @@ def _actions(space, env_id):
             sizes, start = np.full(space.shape, 2).ravel(), 0
         case _:
             fix = "wrap it in gymnasium.wrappers.TransformAction to get a Box or a MultiDiscrete"
-            raise ValueError(f"actions of {env_id} are {space}, which is not supported: {fix}")
+            raise RunError(f"actions of {env_id} are {space}, which is not supported: {fix}")
 
     def choose(action):
         choice = np.stack([part.argmax() for part in np.split(action, sizes.cumsum()[:-1])])

@@ -11,6 +11,8 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
+from common.checkpoint import RunError
+
 
 def _files(example, capacity, num_envs, slack, updatable):
     """{key: (shape, dtype)} of the files: [physical * N, ...], twice as many rows if updatable."""
@@ -22,21 +24,22 @@ def _files(example, capacity, num_envs, slack, updatable):
 
 
 def _map(files, directory):
-    """Map the files, made or grown where needed; OSError when the disk cannot hold them."""
+    """Map the files, made or grown where needed; RunError when the disk cannot hold them."""
     sizes = {directory / key: prod(shape) * dtype.itemsize for key, (shape, dtype) in files.items()}
     held = {path: path.stat().st_blocks * 512 if path.exists() else 0 for path in sizes}
     need = sum(max(0, size - held[path]) for path, size in sizes.items())
     free = shutil.disk_usage(directory).free
     if need > free:
         message = f"the replay needs {need / 1e9:.2f} GB more, only {free / 1e9:.2f} GB are free"
-        raise OSError(f"{message} in {directory}: choose a smaller --replay-size")
+        raise RunError(f"{message} in {directory}: choose a smaller --replay-size")
     for path, size in sizes.items():
         with open(path, "ab") as file:  # never truncates: the rows outlive a start with other flags
             try:  # a full disk or quota is an error here, not a bus error later
                 os.posix_fallocate(file.fileno(), 0, size)
             except (AttributeError, OSError) as error:  # not on every system: the file is sparse
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    raise
+                    text = f"no room for {path}, {size / 1e9:.2f} GB"
+                    raise RunError(f"{text}: choose a smaller --replay-size") from error
     return TensorDict(
         {k: MemoryMappedTensor.from_filename(directory / k, d, s) for k, (s, d) in files.items()}
     )
@@ -55,7 +58,7 @@ class Replay:
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
-    ValueError if a window of `length` rows does not fit the ring, OSError if the disk is full.
+    RunError if a window of `length` rows does not fit the ring or the disk is too full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
@@ -65,7 +68,7 @@ class Replay:
         self.physical = self.capacity + slack
         if self.capacity < length:
             have = f"{self.capacity} rows for each of {num_envs} environments"
-            raise ValueError(f"{have} are less than a window of {length}: raise --replay-size")
+            raise RunError(f"{have} are less than a window of {length}: raise --replay-size")
         files = _files(example, capacity, num_envs, slack, updatable)
         self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
         shapes = {key: f"{dtype} {list(shape[1:])}" for key, (shape, dtype) in files.items()}

@@ -1,0 +1,39 @@
+"""Turn a run folder into one raw curve: results/<script>/<task>[-<tag>]-seed<k>.csv
+
+    python results/collect.py runs/dreamer_v3/Pendulum-v1/seed0 [tag]
+
+Columns: environment steps, return of the training episode that ended there, wall-clock seconds.
+The header names the command, commit, hardware and wall-clock that made them.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+def main(run: str, tag: str = ""):
+    args = json.loads(Path(run, "args.json").read_text())
+    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    name = re.sub("[/:]", "-", args["env_id"]) + (f"-{tag}" if tag else "")
+    path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = [f"{key}: {value}" for key, value in args["origin"].items()]
+    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {rows[-1]['updates']:.0f}")
+    header += [
+        f"evaluation: {row['eval/return']:.1f} +- {row['eval/return_std']:.1f}, sampling policy"
+        for row in rows
+        if "eval/return" in row
+    ]
+    lines = [f"# {line}" for line in header] + ["step,return,seconds"]
+    lines += [
+        f"{row['step']},{row['episode/return']:.3f},{row['time/wall']:.1f}"
+        for row in rows
+        if "episode/return" in row
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
