@@ -63,7 +63,7 @@ class Args:
         "default"  # all that a benchmark fixes; other flags override it
     )
     size: Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = ""  # parameters; 1m
-    env_id: str = "dm_control/cartpole-swingup-v0"  # any gymnasium id, also my_module:MyEnv-v0
+    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
     steps: int = 100_000  # environment steps, with action repeat and reset rows
     seed: int = 0  # of networks, noise, replay and environments
 
@@ -140,7 +140,10 @@ SIZES = {
 
 # fmt: off
 PRESETS = {
-    "default": {},
+    "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
+        env_id="Pendulum-v1", action_repeat=2, steps=16_000, batch_length=16, train_ratio=128.0,
+        deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=4000,
+        eval_episodes=10),
     "dmc_proprio": dict(
         env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000),
     "dmc_vision": dict(
@@ -151,7 +154,7 @@ PRESETS = {
     "crafter": dict(
         env_id="crafter/Reward-v0", steps=1_100_000, size="200m", train_ratio=512.0),
     "debug": dict(
-        env_id="Pendulum-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8, train_ratio=4.0,
+        env_id="CartPole-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8, train_ratio=4.0,
         imagination_horizon=4, deter=16, hidden=8, stoch=4, depth=2, units=8, eval_episodes=1,
         log_every=50, save_every=100, dream_every=500),
 }
@@ -159,11 +162,11 @@ PRESETS = {
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags -> Args: a flag beats the preset, the preset beats the size, the size the defaults."""
+    """Flags -> Args: a flag beats --size, which beats the preset, which beats the defaults."""
     chosen = tyro.cli(Args, args=argv, description=__doc__)  # for --preset, --size and --help
-    preset = PRESETS[chosen.preset]
-    size = chosen.size or preset.get("size", "1m")
-    default = Args(**{**SIZES[size], **preset, "preset": chosen.preset, "size": size})
+    preset = {"size": "1m", **PRESETS[chosen.preset]}
+    values = {**SIZES[preset["size"]], **preset, **SIZES.get(chosen.size, {})}
+    default = Args(**values | {"preset": chosen.preset, "size": chosen.size or preset["size"]})
     args = tyro.cli(Args, default=default, args=argv, description=__doc__)
     if args.render_quality == "auto":  # decided once, so that a run keeps it on any machine
         args.render_quality = "full" if torch.cuda.is_available() else "fast"

@@ -1,0 +1,69 @@
+"""DreamerV3 learns a small task within a minute; a break in the chain from rows to policy shows."""
+
+import json
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+
+import dreamer_v3
+
+FLAGS = (
+    "--env-id test_learning:Reach-v0 --steps 1600 --threads 1 --no-tensorboard --eval-episodes 50"
+    " --num-envs 1 --action-repeat 1 --obs auto --train-ratio 32 --batch-size 16 --batch-length 8"
+    " --lr 3e-3 --warmup 50 --deter 64 --hidden 32 --units 32 --stoch 4 --classes 4"
+    " --imagination-horizon 5 --log-every 500 --save-every 10000 --dream-every 0"
+)
+
+
+class Reach(gymnasium.Env):
+    """Go to the goal among three places in a row and stay: 1 for every step there, 15 steps."""
+
+    action_space = spaces.Discrete(3)  # left, stay, right
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        self.place, self.goal = self.np_random.choice(3, 2, replace=False)
+        return self.observe(), {}
+
+    def step(self, action):
+        self.count += 1
+        self.place = int(np.clip(self.place + action - 1, 0, 2))
+        return self.observe(), float(self.place == self.goal), False, self.count == 15, {}
+
+    def observe(self):
+        return np.array([self.place, self.goal], np.float32) - 1
+
+
+gymnasium.register("Reach-v0", "test_learning:Reach")
+
+
+def play(policy, episodes):
+    """Mean return of policy(place, goal) -> action."""
+    env, total = Reach(), 0.0
+    for seed in range(episodes):
+        (place, goal), over = env.reset(seed=seed)[0], False
+        while not over:
+            (place, goal), reward, _, over, _ = env.step(policy(place, goal))
+            total += reward
+    return total / episodes
+
+
+def train(folder, seed):
+    """Mean return of 50 episodes with the policy of a run."""
+    threads = torch.get_num_threads()
+    dreamer_v3.main([*FLAGS.split(), "--run", str(folder), "--seed", str(seed)])
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval/return"]
+
+
+def test_learning(tmp_path):
+    rng = np.random.default_rng(0)
+    assert play(lambda *_: int(rng.integers(3)), 500) < 6
+    assert all(play(lambda *_, action=action: action, 500) < 7.5 for action in range(3))
+    assert play(lambda place, goal: int(np.sign(goal - place)) + 1, 500) > 14
+    assert train(tmp_path / "run", seed=0) > 9
