@@ -141,8 +141,8 @@ SIZES = {
 # fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
-        env_id="Pendulum-v1", action_repeat=2, steps=16_000, batch_length=16, train_ratio=128.0,
-        deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=4000,
+        env_id="Pendulum-v1", action_repeat=2, steps=10_000, batch_length=16, train_ratio=128.0,
+        deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=2500,
         eval_episodes=10),
     "dmc_proprio": dict(
         env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000),
