@@ -88,6 +88,8 @@ class Envs:
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             context = "forkserver" if forks else "spawn"
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
+            # gymnasium shows a worker's traceback as a warning; the error itself is raised here.
+            warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
         self._vector = make(makers, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
         self.action_dim = self._vector.single_action_space.shape[0]
         self.action_classes = self._vector.get_attr("action_classes")[0]
