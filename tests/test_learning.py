@@ -13,7 +13,8 @@ FLAGS = (
     "--env-id test_learning:Reach-v0 --steps 1600 --threads 1 --no-tensorboard --eval-episodes 50"
     " --num-envs 1 --action-repeat 1 --obs auto --train-ratio 32 --batch-size 16 --batch-length 8"
     " --lr 3e-3 --warmup 50 --deter 64 --hidden 32 --units 32 --stoch 4 --classes 4"
-    " --imagination-horizon 5 --log-every 500 --save-every 10000 --dream-every 0"
+    " --imagination-horizon 5 --horizon 20 --entropy-bonus 3e-3"
+    " --log-every 500 --save-every 10000 --dream-every 0"
 )
 
 

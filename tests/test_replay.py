@@ -314,7 +314,10 @@ def test_reopening_neither_zeroes_nor_copies(tmp_path):
         (dict(length=6), "length is 5 in the checkpoint, 6 here"),
         (dict(slack=1), "physical is 20 in the checkpoint, 21 here"),
         (dict(updatable=()), "updatable is deter, stoch in the checkpoint,  here"),
-        (dict(example=EXAMPLE.exclude("pixels")), r"pixels is torch.uint8 \[4, 4, 3\] in .*None here"),
+        (
+            dict(example=EXAMPLE.exclude("pixels")),
+            r"pixels is torch.uint8 \[4, 4, 3\] in .*None here",
+        ),
     ],
 )
 def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message):
