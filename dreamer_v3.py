@@ -173,6 +173,25 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
+def check(args: Args) -> torch.device:
+    """The device of a run; RunError that names the flag for values that cannot work."""
+    counts = ("num_envs", "steps", "action_repeat", "batch_size", "batch_length", "eval_episodes")
+    for name in (*counts, "imagination_horizon", "stoch", "classes", "units", "save_every"):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.lr <= 0 or args.train_ratio < 0:
+        raise RunError("--lr must be positive and --train-ratio not negative")
+    if args.image_size % 16 or args.image_size < 16:
+        raise RunError("--image-size must be a multiple of 16")
+    if args.deter % args.blocks or 4 * args.depth % args.blocks:
+        raise RunError("--deter and 4 times --depth must be multiples of --blocks")
+    try:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise RunError(f"--device {args.device} cannot be used: {error}") from error
+
+
 # --- maths --------------------------------------------------------------------------------------
 
 
@@ -1131,12 +1150,16 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    state = checkpoint.load(run, "dreamer_v3")["agent"]
-    saved = json.loads(Path(run, "args.json").read_text())
-    names = {field.name for field in dataclasses.fields(Args)}
-    args = Args(**{name: value for name, value in saved.items() if name in names})
-    agent = Agent(state["spec"], dataclasses.replace(args, run=str(run), compile=False), device)
-    agent.load_state_dict(state)
+    state = checkpoint.load(run, "dreamer_v3")
+    try:
+        saved = json.loads(Path(run, "args.json").read_text())
+        names = {field.name for field in dataclasses.fields(Args)}
+        args = Args(**{name: value for name, value in saved.items() if name in names})
+        agent = Agent(state["agent"]["spec"], dataclasses.replace(args, compile=False), device)
+        agent.load_state_dict(state["agent"])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        text = f"args.json and checkpoint.pt in {run} do not make an agent"
+        raise RunError(f"{text}: {type(error).__name__}, {error}") from error
     return agent
 
 
@@ -1315,7 +1338,7 @@ def check_finite(metrics: dict, updates: int):
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check(args)
     torch.set_num_threads(args.threads or os.cpu_count())
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_everything(args.seed)
@@ -1362,7 +1385,8 @@ def main(argv: list[str] | None = None):
             step += args.num_envs * args.action_repeat
             score = score * ~rows["is_first"] + rows["reward"]
             for value in score[rows["is_last"]].tolist():
-                logger.write(step, **{"episode/return": value, "updates": updates})
+                counts = {"updates": updates, "crashes": envs.crashes}
+                logger.write(step, **{"episode/return": value}, **counts)
                 logger.advance(step, **{"return": value})
             enough = len(replay) >= args.batch_size * args.batch_length
             for _ in range(ratio(step // args.action_repeat) if enough else 0):
@@ -1394,3 +1418,5 @@ if __name__ == "__main__":
         main()
     except RunError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the last checkpoint is kept")
