@@ -59,6 +59,8 @@ MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard
 
 @dataclass
 class Args:
+    """Flags of the command line; the defaults are the authors' for DM Control proprio."""
+
     preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
         "default"  # all that a benchmark fixes; other flags override it
     )

@@ -19,7 +19,8 @@ def main(run: str, tag: str = ""):
     path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     header = [f"{key}: {value}" for key, value in args["origin"].items()]
-    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {rows[-1]['updates']:.0f}")
+    updates = max(row.get("updates", 0) for row in rows)
+    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {updates:.0f}")
     header += [
         f"evaluation: {row['eval/return']:.1f} +- {row['eval/return_std']:.1f}, sampling policy"
         for row in rows
