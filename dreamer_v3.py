@@ -1036,6 +1036,7 @@ class Agent:
         self.modules = {"world_model": self.world_model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
+        self.saved = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
         if args.compile:
             self.compile()
 
@@ -1138,13 +1139,11 @@ class Agent:
         return batch
 
     def state_dict(self) -> dict:
-        modules = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
         bounds = {"low": self.actor_loss.low, "high": self.actor_loss.high}
-        return {k: v.state_dict() for k, v in modules.items()} | bounds | {"spec": self.spec}
+        return {k: v.state_dict() for k, v in self.saved.items()} | bounds | {"spec": self.spec}
 
     def load_state_dict(self, state: dict):
-        modules = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
-        for name, module in modules.items():
+        for name, module in self.saved.items():
             module.load_state_dict(state[name])
         self.actor_loss.low.copy_(state["low"])
         self.actor_loss.high.copy_(state["high"])
