@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamer_v3
 from common.imagination import WorldModelEnv
@@ -1004,6 +1005,29 @@ def test_update_in_bfloat16():
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in params)
     for key, value in totals[0].items():
         near(totals[1][key], value, 0.1, 0.05)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises on the operations that on a GPU would wait for it, or copy from pageable memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        masked = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"):
+            raise AssertionError(f"{name} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_an_update_never_waits_for_the_device(spec):
+    """A CUDA graph records what runs between reading the batch and giving back the metrics."""
+    agent = make_agent(spec)
+    batch = make_batch(agent)
+    agent.update(batch.clone())
+    with NoHostReads():
+        agent.update(batch)
+    with NoHostReads(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        batch["reward"].sum().item()
 
 
 # --- acting -------------------------------------------------------------------------------------
