@@ -23,11 +23,8 @@ F = D + S * C features, E tokens. Batch first, time second, everywhere.
 
 import copy
 import dataclasses
-import json
 import math
-import os
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +38,6 @@ import tyro
 from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
-from torch._higher_order_ops import scan
 from torch.distributions import Normal
 from torch.profiler import profile, record_function
 
@@ -56,11 +52,12 @@ BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 PHASES = ("world model", "dreams and actor", "critic", "backward", "optimiser")  # of an update
 MAY_CHANGE = ("steps", "log_every", "dream_every", "eval_episodes", "tensorboard", "device")
+MAY_CHANGE += ("threads", "compile", "env_workers")
 
 
 @dataclass
 class Args:
-    """Flags of the command line; the defaults are the authors' for DM Control proprio."""
+    """Flags. What a preset does not set is the authors' setting for DM Control proprio."""
 
     preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
         "default"  # all that a benchmark fixes; other flags override it
@@ -74,11 +71,11 @@ class Args:
 
     run: str = ""  # folder; empty: runs/dreamer_v3/<env>/seed<seed>
     fresh: bool = False  # delete what the run folder holds and start over
-    eval: str = ""  # run folder: play its policy instead of training
+    eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes and --device
     eval_episodes: int = 5  # played at the end, and by --eval
     benchmark: bool = False  # time the updates of these settings instead of training
     device: str = ""  # empty: cuda if there is one, else cpu
-    threads: int = 0  # of torch on the CPU; 0: all cores. Small networks are no faster with two
+    threads: int = 0  # of torch on the CPU; 0: torch's choice. Small networks gain nothing from two
     compile: bool = False  # torch.compile: faster after a minute or two; on CUDA one graph as well
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
     tensorboard: bool = True  # mirror the metrics to TensorBoard
@@ -131,14 +128,10 @@ class Args:
     clip: float = 0.3  # gradient norm per weight norm, each tensor on its own
 
 
+WIDTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
 SIZES = {
-    "1m": dict(deter=512, hidden=64, classes=4, depth=4, units=64),
-    "12m": dict(deter=2048, hidden=256, classes=16, depth=16, units=256),
-    "25m": dict(deter=3072, hidden=384, classes=24, depth=24, units=384),
-    "50m": dict(deter=4096, hidden=512, classes=32, depth=32, units=512),
-    "100m": dict(deter=6144, hidden=768, classes=48, depth=48, units=768),
-    "200m": dict(deter=8192, hidden=1024, classes=64, depth=64, units=1024),
-    "400m": dict(deter=12288, hidden=1536, classes=96, depth=96, units=1536),
+    name: dict(deter=128 * n, hidden=16 * n, classes=n, depth=n, units=16 * n)
+    for name, n in WIDTHS.items()
 }
 
 # fmt: off
@@ -170,22 +163,23 @@ def parse_args(argv: list[str] | None = None) -> Args:
     preset = {"size": "1m", **PRESETS[chosen.preset]}
     values = {**SIZES[preset["size"]], **preset, **SIZES.get(chosen.size, {})}
     default = Args(**values | {"preset": chosen.preset, "size": chosen.size or preset["size"]})
-    args = tyro.cli(Args, default=default, args=argv, description=__doc__)
-    if args.render_quality == "auto":  # decided once, so that a run keeps it on any machine
-        args.render_quality = "full" if torch.cuda.is_available() else "fast"
-    return args
+    return tyro.cli(Args, default=default, args=argv, description=__doc__)
 
 
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
-    counts = ("num_envs", "steps", "action_repeat", "batch_size", "batch_length", "eval_episodes")
-    for name in (*counts, "imagination_horizon", "stoch", "classes", "units", "save_every"):
+    counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every horizon"
+    for (
+        name
+    ) in f"{counts} imagination_horizon deter hidden stoch classes depth units blocks".split():
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr <= 0 or args.train_ratio < 0:
-        raise RunError("--lr must be positive and --train-ratio not negative")
+    if args.lr <= 0 or min(args.train_ratio, args.seed, args.threads) < 0:
+        raise RunError("--lr must be positive, --train-ratio, --seed and --threads not negative")
     if args.image_size % 16 or args.image_size < 16:
         raise RunError("--image-size must be a multiple of 16")
+    if args.classes > 256:
+        raise RunError("--classes must be at most 256: the replay stores them as bytes")
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
     try:
@@ -216,8 +210,8 @@ def two_hot_bins(num_bins: int = 255) -> Tensor:
     return torch.cat([half, -half[:-1].flip(0)])
 
 
-def two_hot_neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (..., 2) of the bins around x (...) and their weights (..., 2), which sum to 1.
+def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
+    """Two-hot encoding (..., num_bins) of x (...), eq. 11: weights of the two bins around x.
 
     The interpolation is linear in raw space (the 2023 version did it in symlog space).
     Outside the support all weight is on the end bin.
@@ -226,12 +220,7 @@ def two_hot_neighbours(x: Tensor, bins: Tensor) -> tuple[Tensor, Tensor]:
     index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
     low, high = bins[index].unbind(-1)
     upper = torch.where(low < high, (x - low) / (high - low), 0.0 * x)  # 0 x: NaN stays NaN
-    return index, torch.stack([1 - upper, upper], -1)
-
-
-def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
-    """Two-hot encoding (..., num_bins) of x (...), eq. 11."""
-    index, weight = two_hot_neighbours(x, bins)
+    weight = torch.stack([1 - upper, upper], -1)
     return torch.zeros(*x.shape, len(bins), device=x.device).scatter_add_(-1, index, weight)
 
 
@@ -246,23 +235,14 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
     return (pairs * bins[middle + 1 :]).sum(-1)
 
 
-def two_hot_loss(logits: Tensor, targets: list[Tensor], bins: Tensor, weights=(1.0,)) -> Tensor:
-    """Cross entropy (...) of softmax(logits) with the two-hot code of each target (...), weighted.
-
-    Only the bins that hold weight are read, instead of a dense product with the code.
-    """
-    pairs = [two_hot_neighbours(x, bins) for x in targets]
-    index = torch.cat([index for index, _ in pairs], -1)  # (..., 2 * targets)
-    weight = torch.cat([w * weight for (_, weight), w in zip(pairs, weights, strict=True)], -1)
-    logits = logits.float()
-    return sum(weights) * logits.logsumexp(-1) - (weight * logits.gather(-1, index)).sum(-1)
+def two_hot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
+    """Cross entropy (...) of softmax(logits) with the two-hot code of target (...)."""
+    return -(two_hot_encode(target, bins) * logits.float().log_softmax(-1)).sum(-1)
 
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     """Class probabilities (..., C) with a share `unimix` of the uniform distribution mixed in."""
-    # torch.softmax over so few classes takes three times as long on a CPU.
-    probs = (logits - logits.detach().amax(-1, keepdim=True)).exp()
-    return (1 - unimix) * probs / probs.sum(-1, keepdim=True) + unimix / logits.shape[-1]
+    return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
 
 
 def race_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
@@ -318,7 +298,7 @@ class Linear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Apart from the product, the bias costs torch.compile nothing: it joins the next operation.
+        # A product with bias copies the bias first; torch.compile adds it in the next operation.
         x = F.linear(x, self.weight)
         return x + self.bias.to(x.dtype)
 
@@ -391,8 +371,7 @@ class RSSMPrior(nn.Module):
         x = self.hidden(deter, torch.cat(shared, -1)).flatten(-2)
         gates = self.gates(self.hidden_norm(x)).float()  # (N, blocks, 3 D / blocks)
         reset, candidate, update = gates.chunk(3, -1)  # split inside each block
-        # This is tanh, at half the price on a CPU.
-        candidate = 2 * torch.sigmoid(2 * torch.sigmoid(reset) * candidate) - 1
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
         update = torch.sigmoid(update - 1)  # the offset keeps the memory at first
         blocks = deter.unflatten(-1, (self.blocks, -1))
         return torch.lerp(blocks, candidate, update).flatten(-2)
@@ -415,9 +394,9 @@ class RSSMPrior(nn.Module):
 class RSSMPosterior(nn.Module):
     """Encoder q(z | h, x), eq. 3, on tokens of the observation x."""
 
-    def __init__(self, tokens, deter, hidden, stoch, classes, unimix=0.01):
+    def __init__(self, tokens, deter, hidden, stoch, classes):
         super().__init__()
-        self.deter, self.stoch, self.classes, self.unimix = deter, stoch, classes, unimix
+        self.deter, self.stoch, self.classes = deter, stoch, classes
         self.layer = Linear(deter + tokens, hidden)
         self.norm = nn.Sequential(nn.RMSNorm(hidden, eps=1e-4), nn.SiLU())
         self.head = Linear(hidden, stoch * classes)
@@ -470,12 +449,14 @@ class RSSMRollout(nn.Module):
 
     def scan(self, deter, stoch, inputs):
         """The same loop as one operator."""
+        from torch._higher_order_ops import scan  # not public yet
 
         def combine(carry, x):
             deter, stoch, logits = self.step(*carry, *x)
             return (deter, stoch), (deter.clone(), stoch.clone(), logits)
 
-        return scan(combine, (deter, stoch), inputs, dim=1)[1]
+        inputs = tuple(x.transpose(0, 1) for x in inputs)  # torch 2.11 wants the time first
+        return tuple(x.transpose(0, 1) for x in scan(combine, (deter, stoch), inputs)[1])
 
 
 class ObsEncoder(nn.Module):
@@ -654,7 +635,7 @@ class WorldModel(nn.Module):
         sizes = args.deter, args.hidden, args.stoch, args.classes
         self.encoder = ObsEncoder(shapes, args.depth, args.units)
         self.prior = RSSMPrior(action_dim, *sizes, args.blocks, args.unimix)
-        self.posterior = RSSMPosterior(self.encoder.outputs, *sizes, args.unimix)
+        self.posterior = RSSMPosterior(self.encoder.outputs, *sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
         self.decoder = ObsDecoder(
             shapes, args.deter, stoch_size, args.depth, args.units, blocks=args.blocks
@@ -706,18 +687,8 @@ class DreamerV3ModelLoss(nn.Module):
         Only the first previous latents are read. Returns scalar losses and td with the posterior
         `deter`, `stoch`, `post_logits` and `prior_logits`, gradients attached.
         """
-        model, previous = self.world_model, td["previous"]
-        if noise is None:
-            shape = (*td.shape, model.prior.stoch, model.prior.classes)
-            noise = race_noise(*shape, device=td["reward"].device)
-        td["deter"], td["stoch"], td["post_logits"] = model.rollout(
-            model.encoder(td),
-            previous["action"],
-            td["is_first"],
-            previous["deter"][:, 0],
-            previous["stoch"][:, 0],
-            noise,
-        )
+        model = self.world_model
+        td["deter"], td["stoch"], td["post_logits"] = self.posterior(td, noise)
         td["prior_logits"] = model.prior.logits(td["deter"])
         feat = features(td)
         losses = {
@@ -729,6 +700,15 @@ class DreamerV3ModelLoss(nn.Module):
         losses["loss_model_dynamic"] = self.lambda_dynamic * dynamic.mean()
         losses["loss_model_representation"] = self.lambda_representation * representation.mean()
         return TensorDict(losses), td
+
+    def posterior(self, td: TensorDict, noise: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Latents of td[B, T] from the observations: deter, stoch and posterior logits."""
+        model, previous = self.world_model, td["previous"]
+        if noise is None:
+            shape = (*td.shape, model.prior.stoch, model.prior.classes)
+            noise = race_noise(*shape, device=td["reward"].device)
+        start = previous["deter"][:, 0], previous["stoch"][:, 0]
+        return model.rollout(model.encoder(td), previous["action"], td["is_first"], *start, noise)
 
     def kl(self, post_logits: Tensor, prior_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Dynamics and representation loss (B, T) in nats: free nats after the sum over latents."""
@@ -748,7 +728,7 @@ class DreamerV3ModelLoss(nn.Module):
 
     def reward(self, feat: Tensor, reward: Tensor) -> Tensor:
         """Two-hot cross entropy (B, T)."""
-        return two_hot_loss(self.world_model.reward(feat), [reward], self.world_model.bins)
+        return two_hot_loss(self.world_model.reward(feat), reward, self.world_model.bins)
 
     def cont(self, feat: Tensor, is_terminal: Tensor) -> Tensor:
         """Binary cross entropy (B, T), target 1 - 1/horizon, or 0 at a terminal row."""
@@ -778,12 +758,9 @@ class DreamerV3ActorLoss(nn.Module):
     ):
         super().__init__()
         self.actor, self.value, self.env = actor_model, value_model, model_based_env
-        self.imagination_horizon, self.discount_loss, self.lam = (
-            imagination_horizon,
-            discount_loss,
-            lam,
-        )
-        self.entropy_bonus, self.normalization_rate = entropy_bonus, normalization_rate
+        self.imagination_horizon, self.lam = imagination_horizon, lam
+        self.discount_loss, self.entropy_bonus = discount_loss, entropy_bonus
+        self.normalization_rate = normalization_rate
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("quantiles", torch.tensor([0.05, 0.95]))
@@ -800,7 +777,7 @@ class DreamerV3ActorLoss(nn.Module):
             dream["reward"], dream["continue"] = self.predict(dream["feat"])
             weight = dream["continue"].cumprod(1)
             dream["weight"] = weight if self.discount_loss else torch.ones_like(weight)
-        dream["value_logits"], dream["value"] = self.evaluate(dream["feat"])
+        dream["value_logits"], dream["value"] = self.predict_value(dream["feat"])
         returns = lambda_return(
             dream["reward"],
             dream["value"],
@@ -839,7 +816,7 @@ class DreamerV3ActorLoss(nn.Module):
         model = self.env.world_model
         return model.predict_reward(feat), model.predict_continue(feat)
 
-    def evaluate(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_value(self, feat: Tensor) -> tuple[Tensor, Tensor]:
         """The critic's logits (..., num_bins) and, without gradient, its value (...)."""
         logits = self.value(feat)
         return logits, two_hot_decode(logits.detach(), self.env.world_model.bins)
@@ -892,8 +869,8 @@ class DreamerV3ValueLoss(nn.Module):
         """Cross entropy (...) with the target (...) and with the slow critic at feat (..., F)."""
         with torch.no_grad():
             slow = two_hot_decode(self.slow_value(feat), self.bins)
-        weights = (1.0, self.slow_regularization)
-        return two_hot_loss(logits, [target.detach(), slow], self.bins, weights)
+        regularization = self.slow_regularization * two_hot_loss(logits, slow, self.bins)
+        return two_hot_loss(logits, target.detach(), self.bins) + regularization
 
     def forward(self, dream: TensorDict) -> tuple[TensorDict, TensorDict]:
         """dream[N, H + 1] of DreamerV3ActorLoss; its last state, without target, does not count."""
@@ -930,7 +907,12 @@ class LaProp(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
         device = self.param_groups[0]["params"][0].device
-        self.param_groups[0]["step"] = torch.zeros((), device=device)  # no host sync in an update
+        self.param_groups[0]["step"] = torch.zeros((), device=device)  # a CUDA graph counts it
+
+    def load_state_dict(self, state: dict):
+        super().load_state_dict(state)  # which moves all but the groups to the parameters' device
+        group = self.param_groups[0]
+        group["step"] = group["step"].to(group["params"][0].device)
 
     @torch.no_grad()
     def step(self):
@@ -970,7 +952,7 @@ class DreamerEnv(ModelBasedEnvBase):
     """Steps inside the world model: latents in, latents, reward and continuation out."""
 
     def transition(self, td: TensorDict, action: Tensor, noise: Tensor | None = None) -> TensorDict:
-        """Latents td[N], action (N, A) -> next latents; the step that training imagines with."""
+        """Latents td[N], action (N, A) -> next latents, by RSSMPrior as in training."""
         prior = self.world_model.prior
         if noise is None:
             noise = race_noise(*td["stoch"].shape, device=action.device)
@@ -1051,7 +1033,9 @@ class Agent:
 
         On CUDA the whole update, which never waits for the GPU, is then recorded as one graph.
         """
-        hot = [(self.actor_loss, name) for name in ("dream_step", "predict", "evaluate", "policy")]
+        hot = [
+            (self.actor_loss, name) for name in ("dream_step", "predict", "predict_value", "policy")
+        ]
         hot += [(self.model_loss, name) for name in ("kl", "reward", "cont", "reconstruction")]
         for module, name in [*hot, (self.value_loss, "error")]:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
@@ -1112,6 +1096,8 @@ class Agent:
             self.optimizer.zero_grad()
             sum(losses.values()).backward()
         with record_function("optimiser"):
+            grads = [p.grad for p in self.optimizer.param_groups[0]["params"]]
+            losses["grad_norm"] = nn.utils.get_total_norm(grads)
             self.optimizer.step()
             with torch.no_grad():
                 slow, fast = list(self.slow_value.parameters()), list(self.value.parameters())
@@ -1150,8 +1136,9 @@ class Agent:
         return batch
 
     def state_dict(self) -> dict:
-        bounds = {"low": self.actor_loss.low, "high": self.actor_loss.high}
-        return {k: v.state_dict() for k, v in self.saved.items()} | bounds | {"spec": self.spec}
+        state = {name: part.state_dict() for name, part in self.saved.items()}
+        state |= {"low": self.actor_loss.low, "high": self.actor_loss.high}
+        return {**state, "spec": self.spec, "args": dataclasses.asdict(self.args)}
 
     def load_state_dict(self, state: dict):
         for name, module in self.saved.items():
@@ -1162,15 +1149,12 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    state = checkpoint.load(run, "dreamer_v3")
+    state = checkpoint.load(run, "dreamer_v3")["agent"]
     try:
-        saved = json.loads(Path(run, "args.json").read_text())
-        names = {field.name for field in dataclasses.fields(Args)}
-        args = Args(**{name: value for name, value in saved.items() if name in names})
-        agent = Agent(state["agent"]["spec"], dataclasses.replace(args, compile=False), device)
-        agent.load_state_dict(state["agent"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        text = f"args.json and checkpoint.pt in {run} do not make an agent"
+        agent = Agent(state["spec"], Args(**state["args"] | {"compile": False}), device)
+        agent.load_state_dict(state)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        text = f"the checkpoint in {run} does not fit this code"
         raise RunError(f"{text}: {type(error).__name__}, {error}") from error
     return agent
 
@@ -1180,36 +1164,28 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def make_envs(args: Args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that `args` describe; `frames` > 0: with pictures of that size."""
-    return Envs(
-        args.env_id,
-        num_envs,
-        seed,
-        action_repeat=args.action_repeat,
-        obs=args.obs,
-        image_size=args.image_size,
-        workers=workers,
-        sticky=args.sticky,
-        camera=args.camera,
-        render_quality=args.render_quality,
-        frames=frames,
-    )
+    names = ("action_repeat", "obs", "image_size", "sticky", "camera", "render_quality")
+    options = {name: getattr(args, name) for name in names}
+    return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 
 
 def evaluate(agent: Agent, episodes: int, seed: int):
-    """Play whole episodes: returns, frames and rows [1, L] (for dreams) of the first one."""
+    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams."""
     envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=256), [], [], []
     action = state = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for episode in range(episodes):
-            rows, total = envs.step(action), 0.0
+            rows, total, length = envs.step(action), 0.0, 0
             while True:
                 action, state = agent.act(rows, state)
                 total += rows["reward"].item()
-                if episode == 0:
-                    first.append(rows.update(agent.pack(state).cpu()).set("action", action))
-                    frames += [envs.frame()] if envs.can_render else []
-                if rows["is_last"].item():
+                if episode == 0 and len(first) < 129:
+                    first.append(rows.copy().update(agent.pack(state).cpu()).set("action", action))
+                if episode == 0 and envs.can_render and len(frames) < 1000:  # 200 MB
+                    frames.append(envs.frame())
+                length += 1
+                if rows["is_last"].item() or length == 30_000:
                     break
                 rows = envs.step(action)
             returns.append(total)
@@ -1226,7 +1202,7 @@ def open_loop(agent: Agent, batch: TensorDict, context: int) -> TensorDict:
     with torch.random.fork_rng(), agent.autocast():
         torch.manual_seed(0)
         model, td = agent.world_model, with_context(agent.unpack(batch))
-        _, td = agent.model_loss(td)
+        td["deter"], td["stoch"], _ = agent.model_loss.posterior(td)
         states = list(td[:, :context].select("deter", "stoch").unbind(1))
         for action in td["previous", "action"][:, context:].unbind(1):
             states.append(agent.env.transition(states[-1], action))
@@ -1261,7 +1237,7 @@ def finish(agent: Agent, logger: Logger, args: Args, name: str) -> dict:
     else:
         print(f"no video: {args.env_id} has no pictures to give")
     if rows.shape[1] > 8:
-        print(f"dreams: {draw_dreams(agent, logger, rows[:, :129], f'{name}_dream')}")
+        print(f"dreams: {draw_dreams(agent, logger, rows, f'{name}_dream')}")
     return {"eval/return": mean, "eval/return_std": std}
 
 
@@ -1269,38 +1245,35 @@ def benchmark(args: Args, device: torch.device):
     """Print milliseconds per update by phase, rows per second, memory, and the run's time."""
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent, action, state, rows = Agent(spec_of(envs), args, device), None, None, []
-    seconds = {"environment": 0.0, "policy": 0.0}
+    seconds = {"environment": [], "policy": [], "update": []}
     for _ in range(args.batch_length + 101):
         start = time.perf_counter()
         row = envs.step(action)
         middle = time.perf_counter()
         action, state = agent.act(row, state)
-        seconds["environment"] += (middle - start) / args.num_envs
-        seconds["policy"] += (time.perf_counter() - middle) / args.num_envs
+        seconds["environment"].append(middle - start)
+        seconds["policy"].append(time.perf_counter() - middle)
         rows.append(row.update(agent.pack(state).cpu()).set("action", action))
     envs.close()
-    for name, total in seconds.items():
-        print(f"{len(rows) / total:10.0f} rows/s  {name} ({args.num_envs} at a time)")
     window = torch.stack(rows[-args.batch_length - 1 :], 1)
     batch = window[torch.arange(args.batch_size) % args.num_envs]
-    durations = []
     for _ in range(13):
         start = time.perf_counter()
-        agent.update(agent.unpack(batch))
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        durations.append(time.perf_counter() - start)
-    update = statistics.median(durations[3:])  # the first ones compile
-    print(
-        f"{1e3 * update:10.1f} ms      update (median of 10; the first took {durations[0]:.1f} s)"
-    )
+        agent.update(agent.unpack(batch))[0]["train/loss_actor"].item()  # waits for a GPU
+        seconds["update"].append(time.perf_counter() - start)
+    first = seconds["update"][0]
+    environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
+    print(f"{args.num_envs / environment:10.0f} rows/s  environment, {args.num_envs} at a time")
+    print(f"{args.num_envs / policy:10.0f} rows/s  policy")
+    print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
     with profile() as profiler:
         agent.update(agent.unpack(batch))
     for event in profiler.key_averages():
         if event.key in PHASES:
-            print(f"{event.cpu_time_total / 1e3:10.1f} ms      {event.key}, while profiled")
+            phase = (event.device_time_total or event.cpu_time_total) / 1e3
+            print(f"{phase:10.1f} ms      {event.key}, while profiled")
     updates = args.train_ratio / (args.batch_size * args.batch_length)
-    per_row = sum(seconds.values()) / len(rows) + updates * update
+    per_row = (environment + policy) / args.num_envs + updates * update
     hours = args.steps / args.action_repeat * per_row / 3600
     print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
     print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
@@ -1318,13 +1291,14 @@ def spec_of(envs: Envs) -> dict:
     return {"shapes": shapes, "action_dim": envs.action_dim, "classes": list(envs.action_classes)}
 
 
-def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
-    """The run's replay: no larger than the run can fill, with room for one save interval."""
+def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path, steps: int) -> Replay:
+    """The run's replay: no larger than `steps` can fill, else with room for one save interval."""
     example = envs.example.clone().set("action", torch.zeros(envs.action_dim))
     example.update(agent.pack(agent.initial(1))[0].cpu())
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
-    needed = args.num_envs * (math.ceil(args.steps / per_row) + args.batch_length + 1)
-    capacity, slack = min(args.replay_size, needed), math.ceil(args.save_every / per_row) + 1
+    needed = args.num_envs * (math.ceil(steps / per_row) + args.batch_length + 1)
+    capacity = min(args.replay_size, needed)
+    slack = math.ceil(args.save_every / per_row) + 1 if capacity < needed else 0
     size = Replay.gigabytes(example, capacity, args.num_envs, slack)
     print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return Replay(
@@ -1339,8 +1313,8 @@ def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
 
 
 def check_finite(metrics: dict, updates: int):
-    """RunError that names the losses which are NaN or infinite."""
-    bad = [k for k, v in metrics.items() if "loss" in k and not torch.isfinite(v)]
+    """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
+    bad = [k for k, v in metrics.items() if not torch.isfinite(v)]
     if bad:
         raise RunError(
             f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
@@ -1351,7 +1325,8 @@ def check_finite(metrics: dict, updates: int):
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     device = check(args)
-    torch.set_num_threads(args.threads or os.cpu_count())
+    if args.threads:
+        torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_everything(args.seed)
     if args.benchmark:
@@ -1362,12 +1337,17 @@ def main(argv: list[str] | None = None):
         finish(agent, Logger(args.eval, 0, tensorboard=False), agent.args, "eval")
         return None
 
-    folder, saved = checkpoint.open_run("dreamer_v3", args, "runs", args.fresh, MAY_CHANGE)
+    quality = "full" if torch.cuda.is_available() else "fast"
+    decided = {"render_quality": quality}  # once, so that a run keeps it on another machine
+    folder, saved = checkpoint.open_run("dreamer_v3", args, MAY_CHANGE, decided)
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent = Agent(spec_of(envs), args, device)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    replay = make_replay(args, envs, agent, folder)
+    if saved and saved["agent"]["spec"] != agent.spec:
+        text = f"{args.env_id} has changed: {saved['agent']['spec']} -> {agent.spec} (saved -> now)"
+        raise RunError(f"{text}. --fresh starts over")
+    replay = make_replay(args, envs, agent, folder, max(args.steps, saved["step"] if saved else 0))
     logger = Logger(folder, args.steps, args.tensorboard)
     ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))
     log_due, save_due = Every(args.log_every), Every(args.save_every)
@@ -1385,7 +1365,6 @@ def main(argv: list[str] | None = None):
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():
-        check_finite(metrics, updates)
         counters = dict(step=step, updates=updates, score=score, state=state.to_dict())
         checkpoint.save(folder, **parts, **counters, rng=checkpoint.rng_state())
 
@@ -1406,8 +1385,7 @@ def main(argv: list[str] | None = None):
                 metrics, latents = agent.update(agent.unpack(batch))
                 replay.write_back(batch["index"][:, 1:], agent.pack(latents))
                 updates += 1
-                if device.type == "cpu":  # on a GPU only before a save: it would wait for it
-                    check_finite(metrics, updates)
+                check_finite(metrics, updates)  # before a save could replace the last good one
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
             if dream_due(step) and batch is not None:
@@ -1426,9 +1404,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped: the last checkpoint is kept")
+    checkpoint.run(main)

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import pickle
 import platform
 import random
 import re
@@ -24,6 +23,7 @@ import torch
 FORMAT = 1  # of checkpoint.pt
 RUN_CONTROL = ("fresh", "eval", "run", "origin")  # not what is learned, so free to differ
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCKS = {}  # inode -> open lock file, held until the process ends
 
 
@@ -31,37 +31,60 @@ class RunError(RuntimeError, ValueError):
     """A message for the user; scripts print it without a traceback and exit with code 1."""
 
 
-def open_run(script, args, root="runs", fresh=False, may_change=()) -> tuple[Path, dict | None]:
+def run(main):
+    """Call main(); what the user can mend, and Ctrl-C, end it with one line and no traceback."""
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the last checkpoint is kept")
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        sys.exit(f"error: disk full, the last checkpoint is kept ({error})")
+
+
+def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Path, dict | None]:
     """Create or reopen the run folder of `args` (a dataclass) and lock it for this process.
 
-    The folder is `args.run`, or root/script/env_id/seed where that is empty. Returns it with the
-    state to resume from, None at the beginning. Raises RunError if a field outside `may_change`
-    differs from the saved args, another process runs there, or it is no run folder of `script`.
-    `fresh` empties the folder first.
+    The folder is `args.run`, or root/script/env_id/seed where that is empty; `args.fresh` empties
+    it first. Returns it with the state to resume from, None at the beginning. A field of `decided`
+    that is "auto" is set to its saved value, at the beginning to that in `decided`. Raises RunError
+    if a field outside `may_change` differs from the saved args, another process runs there, or it
+    is no run folder of `script`.
     """
-    asked = {"script": script, **json.loads(json.dumps(asdict(args), default=str))}
     name = re.sub("[/:]", "-", args.env_id)
-    folder = Path(getattr(args, "run", "") or Path(root, script, name, f"seed{args.seed}"))
+    folder = Path(args.run or Path(root, script, name, f"seed{args.seed}"))
     folder.mkdir(parents=True, exist_ok=True)
     saved = _saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
     _lock(folder)
     if saved and saved["script"] != script:
         raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
-    if fresh:  # args.json stays until it is replaced: without it the folder would be foreign
+    for field, value in (decided or {}).items():
+        if getattr(args, field) == "auto":
+            setattr(args, field, saved.get(field, value) if saved and not args.fresh else value)
+    asked = {"script": script, **json.loads(json.dumps(asdict(args), default=str))}
+    if args.fresh:  # args.json stays until it is replaced: without it the folder would be foreign
+        (folder / "checkpoint.pt").unlink(missing_ok=True)  # first: it refers to the others
         _remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
     elif saved:
         _compare(folder, saved, asked, may_change)
     state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
     if state is None:
         _remove(folder / leftover for leftover in LEFTOVERS)
-    asked["origin"] = saved["origin"] if state and "origin" in saved else _origin()
+    past, now = saved["origin"] if state else [], _origin()
+    asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
     text = json.dumps(asked, indent=2) + "\n"
     _write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
 
 
 def _origin():
-    """What a published figure has to name: command, commit, versions, hardware."""
+    """What a published figure has to name: command, commit, versions, hardware.
+
+    args.json holds a list of them, one for each way in which the run was started or resumed.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = changed = ""
     with suppress(OSError):
@@ -135,7 +158,7 @@ def _write(path, fill):
             os.fsync(file.fileno())
     except Exception as error:
         temporary.unlink(missing_ok=True)
-        while error and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        while error and getattr(error, "errno", None) not in DISK_FULL:
             error = error.__context__  # torch.save covers the first error with one of its own
         if error:
             text = f"disk full: {path} was not written, the last good one is kept if there was one"
@@ -169,29 +192,22 @@ def save(folder, **parts):
 
 
 def load(path, script=None) -> dict:
-    """Read the checkpoint in a run folder (or a .pt file) onto the CPU.
+    """Read the checkpoint in a run folder onto the CPU.
 
     Raises RunError where there is none, it is damaged, or `script` did not write it.
     """
-    path = Path(path)
-    file = path if path.suffix == ".pt" else path / "checkpoint.pt"
+    file = Path(path, "checkpoint.pt")
     if not file.is_file():
-        raise RunError(f"no checkpoint in {file.parent} (a run saves every --save-every steps)")
-    with file.open("rb") as opened:
-        if opened.read(2) not in (b"PK", b""):
-            raise RunError(f"{file} is not a checkpoint of this project")
+        raise RunError(f"no checkpoint in {path} (a run saves every --save-every steps)")
     try:
         with zipfile.ZipFile(file) as archive:
-            intact = archive.testzip() is None  # torch.load ignores the checksums
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
-        intact = False
-    if not intact:
-        raise RunError(f"{file} is truncated or damaged: restore a copy, or start with --fresh")
-    try:
+            damaged = archive.testzip()  # torch.load ignores the checksums
+        assert not damaged, damaged
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         version, owner = state["header"]["format"], state["header"]["script"]
-    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError):
-        raise RunError(f"{file} is not a checkpoint of this project") from None
+    except Exception as error:  # of many kinds, whichever bytes are wrong
+        text = f"{file} is damaged, or not a checkpoint of this project"
+        raise RunError(f"{text}: restore a copy, or start with --fresh ({error!r})") from None
     if version != FORMAT:
         raise RunError(f"{file} has format {version}, this code reads format {FORMAT}")
     if script and owner and owner != script:
@@ -251,26 +267,21 @@ class Stop:
 
 
 class Every:
-    """`every(now)` is True if a multiple of `period` was passed since the last call (0: never).
+    """`every(now)` is True if a multiple of `period` was passed since the last call (0: never)."""
 
-    `first` makes the first call due too.
-    """
-
-    def __init__(self, period, first=False):
-        self.period, self.first, self.last = period, first, 0
+    def __init__(self, period):
+        self.period, self.last = period, 0
 
     def __call__(self, now) -> bool:
-        if not self.period:
-            return False
-        due = self.first or now // self.period > self.last // self.period
-        self.first, self.last = False, now
+        due = self.period > 0 and now // self.period > self.last // self.period
+        self.last = now
         return due
 
     def state_dict(self) -> dict:
-        return {"first": self.first, "last": self.last}
+        return {"last": self.last}
 
     def load_state_dict(self, state):
-        self.first, self.last = state["first"], state["last"]
+        self.last = state["last"]
 
 
 class Ratio:

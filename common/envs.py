@@ -12,12 +12,14 @@ vector. Its actions are Box, Discrete, MultiDiscrete or MultiBinary.
 """
 
 import contextlib
+import ctypes
 import difflib
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
+import traceback
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +34,17 @@ from torch import Tensor
 
 from common.checkpoint import RunError
 
-OWN_GL = "MUJOCO_GL" not in os.environ and sys.platform == "linux"
-if OWN_GL:
-    os.environ["MUJOCO_GL"] = "egl"  # read when mujoco or dm_control is first imported
+if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoco is imported
+    try:
+        ctypes.CDLL("libEGL.so.1")
+        os.environ["MUJOCO_GL"] = "egl"
+    except OSError:
+        os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
 if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
+RESERVED = ("action", "index", "previous", "deter", "stoch")  # keys of a row besides observations
 MODULES = {"dm_control": ("dm_control", "shimmy"), "ALE": ("ale_py",)}  # register these ids
 PACKAGES = {  # part of an id or of its entry point: what to install
     "dm_control/": "shimmy dm-control",
@@ -63,16 +69,16 @@ class Options:
     # frames/s of walker-walk but other pictures; auto: fast without a GPU, else full
     render_quality: str = "auto"
     frames: int = 0  # side of the pictures for videos, 0 for none
-    max_crashes: int = 10  # an environment that raises is built again so many times
+    max_crashes: int = 10  # an environment that raises is built again so many times in a row
 
 
 class Envs:
     """`num_envs` environments stepped together; each of their episodes has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros.
-    `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
-    unsupported space, NaN, or if it cannot render or crashes too often.
+    to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros, `options` are the fields of Options.
+    Raises RunError for an unknown id, a missing package, an unsupported space, NaN, or if it
+    cannot render or crashes too often.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
@@ -175,20 +181,23 @@ class _Rows(gymnasium.Env):
 
     def __init__(self, env_id, index, seed, options):
         if options.workers and multiprocessing.parent_process() is not None:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which saves
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            if hasattr(os, "setpgrp"):
+                os.setpgrp()  # Ctrl-C, or a signal to the group, is for the parent, which saves
         self.env_id, self.index, self.seed, self.options = env_id, index, seed, options
         self.episode, self.crashes, self.count, self.done = -1, 0, 0, True
+        self.streak = 0  # crashes since an episode came to its end
         self.drawn = options.obs in ("pixels", "both")
         self.filmed = options.frames > 0 and index == 0
         self.env = self._build()
         size, leaves = options.image_size, _flatten(self.env.observation_space)
-        boxes = {key: _row_box(key, space, size, env_id) for key, space in leaves.items()}
-        self.names = {key: key for key in boxes}  # key of the environment: key of the row
+        self.names = {key: key for key in leaves}  # key of the environment: key of the row
         if options.obs == "vector":
-            self.names = {key: key for key, box in boxes.items() if box.dtype != np.uint8}
+            self.names = {key: key for key, space in leaves.items() if not _is_image(space)}
         elif options.obs == "pixels":
-            image = len(boxes) == 1 and next(iter(boxes.values())).dtype == np.uint8
-            self.names, self.drawn = dict.fromkeys(boxes, "pixels") if image else {}, not image
+            image = len(leaves) == 1 and _is_image(*leaves.values())
+            self.names, self.drawn = dict.fromkeys(leaves, "pixels") if image else {}, not image
+        boxes = {key: _row_box(key, leaves[key], size, env_id) for key in self.names}
         self.boxes = {name: boxes[key] for key, name in self.names.items()}
         if self.drawn:
             self.boxes["pixels"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
@@ -196,8 +205,10 @@ class _Rows(gymnasium.Env):
         row = {key: spaces.Box(0, 1, (), bool) for key in ("is_first", "is_last", "is_terminal")}
         row["reward"] = spaces.Box(-np.inf, np.inf, (), np.float32)
         row |= {key: spaces.Box(0, 2**62, (), np.int64) for key in ("_episode", "_crashes")}
-        if not self.boxes or self.boxes.keys() & {"action", *row}:
-            raise RunError(f"{env_id} observes {list(boxes)}: no use for obs={options.obs!r}")
+        if taken := self.boxes.keys() & {*row, *RESERVED}:
+            raise RunError(f"{env_id} has an observation named {min(taken)!r}: rename it")
+        if not self.boxes:
+            raise RunError(f"{env_id} observes {list(leaves)}: no use for obs={options.obs!r}")
         self.observation_space = spaces.Dict(self.boxes | row)
         width, self.action_classes, self.decode = _actions(self.env.action_space, env_id)
         self.action_space = spaces.Box(-np.inf, np.inf, (width,), np.float32)
@@ -211,7 +222,7 @@ class _Rows(gymnasium.Env):
         make = partial(gymnasium.make, self.env_id, disable_env_checker=True, **kwargs)
         try:
             for module in MODULES.get(name.split("/")[0], ()):
-                self._register(module)
+                importlib.import_module(module)
             env = make()
             dm_control = hasattr(getattr(env.unwrapped, "physics", None), "render")  # has no mode
             can = "rgb_array" in (env.metadata.get("render_modes") or ()) and not dm_control
@@ -227,6 +238,10 @@ class _Rows(gymnasium.Env):
             where = f"{name} {spec.entry_point if spec else ''}"
             fix = [f"; pip install {names}" for part, names in PACKAGES.items() if part in where]
             raise RunError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
+        except (AttributeError, OSError) as error:  # what MuJoCo raises without its library
+            if "gl" in str(error).lower():
+                raise RunError(f"{self.env_id} cannot be made: {error}{GL_HELP}") from error
+            raise
         except gymnasium.error.Error as error:
             if name in gymnasium.registry:
                 raise
@@ -235,17 +250,6 @@ class _Rows(gymnasium.Env):
             near = ", ".join(difflib.get_close_matches(name, gymnasium.registry, 3, 0.4))
             text = f"unknown environment {self.env_id!r}: {error} Similar: {near}"
             raise RunError(text) from error
-
-    def _register(self, module):
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError:
-            raise
-        except Exception as error:  # no OpenGL library
-            if self.drawn or not OWN_GL:
-                raise RunError(f"cannot import {module}: {error}{GL_HELP}") from error
-            os.environ["MUJOCO_GL"] = "disable"
-            importlib.import_module(module)
 
     def _probe(self):
         """Render once, so that a missing library shows now; without a video one can live."""
@@ -257,7 +261,8 @@ class _Rows(gymnasium.Env):
             text = f"{self.env_id} cannot be rendered: {error}{fix}"
             if self.drawn:
                 raise RunError(text) from error
-            warnings.warn(text, stacklevel=2)
+            if not isinstance(error, RunError):  # it has no pictures at all
+                warnings.warn(text, stacklevel=2)
             return False
 
     def _model(self):
@@ -320,6 +325,7 @@ class _Rows(gymnasium.Env):
             raise RunError(f"{kind} of {self.env_id} is not finite {where}")
         row |= {"is_first": np.bool_(self.done), "is_terminal": np.bool_(terminated)}
         self.done = bool(terminated or truncated)
+        self.streak = 0 if self.done else self.streak
         row |= {"is_last": np.bool_(self.done), "_crashes": np.int64(self.crashes)}
         return row | {"_episode": np.int64(self.episode)}
 
@@ -333,10 +339,12 @@ class _Rows(gymnasium.Env):
         return row
 
     def _crash(self, error):
-        self.crashes, self.done = self.crashes + 1, True
+        self.crashes, self.streak, self.done = self.crashes + 1, self.streak + 1, True
         text = f"environment {self.index} of {self.env_id}, crash {self.crashes}: {error!r}"
-        if self.crashes > self.options.max_crashes:
+        if self.streak > self.options.max_crashes:
             raise RunError(f"{text}; that is too often") from error
+        if self.crashes == 1:
+            traceback.print_exception(error)
         print(f"{text}; it is built again for a new episode", file=sys.stderr)
         with contextlib.suppress(Exception):
             self.env.close()
@@ -362,24 +370,32 @@ class _Rows(gymnasium.Env):
 
 
 def _flatten(tree, prefix=""):
-    """The leaves of nested dicts by their keys joined with "."; a lone leaf is "observation"."""
+    """The leaves of nested dicts by their keys joined with "."; a lone leaf is "observation".
+
+    A "/" in a key becomes a "." too: keys name files of the replay.
+    """
     if not isinstance(tree, (dict, spaces.Dict)):
         return {prefix or "observation": tree}
     dot = f"{prefix}." if prefix else ""
     parts = [_flatten(branch, f"{dot}{key}") for key, branch in tree.items()]
-    return {key: leaf for part in parts for key, leaf in part.items()}
+    return {key.replace("/", "."): leaf for part in parts for key, leaf in part.items()}
+
+
+def _is_image(space):
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
+        return False
+    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= 16)
 
 
 def _row_box(key, space, size, env_id):
     """The Box of an observation in the row: uint8 [size, size, C] or float32 [D]."""
     shape, name = space.shape, f"observation {key!r} of {env_id}, {space},"
-    if type(space) is not spaces.Box:
+    if not isinstance(space, spaces.Box):
         fix = "wrap the environment in gymnasium.wrappers.FlattenObservation"
         raise RunError(f"{name} is neither a Box nor a Dict of them: {fix}")
-    flat = len(shape) == 2 and min(shape) >= 16
-    if space.dtype != np.uint8 or not (flat or len(shape) == 3):
+    if not _is_image(space):
         return spaces.Box(-np.inf, np.inf, (int(np.prod(shape)),), np.float32)
-    channels = 1 if flat else shape[2]
+    channels = 1 if len(shape) == 2 else shape[2]
     if channels > min(shape[:2]):
         raise RunError(f"{name} has to have its channels last")
     return spaces.Box(0, 255, (size, size, channels), np.uint8)

@@ -76,7 +76,8 @@ class Logger:
         frames = np.asarray(frames)
         _, height, width, _ = frames.shape
         # H.264 halves the colour planes, so both sides must be even.
-        even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+        even = np.pad(frames, odd, mode="edge") if height % 2 or width % 2 else frames
         try:
             return _replace(self.folder / f"{name}.mp4", lambda file: _write_mp4(file, even, fps))
         except (ImportError, OSError, RuntimeError) as error:
@@ -222,7 +223,7 @@ def dream_video(truth, model, context):
     """
     error = (model.int() - truth.int() + 255) // 2
     tiles = torch.stack([truth.int(), model.int(), error], 2)  # [B, T, 3, H, W, C]
-    tiles = tiles[..., :3].expand(*tiles.shape[:-1], 3)
+    tiles = tiles[..., [min(channel, tiles.shape[-1] - 1) for channel in range(3)]]
     batch, steps, _, height, width, _ = tiles.shape
     video = torch.zeros(steps, 3, height + 4, batch, width + 4, 3, dtype=torch.uint8)
     video[:context, ..., 1] = 255

@@ -33,13 +33,16 @@ def _map(files, directory):
         message = f"the replay needs {need / 1e9:.2f} GB more, only {free / 1e9:.2f} GB are free"
         raise RunError(f"{message} in {directory}: choose a smaller --replay-size")
     for path, size in sizes.items():
-        with open(path, "ab") as file:  # never truncates: the rows outlive a start with other flags
-            try:  # a full disk or quota is an error here, not a bus error later
-                os.posix_fallocate(file.fileno(), 0, size)
-            except (AttributeError, OSError) as error:  # not on every system: the file is sparse
-                if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-                    text = f"no room for {path}, {size / 1e9:.2f} GB"
-                    raise RunError(f"{text}: choose a smaller --replay-size") from error
+        # Never truncates: the rows outlive a start with other flags.
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:  # a full disk or quota is an error here, not a bus error later
+            os.posix_fallocate(file, 0, size)
+        except (AttributeError, OSError) as error:  # not on every system: the file is sparse
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                text = f"no room for {path}, {size / 1e9:.2f} GB"
+                raise RunError(f"{text}: choose a smaller --replay-size") from error
+        finally:
+            os.close(file)
     return TensorDict(
         {k: MemoryMappedTensor.from_filename(directory / k, d, s) for k, (s, d) in files.items()}
     )
@@ -76,6 +79,7 @@ class Replay:
         self.layout |= {"length": length, "updatable": ", ".join(self.updatable), **shapes}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
+        self.found = all((directory / key).exists() for key in files)
         self.storage = _map(files, directory)
         self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
@@ -184,15 +188,17 @@ class Replay:
         }
 
     def load_state_dict(self, state: dict):
-        """Continue from a checkpoint; ValueError if it belongs to files of another layout.
+        """Continue from a checkpoint; RunError if its files are gone or of another layout.
 
         A larger capacity is accepted until the smaller ring has come round.
         """
+        if not self.found:
+            raise RunError("the run's replay/ is gone: put it back, or start over with --fresh")
         grown = state["total"] <= min(state["layout"]["physical"], self.capacity)
         for name in self.layout | state["layout"]:
             theirs, ours = state["layout"].get(name), self.layout.get(name)
             if theirs != ours and not (grown and name in ("capacity", "physical")):
-                raise ValueError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
+                raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist()))
         self.current[: len(state["current"])] = state["current"]

@@ -9,16 +9,20 @@ The header names the command, commit, hardware and wall-clock that made them.
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def main(run: str, tag: str = ""):
     args = json.loads(Path(run, "args.json").read_text())
-    rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for line in Path(run, "metrics.jsonl").read_text().splitlines():
+        with suppress(ValueError):  # the last line of a killed run may be incomplete
+            rows.append(json.loads(line))
     name = re.sub("[/:]", "-", args["env_id"]) + (f"-{tag}" if tag else "")
     path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = [f"{key}: {value}" for key, value in args["origin"].items()]
+    header = [f"{k}: {v}" for origin in args["origin"] for k, v in origin.items()]
     updates = max(row.get("updates", 0) for row in rows)
     header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {updates:.0f}")
     header += [

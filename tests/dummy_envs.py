@@ -89,6 +89,32 @@ class Nested(Base):
         return np.full((10, 30, 3), self.count, np.uint8)
 
 
+class Mission(Nested):
+    """An image, and a text that no network here reads."""
+
+    observation_space = spaces.Dict(
+        {"eye": Nested.observation_space["eye"], "mission": spaces.Text(9)}
+    )
+
+    def observe(self):
+        return {"eye": super().observe()["eye"], "mission": "go"}
+
+
+class Slash(Base):
+    """Observes a key that cannot be the name of a file."""
+
+    observation_space = spaces.Dict({"walker/joints": Base.observation_space})
+
+    def observe(self):
+        return {"walker/joints": super().observe()}
+
+
+class Latent(Base):
+    """Observes a key that rows use for something else."""
+
+    observation_space = spaces.Dict({"deter": Base.observation_space})
+
+
 class Picture(Base):
     """Observes one image."""
 
@@ -147,6 +173,21 @@ class Raises(Base):
         return super().step(action)
 
 
+class RaisesSometimes(Base):
+    """Raises at the third step of every second episode."""
+
+    resets = 0
+
+    def reset(self, *, seed=None, options=None):
+        type(self).resets += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.count == 2 and type(self).resets % 2:
+            raise OSError("the simulator is gone")
+        return super().step(action)
+
+
 class RaisesOnce(Raises):
     """Raises and can then not be built."""
 
@@ -194,7 +235,9 @@ class Terminal(Base):
 
 for kind in ("box", "whole", "discrete", "multi", "bits", "tuple"):
     add(f"Echo{kind.title()}", cls="Echo", kind=kind)
-for cls in (Base, Terminal, Nested, Picture, SameBuffer, Worded, Reserved, ChannelsFirst, Random):
+for cls in (Base, Terminal, Nested, Mission, Slash, Latent, Picture, SameBuffer, Worded, Reserved):
+    add(cls.__name__)
+for cls in (ChannelsFirst, Random, RaisesSometimes):
     add(cls.__name__)
 add("Raises")
 add("RaisesAlways", cls="Raises", bad=10**9)

@@ -1,6 +1,7 @@
 """Run folders, atomic saves, resume, signals and clocks of common/checkpoint.py."""
 
 import errno
+import json
 import multiprocessing
 import os
 import pickle
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import checkpoint
 from common.checkpoint import (
     Every,
     Ratio,
@@ -44,6 +46,7 @@ class Settings:
     lr: float = 4e-5
     steps: int = 100
     sizes: tuple = (1, 2)
+    quality: str = ""
     run: str = ""
     fresh: bool = False
     eval: str = ""
@@ -101,10 +104,22 @@ def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
 def test_may_change_and_control_fields_resume(tmp_path):
     folder, _ = open_run("dreamer", Settings(), root=tmp_path)
     save(folder, step=1)
-    changed = Settings(steps=200, fresh=True, eval="x")
+    changed = Settings(steps=200, eval="x")
     _, state = open_run("dreamer", changed, root=tmp_path, may_change=("steps",))
     assert state["step"] == 1
     assert '"steps": 200' in (folder / "args.json").read_text()
+
+
+def test_what_auto_means_is_decided_once(tmp_path):
+    """A run started without a GPU goes on as it began on a machine that has one."""
+    for value, fresh in (("fast", False), ("full", False), ("full", True)):
+        args = Settings(quality="auto", fresh=fresh)
+        folder, _ = open_run("dreamer", args, decided={"quality": value}, root=tmp_path)
+        save(folder, step=1)
+        assert args.quality == ("full" if fresh else "fast")
+    with pytest.raises(RunError, match="quality: full -> fast"):
+        args = Settings(quality="fast")
+        open_run("dreamer", args, decided={"quality": "full"}, root=tmp_path)
 
 
 def test_fresh_starts_over_with_new_arguments(tmp_path):
@@ -112,7 +127,7 @@ def test_fresh_starts_over_with_new_arguments(tmp_path):
     save(folder, step=1)
     (folder / "replay").mkdir()
     (folder / "replay" / "rows").write_text("x")
-    _, state = open_run("dreamer", Settings(lr=1.0), root=tmp_path, fresh=True)
+    _, state = open_run("dreamer", Settings(lr=1.0, fresh=True), root=tmp_path)
     assert state is None
     assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
 
@@ -122,7 +137,7 @@ def test_fresh_starts_over_with_new_arguments(tmp_path):
 def test_a_foreign_folder_is_never_touched(tmp_path, content, fresh):
     (tmp_path / content).write_text('{"precious": 1}')
     with pytest.raises(RunError, match="neither empty nor a run folder"):
-        open_run("dreamer", Settings(run=str(tmp_path)), fresh=fresh)
+        open_run("dreamer", Settings(run=str(tmp_path), fresh=fresh))
     assert [path.name for path in tmp_path.iterdir()] == [content]
 
 
@@ -130,7 +145,7 @@ def test_fresh_does_not_delete_the_run_of_another_script(tmp_path):
     folder, _ = open_run("pilco", Settings(run=str(tmp_path / "a")))
     save(folder, step=1)
     with pytest.raises(RunError, match="run of pilco.py"):
-        open_run("dreamer", Settings(run=str(folder)), fresh=True)
+        open_run("dreamer", Settings(run=str(folder), fresh=True))
     assert load(folder)["step"] == 1
 
 
@@ -140,7 +155,7 @@ def test_fresh_follows_no_links(tmp_path):
     (scratch / "rows").write_text("x")
     folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
     (folder / "replay").symlink_to(scratch)
-    open_run("dreamer", Settings(run=str(folder)), fresh=True)
+    open_run("dreamer", Settings(run=str(folder), fresh=True))
     assert (scratch / "rows").exists() and not (folder / "replay").exists()
 
 
@@ -161,6 +176,7 @@ from common.checkpoint import open_run
 class Settings:
     run: str
     env_id: str = ""
+    fresh: bool = False
 open_run("dreamer", Settings(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
@@ -172,11 +188,11 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
     assert other.stdout.readline() == "held\n"
     before = (tmp_path / "a" / "args.json").read_text()
     with pytest.raises(RunError, match="another process is running"):
-        open_run("dreamer", Settings(run=str(tmp_path / "a")), fresh=True)
+        open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
     assert (tmp_path / "a" / "args.json").read_text() == before
     other.kill()
     other.communicate()
-    open_run("dreamer", Settings(run=str(tmp_path / "a")), fresh=True)
+    open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
     open_run("dreamer", Settings(run=str(tmp_path / "a")))  # this process may open it again
 
 
@@ -204,7 +220,7 @@ def damage(file, kind):
 def test_damaged_checkpoint(tmp_path, kind):
     save(tmp_path, weights=torch.full((1000,), 7, dtype=torch.uint8))
     damage(tmp_path / "checkpoint.pt", kind)
-    with pytest.raises(RunError, match="truncated or damaged"):
+    with pytest.raises(RunError, match="damaged, or not a checkpoint"):
         load(tmp_path)
 
 
@@ -217,10 +233,10 @@ class Evil:
 def test_a_file_of_someone_else(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "checkpoint.pt")
-    with pytest.raises(RunError, match="not a checkpoint of this project"):
+    with pytest.raises(RunError, match="or not a checkpoint of this project"):
         load(tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(content))
-    with pytest.raises(RunError, match="not a checkpoint of this project"):
+    with pytest.raises(RunError, match="or not a checkpoint of this project"):
         load(tmp_path)
     assert not (tmp_path / "evil").exists()
 
@@ -392,16 +408,40 @@ def test_seed_everything_repeats():
 def test_every_keeps_to_multiples():
     every = Every(10)
     assert [n for n in (0, 4, 9, 13, 19, 20, 45, 46, 50) if every(n)] == [13, 20, 45, 50]
-    first = Every(10, first=True)
-    assert [n for n in (0, 4, 10) if first(n)] == [0, 10]
-    assert not any(Every(0, first=True)(n) for n in range(5))
+    assert not any(Every(0)(n) for n in range(5))
 
 
 def test_every_resumes_also_with_another_period():
-    old, new = Every(10, first=True), Every(25, first=True)
-    old(13)
-    new.load_state_dict(old.state_dict())
-    assert [n for n in range(14, 60) if new(n)] == [25, 50]
+    for before in (10, 0):  # 0: it had been switched off
+        old, new = Every(before), Every(25)
+        old(33)
+        new.load_state_dict(old.state_dict())
+        assert [n for n in range(34, 80) if new(n)] == [50, 75]
+
+
+def test_origins_of_a_run(tmp_path):
+    """A resumed run names every commit and command that made it, each once."""
+    for argv in (["a.py"], ["a.py", "--steps", "9"], ["a.py", "--steps", "9"]):
+        sys.argv, before = argv, sys.argv
+        folder, _ = open_run("dreamer", Settings(), root=tmp_path)
+        sys.argv = before
+        save(folder, step=1)
+    origins = json.loads((folder / "args.json").read_text())["origin"]
+    assert [origin["command"] for origin in origins] == ["python a.py", "python a.py --steps 9"]
+    assert all(len(origin["commit"]) >= 7 and origin["hardware"] for origin in origins)
+
+
+def test_a_full_disk_and_other_errors_of_a_run():
+    """One line for what the user can mend, a traceback for the rest."""
+    for error, text in (
+        (OSError(errno.ENOSPC, "No space left"), "disk full"),
+        (KeyboardInterrupt(), "stopped"),
+        (RunError("--lr"), "error: --lr"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            checkpoint.run(lambda error=error: (_ for _ in ()).throw(error))
+    with pytest.raises(PermissionError):
+        checkpoint.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
 
 
 def test_ratio_counts_by_hand():

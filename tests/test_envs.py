@@ -194,6 +194,20 @@ def test_nested_observations_and_images():
     assert (row["eye"][0, :, 9:] == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
 
 
+def test_observations_that_are_not_used_may_be_anything():
+    """Text beside an image; a slash in a key, as in DM Control's locomotion tasks."""
+    envs = dummy("Mission", obs="pixels")
+    assert set(envs.step(None).keys()) == {
+        *("reward", "is_first", "is_last", "is_terminal", "pixels")
+    }
+    with pytest.raises(RuntimeError, match="'mission'.*neither a Box"):
+        dummy("Mission")
+    envs = dummy("Slash")
+    assert envs.step(None)["walker.joints"].shape == (1, 2)
+    with pytest.raises(RuntimeError, match="an observation named 'deter': rename it"):
+        dummy("Latent")
+
+
 def test_obs_modes():
     def keys(name, obs):
         row = dummy(name, obs=obs, image_size=16).step(None)
@@ -309,6 +323,14 @@ def test_too_many_crashes():
         [envs.step(torch.zeros(1, 2)) for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"RaisesInReset-v0, crash 11: .*no simulator"):
         dummy("RaisesInReset").step(None)
+
+
+def test_only_crashes_in_a_row_count():
+    envs = dummy("RaisesSometimes", max_crashes=1)
+    envs.step(None)
+    for _ in range(40):
+        envs.step(torch.zeros(1, 2))
+    assert envs.crashes >= 3
 
 
 def test_rebuilding_fails():

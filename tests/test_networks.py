@@ -992,8 +992,8 @@ def test_49_pack_and_unpack():
 
 
 def test_update_in_bfloat16():
-    """What CUDA runs under autocast: losses near float32's, latents and parameters finite."""
-    totals = []
+    """Under a CPU's autocast, losses and gradients are near float32's and all is finite."""
+    totals, norms = [], []
     for dtype in (torch.float32, torch.bfloat16):
         agent = make_agent(DISCRETE, lr=1e-3, warmup=0)
         if dtype == torch.bfloat16:
@@ -1003,8 +1003,28 @@ def test_update_in_bfloat16():
         assert latents["deter"].isfinite().all()
         params = [p for module in agent.modules.values() for p in module.parameters()]
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in params)
+        # Autocast keeps the casts of weights, also those that were made without gradient.
+        norms.append(torch.stack([p.grad.norm() for p in params]))
     for key, value in totals[0].items():
         near(totals[1][key], value, 0.1, 0.05)
+    assert (norms[1] > 0.5 * norms[0]).all() and (norms[1] < 2 * norms[0]).all()
+
+
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+def test_compiled_update_is_the_same(spec, monkeypatch):
+    """--compile, with a backend that traces as Inductor does but generates no code."""
+    compiler = functools.partial(torch.compile, backend="aot_eager")
+    results = []
+    for compile in (False, True):
+        monkeypatch.setattr(torch, "compile", compiler)
+        agent = make_agent(spec, compile=compile, lr=1e-3, warmup=0)
+        for _ in range(2):
+            metrics, _ = agent.update(make_batch(agent), fixed_noise(agent, 3, 6))
+        results.append((metrics, [p for m in agent.modules.values() for p in m.parameters()]))
+    for key, value in results[0][0].items():
+        near(results[1][0][key], value, 1e-4, 1e-5)
+    for x, y in zip(results[0][1], results[1][1], strict=True):
+        near(x.detach(), y.detach(), 1e-3, 1e-5)
 
 
 class NoHostReads(TorchDispatchMode):

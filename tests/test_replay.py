@@ -306,6 +306,15 @@ def test_reopening_neither_zeroes_nor_copies(tmp_path):
     assert other.rows == 9 and (other.sample(30) == replay.sample(30)).all()
 
 
+def test_lost_files_are_noticed(tmp_path):
+    replay = Replay(PLAIN, 10, 1, 4, tmp_path)
+    fill(replay, 9)
+    state = replay.state_dict()
+    (tmp_path / "observation").unlink()
+    with pytest.raises(RunError, match="gone"):
+        Replay(PLAIN, 10, 1, 4, tmp_path).load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

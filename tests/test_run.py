@@ -187,6 +187,12 @@ def no_pictures():
     logger.plot_curve = lambda folder: folder / "learning_curve.png"
 
 
+def wider_observation():
+    no_pictures()
+    Long.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    Long.observe = lambda self: np.zeros(3)
+
+
 def all_pictures():
     """The script as it is."""
 
@@ -321,6 +327,7 @@ def same_runs(a, b, argv):
     for state in (first, second):
         state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
         del state["replay"]["current"]  # which of two slots is in use depends on when was saved
+        del state["agent"]["args"]["run"]
     assert first["updates"] >= 20
     same_leaves(first, second)
     same_leaves(replay_rows(a, argv), replay_rows(b, argv))
@@ -941,9 +948,21 @@ def test_bad_checkpoints(start, tmp_path, damage, nursery):
     else:
         args.unlink()
     words = {"truncated": "damaged", "foreign": "not a checkpoint", "another script": "pilco"}
-    for command in (argv, ["--eval", folder]):
-        message = start(*command).error()
-        assert words.get(damage, "args.json" if command[0] == "--eval" else "run folder") in message
+    for command in (argv, ["--eval", folder]) if args.exists() else (argv,):
+        assert words.get(damage, "run folder") in start(*command).error()
+
+
+def test_what_changed_under_a_run_is_named(start, tmp_path):
+    """Other observations, lost rows, fewer steps than were run: one line, or it just goes on."""
+    folder = tmp_path / "run"
+    argv = [*TINY, "--run", folder, "--env-id", "test_run:Long-v0"]
+    start(*argv, "--steps", 60).done()
+    start(*argv, "--steps", 40).done()
+    assert checkpoint.load(folder)["step"] == 60
+    message = start(*argv, "--steps", 80, prepare="wider_observation").error()
+    assert "'observation': [2]" in message and "'observation': [3]" in message
+    shutil.rmtree(folder / "replay")
+    assert "replay/ is gone" in start(*argv, "--steps", 80).error()
 
 
 def full_disk():
