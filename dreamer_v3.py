@@ -14,8 +14,12 @@ paper's text in places: one LaProp optimiser, symlog errors without 1/2, max-poo
 no uniform mixture in the discrete actor. Deviations from that code, all deliberate:
 - Stored latents are compact: deter in half precision, stoch as class indices.
 - Updates follow a step of all environments, not of each, and the policy is never stale.
-- A time limit in Atari is not a terminal state.
-- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast).
+- A time limit in Atari is not a terminal state; frames shrink by area, not bilinearly, and an
+  episode starts with 1-30 no-ops, not 0-30 (gymnasium's AtariPreprocessing).
+- Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
+- Latents are written back at once, and batches are not fetched ahead.
+- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast), the recurrent
+  state float32.
 
 Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S latents of C classes,
 F = D + S * C features, E tokens. Batch first, time second, everywhere.
@@ -1164,8 +1168,10 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def make_envs(args: Args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that `args` describe; `frames` > 0: with pictures of that size."""
-    names = ("action_repeat", "obs", "image_size", "sticky", "camera", "render_quality")
-    options = {name: getattr(args, name) for name in names}
+    options = dict(
+        action_repeat=args.action_repeat, obs=args.obs, image_size=args.image_size,
+        sticky=args.sticky, camera=args.camera, render_quality=args.render_quality,
+    )  # fmt: skip
     return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 
 
@@ -1291,12 +1297,12 @@ def spec_of(envs: Envs) -> dict:
     return {"shapes": shapes, "action_dim": envs.action_dim, "classes": list(envs.action_classes)}
 
 
-def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path, steps: int) -> Replay:
+def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
     """The run's replay: no larger than `steps` can fill, else with room for one save interval."""
     example = envs.example.clone().set("action", torch.zeros(envs.action_dim))
     example.update(agent.pack(agent.initial(1))[0].cpu())
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
-    needed = args.num_envs * (math.ceil(steps / per_row) + args.batch_length + 1)
+    needed = args.num_envs * (math.ceil(args.steps / per_row) + args.batch_length + 1)
     capacity = min(args.replay_size, needed)
     slack = math.ceil(args.save_every / per_row) + 1 if capacity < needed else 0
     size = Replay.gigabytes(example, capacity, args.num_envs, slack)
@@ -1347,7 +1353,8 @@ def main(argv: list[str] | None = None):
     if saved and saved["agent"]["spec"] != agent.spec:
         text = f"{args.env_id} has changed: {saved['agent']['spec']} -> {agent.spec} (saved -> now)"
         raise RunError(f"{text}. --fresh starts over")
-    replay = make_replay(args, envs, agent, folder, max(args.steps, saved["step"] if saved else 0))
+    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
+    replay = make_replay(args, envs, agent, folder)
     logger = Logger(folder, args.steps, args.tensorboard)
     ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))
     log_due, save_due = Every(args.log_every), Every(args.save_every)

@@ -76,9 +76,9 @@ class Envs:
     """`num_envs` environments stepped together; each of their episodes has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros, `options` are the fields of Options.
-    Raises RunError for an unknown id, a missing package, an unsupported space, NaN, or if it
-    cannot render or crashes too often.
+    to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros, and
+    `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
+    unsupported space, NaN, or if it cannot render or crashes too often.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
