@@ -1,6 +1,6 @@
 """DreamerV3 (Hafner et al., 2023, 2025): learn a world model, improve the policy inside it.
 
-    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: about -175 (random: -1,197)
+    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: about -175 (random: -1,233)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
     python dreamer_v3.py --preset debug                          # everything tiny
     python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play, film, dream
@@ -22,7 +22,8 @@ no uniform mixture in the discrete actor. Deviations from that code, all deliber
   state float32.
 
 Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S latents of C classes,
-F = D + S * C features, E tokens. Batch first, time second, everywhere.
+F = D + S * C features, E tokens. Batch first, time second, everywhere. Equations are numbered as
+in arXiv 2301.04104v2.
 """
 
 import copy
@@ -270,7 +271,7 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float) -> Tensor:
 def lambda_return(
     reward: Tensor, boot: Tensor, last: Tensor, terminal: Tensor, discount: float, lam: float
 ) -> Tensor:
-    """lambda-returns of eq. 7, all inputs (N, T), output (N, T - 1).
+    """lambda-returns of eq. 5, all inputs (N, T), output (N, T - 1).
 
     R_t = r_t+1 + live_t+1 ((1 - cont_t+1) v_t+1 + cont_t+1 R_t+1) and R_T-1 = v_T-1, with
     live = discount (1 - terminal) and cont = lam (1 - last). reward[:, 0] is never read.
@@ -348,7 +349,7 @@ class BlockLinear(nn.Module):
 
 
 class RSSMPrior(nn.Module):
-    """Sequence model h' = f(h, z, a) and dynamics predictor p(z' | h'), eq. 3.
+    """Sequence model h' = f(h, z, a) and dynamics predictor p(z' | h'), eq. 1.
 
     f is a GRU whose weights are block-diagonal over `blocks` slices of h; every block also sees a
     dense embedding of the whole h, z and a.
@@ -396,7 +397,7 @@ class RSSMPrior(nn.Module):
 
 
 class RSSMPosterior(nn.Module):
-    """Encoder q(z | h, x), eq. 3, on tokens of the observation x."""
+    """Encoder q(z | h, x), eq. 1, on tokens of the observation x."""
 
     def __init__(self, tokens, deter, hidden, stoch, classes):
         super().__init__()
@@ -662,7 +663,7 @@ class WorldModel(nn.Module):
 
 
 class DreamerV3ModelLoss(nn.Module):
-    """World model loss, eq. 4-6: reconstruction, reward, continuation, dynamics, representation.
+    """World model loss, eq. 2-3: reconstruction, reward, continuation, dynamics, representation.
 
     The continuation target is 1 - 1/horizon instead of 1, so the head carries the discount.
     """
@@ -742,7 +743,7 @@ class DreamerV3ModelLoss(nn.Module):
 
 
 class DreamerV3ActorLoss(nn.Module):
-    """Imagines, scores with lambda-returns, and improves the actor by REINFORCE, eq. 12.
+    """Imagines, scores with lambda-returns, and improves the actor by REINFORCE, eq. 6-7.
 
     Advantages are divided by max(1, S): S is a slow average of the returns' 5-95 % range, whose
     bounds `low` and `high` are buffers, updated before use in training mode.
