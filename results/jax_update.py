@@ -1,7 +1,8 @@
 """Seconds per update of the authors' JAX code, for the comparison in the README.
 
     git clone https://github.com/danijar/dreamerv3 && git -C dreamerv3 checkout e3f0224
-    pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping portal granular
+    pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping
+    pip install portal granular
     python results/jax_update.py dreamerv3 [updates]
 
 The same setting as `python dreamer_v3.py --preset dmc_proprio --benchmark`: size 1m, 24 numbers,
