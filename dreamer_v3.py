@@ -174,9 +174,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
     counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every horizon"
-    for (
-        name
-    ) in f"{counts} imagination_horizon deter hidden stoch classes depth units blocks".split():
+    widths = "imagination_horizon deter hidden stoch classes depth units blocks"
+    for name in (*counts.split(), *widths.split()):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or min(args.train_ratio, args.seed, args.threads) < 0:
@@ -912,7 +911,7 @@ class LaProp(torch.optim.Optimizer):
         for p in self.param_groups[0]["params"]:
             self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
         device = self.param_groups[0]["params"][0].device
-        self.param_groups[0]["step"] = torch.zeros((), device=device)  # a CUDA graph counts it
+        self.param_groups[0]["step"] = torch.zeros((), device=device)  # for CUDA graphs
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)  # which moves all but the groups to the parameters' device
@@ -1038,9 +1037,8 @@ class Agent:
 
         On CUDA the whole update, which never waits for the GPU, is then recorded as one graph.
         """
-        hot = [
-            (self.actor_loss, name) for name in ("dream_step", "predict", "predict_value", "policy")
-        ]
+        names = ("dream_step", "predict", "predict_value", "policy")
+        hot = [(self.actor_loss, name) for name in names]
         hot += [(self.model_loss, name) for name in ("kl", "reward", "cont", "reconstruction")]
         for module, name in [*hot, (self.value_loss, "error")]:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
