@@ -188,7 +188,11 @@ def save(folder, **parts):
         if refused := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
             raise TypeError(f"a checkpoint cannot hold {', '.join(refused)}")
 
-    _write(Path(folder, "checkpoint.pt"), fill)
+    Stop.saving = True
+    try:
+        _write(Path(folder, "checkpoint.pt"), fill)
+    finally:
+        Stop.saving = False
 
 
 def load(path, script=None) -> dict:
@@ -243,10 +247,11 @@ def set_rng_state(state):
 class Stop:
     """`with Stop() as stop`: the first SIGINT or SIGTERM only sets `stop.requested`.
 
-    A second Ctrl-C raises KeyboardInterrupt. Does nothing outside the main thread.
+    A second Ctrl-C raises KeyboardInterrupt, but not while a checkpoint is written. Does nothing
+    outside the main thread.
     """
 
-    requested = False
+    requested = saving = False
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()
@@ -259,7 +264,7 @@ class Stop:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT and not self.saving:
             raise KeyboardInterrupt
         if not self.requested:  # os.write, because print is not safe inside a signal handler
             os.write(2, b"\nwill save and stop soon (Ctrl-C again: stop now, without saving)\n")

@@ -405,6 +405,23 @@ def test_seed_everything_repeats():
     assert draws() == first
 
 
+def test_an_impatient_user_does_not_break_a_save(tmp_path, monkeypatch):
+    """Two Ctrl-C in the middle of torch.save; a third one, after it, stops at once."""
+    write = torch.save
+
+    def interrupted(state, file):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        write(state, file)
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with Stop() as stop:
+        save(tmp_path, step=7)
+        assert stop.requested and load(tmp_path)["step"] == 7
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_every_keeps_to_multiples():
     every = Every(10)
     assert [n for n in (0, 4, 9, 13, 19, 20, 45, 46, 50) if every(n)] == [13, 20, 45, 50]
