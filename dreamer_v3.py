@@ -48,7 +48,7 @@ from torch.profiler import profile, record_function
 
 from common import checkpoint
 from common.checkpoint import Every, Ratio, RunError, Stop
-from common.envs import Envs
+from common.envs import Envs, usual_quality
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, dream_plot, dream_video, plot_curve
 from common.replay import Replay
@@ -1342,8 +1342,7 @@ def main(argv: list[str] | None = None):
         finish(agent, Logger(args.eval, 0, tensorboard=False), agent.args, "eval")
         return None
 
-    quality = "full" if torch.cuda.is_available() else "fast"
-    decided = {"render_quality": quality}  # once, so that a run keeps it on another machine
+    decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = checkpoint.open_run("dreamer_v3", args, MAY_CHANGE, decided)
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent = Agent(spec_of(envs), args, device)

@@ -72,6 +72,11 @@ class Options:
     max_crashes: int = 10  # an environment that raises is built again so many times in a row
 
 
+def usual_quality() -> str:
+    """What render_quality="auto" means on this machine."""
+    return "full" if torch.cuda.is_available() else "fast"
+
+
 class Envs:
     """`num_envs` environments stepped together; each of their episodes has its own seed.
 
@@ -86,7 +91,7 @@ class Envs:
         if options.obs not in ("auto", "vector", "pixels", "both"):
             raise RunError(f"obs={options.obs!r} is not auto, vector, pixels or both")
         if options.render_quality == "auto":
-            options.render_quality = "full" if torch.cuda.is_available() else "fast"
+            options.render_quality = usual_quality()
         makers = [partial(_Rows, env_id, i, seed, options) for i in range(num_envs)]
         make = gymnasium.vector.SyncVectorEnv
         if options.workers:  # never a plain fork: it would copy threads and the CUDA and EGL state

@@ -178,7 +178,7 @@ def plot_curve(folder, key="episode/return", title=None, reference=None) -> Path
     """
     from matplotlib.figure import Figure
 
-    rows = list(_rows(Path(folder) / "metrics.jsonl"))
+    rows = list(read_metrics(Path(folder) / "metrics.jsonl"))
     curves = {
         name: np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
         for name in (key, "eval/return")
@@ -209,7 +209,8 @@ def plot_curve(folder, key="episode/return", title=None, reference=None) -> Path
     return _replace(path, lambda file: figure.savefig(file, dpi=150))
 
 
-def _rows(path):
+def read_metrics(path):
+    """The rows of a metrics.jsonl, as dicts."""
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):  # the last line of a killed run may be incomplete
             yield json.loads(line)

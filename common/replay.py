@@ -1,6 +1,5 @@
 """Windows of rows on memory-mapped files, with latents written back and an exact resume."""
 
-import errno
 import os
 import shutil
 from collections import deque
@@ -11,7 +10,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from common.checkpoint import RunError
+from common.checkpoint import DISK_FULL, RunError
 
 
 def _files(example, capacity, num_envs, slack, updatable):
@@ -38,7 +37,7 @@ def _map(files, directory):
         try:  # a full disk or quota is an error here, not a bus error later
             os.posix_fallocate(file, 0, size)
         except (AttributeError, OSError) as error:  # not on every system: the file is sparse
-            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(error, "errno", None) in DISK_FULL:
                 text = f"no room for {path}, {size / 1e9:.2f} GB"
                 raise RunError(f"{text}: choose a smaller --replay-size") from error
         finally:

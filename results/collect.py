@@ -9,16 +9,15 @@ The header names the command, commit, hardware and wall-clock that made them.
 import json
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.logger import read_metrics
 
 
 def main(run: str, tag: str = ""):
     args = json.loads(Path(run, "args.json").read_text())
-    rows = []
-    for line in Path(run, "metrics.jsonl").read_text().splitlines():
-        with suppress(ValueError):  # the last line of a killed run may be incomplete
-            rows.append(json.loads(line))
+    rows = list(read_metrics(Path(run, "metrics.jsonl")))
     name = re.sub("[/:]", "-", args["env_id"]) + (f"-{tag}" if tag else "")
     path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
