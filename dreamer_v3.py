@@ -29,14 +29,10 @@ in arXiv 2301.04104v2.
 import copy
 import dataclasses
 import math
-import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import tyro
@@ -44,13 +40,14 @@ from tensordict import TensorDict
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
 from torch.distributions import Normal
-from torch.profiler import profile, record_function
+from torch.profiler import record_function
 
 from common import checkpoint
 from common.checkpoint import Every, Ratio, RunError, Stop
-from common.envs import Envs, usual_quality
+from common.envs import Envs, make_envs, usual_quality
+from common.evaluation import benchmark, draw_dreams, finish
 from common.imagination import ModelBasedEnvBase
-from common.logger import Logger, dream_plot, dream_video, plot_curve
+from common.logger import Logger, check_finite, plot_curve
 from common.replay import Replay
 
 BINS = 255  # of the two-hot reward and value
@@ -418,8 +415,9 @@ class RSSMPosterior(nn.Module):
 class RSSMRollout(nn.Module):
     """Filters a sequence: posterior latents of every step, resets inside the sequence included.
 
-    Three ways to run the same step: a Python loop, `use_scan` (torch's scan operator, one graph
-    for torch.compile whatever the length), `compile_step` (the loop over a compiled step).
+    Three ways to run the same step: a Python loop, `compile_step` (the loop over a compiled step:
+    the fastest), `use_scan` (torch's scan operator, one graph whatever the length; Inductor of
+    torch 2.13 cannot lower its gradient).
     """
 
     def __init__(self, prior, posterior, use_scan=False, compile_step=False):
@@ -554,9 +552,7 @@ class DreamerActor(nn.Module):
     action is the concatenated one-hots of one categorical per entry.
     """
 
-    def __init__(
-        self, inputs: int, action_dim: int, classes: tuple[int, ...], units: int, layers=3
-    ):
+    def __init__(self, inputs: int, action_dim: int, classes: tuple[int, ...], units, layers=3):
         super().__init__()
         self.classes, self.action_dim = tuple(classes), action_dim
         self.mlp = mlp(inputs, units, layers)
@@ -574,10 +570,8 @@ class DreamerActor(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, A) for the distribution's `sample`."""
-        shape, device = (*shape, self.action_dim), self.head.weight.device
-        return (
-            race_noise(*shape, device=device) if self.classes else torch.randn(shape, device=device)
-        )
+        draw = race_noise if self.classes else torch.randn
+        return draw(*shape, self.action_dim, device=self.head.weight.device)
 
     def act(self, td: TensorDict) -> TensorDict:
         """Latents td[N] -> the same with a sampled `action`: the policy of `DreamerEnv.rollout`."""
@@ -667,18 +661,9 @@ class DreamerV3ModelLoss(nn.Module):
     The continuation target is 1 - 1/horizon instead of 1, so the head carries the discount.
     """
 
-    def __init__(
-        self,
-        world_model: WorldModel,
-        *,
-        lambda_reco=1.0,
-        lambda_reward=1.0,
-        lambda_continue=1.0,
-        lambda_dynamic=1.0,
-        lambda_representation=0.1,
-        free_nats=1.0,
-        horizon=333,
-    ):
+    def __init__(self, world_model: WorldModel, *, lambda_reco=1.0, lambda_reward=1.0,
+                 lambda_continue=1.0, lambda_dynamic=1.0, lambda_representation=0.1,
+                 free_nats=1.0, horizon=333):  # fmt: skip
         super().__init__()
         self.world_model, self.free_nats, self.horizon = world_model, free_nats, horizon
         self.lambda_reco, self.lambda_reward = lambda_reco, lambda_reward
@@ -748,18 +733,9 @@ class DreamerV3ActorLoss(nn.Module):
     bounds `low` and `high` are buffers, updated before use in training mode.
     """
 
-    def __init__(
-        self,
-        actor_model: DreamerActor,
-        value_model: nn.Module,
-        model_based_env: "DreamerEnv",
-        *,
-        imagination_horizon=15,
-        discount_loss=True,
-        lam=0.95,
-        entropy_bonus=3e-4,
-        normalization_rate=0.01,
-    ):
+    def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
+                 model_based_env: "DreamerEnv", *, imagination_horizon=15, discount_loss=True,
+                 lam=0.95, entropy_bonus=3e-4, normalization_rate=0.01):  # fmt: skip
         super().__init__()
         self.actor, self.value, self.env = actor_model, value_model, model_based_env
         self.imagination_horizon, self.lam = imagination_horizon, lam
@@ -853,16 +829,8 @@ class DreamerV3ValueLoss(nn.Module):
     the cross entropy with the slow critic's own prediction.
     """
 
-    def __init__(
-        self,
-        value_model: nn.Module,
-        slow_value_model: nn.Module,
-        *,
-        lam=0.95,
-        lambda_replay=0.3,
-        slow_regularization=1.0,
-        horizon=333,
-    ):
+    def __init__(self, value_model: nn.Module, slow_value_model: nn.Module, *, lam=0.95,
+                 lambda_replay=0.3, slow_regularization=1.0, horizon=333):  # fmt: skip
         super().__init__()
         self.value, self.slow_value = value_model, slow_value_model
         self.lam, self.horizon, self.lambda_replay = lam, horizon, lambda_replay
@@ -1015,13 +983,9 @@ class Agent:
                 self.world_model, free_nats=args.free_nats, horizon=args.horizon
             )
             self.actor_loss = DreamerV3ActorLoss(
-                self.actor,
-                self.value,
-                self.env,
-                imagination_horizon=args.imagination_horizon,
-                lam=args.lam,
-                entropy_bonus=args.entropy_bonus,
-            )
+                self.actor, self.value, self.env, entropy_bonus=args.entropy_bonus,
+                imagination_horizon=args.imagination_horizon, lam=args.lam,
+            )  # fmt: skip
             self.value_loss = DreamerV3ValueLoss(
                 self.value, self.slow_value, lam=args.lam, horizon=args.horizon
             )
@@ -1126,6 +1090,24 @@ class Agent:
         enabled = auto or self.args.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
+    @torch.no_grad()
+    def open_loop(self, batch: TensorDict, context: int) -> TensorDict:
+        """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
+
+        [B, T]: observations and `reward` as the model has them, and the truth under "true".
+        """
+        with torch.random.fork_rng(), self.autocast():
+            torch.manual_seed(0)
+            model, td = self.world_model, with_context(self.unpack(batch))
+            td["deter"], td["stoch"], _ = self.model_loss.posterior(td)
+            states = list(td[:, :context].select("deter", "stoch").unbind(1))
+            for action in td["previous", "action"][:, context:].unbind(1):
+                states.append(self.env.transition(states[-1], action))
+            out = DreamerDecoder(model)(torch.stack(states, 1))
+            out["reward"] = model.predict_reward(features(out))
+        keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
+        return out.select(*keys).set("true", td.select(*keys)).cpu()
+
     def pack(self, state: TensorDict) -> TensorDict:
         """Latents as the replay stores them: deter in half precision, class indices (..., S)."""
         stoch = state["stoch"].argmax(-1).to(torch.uint8)
@@ -1162,138 +1144,7 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
     return agent
 
 
-# --- evaluation ---------------------------------------------------------------------------------
-
-
-def make_envs(args: Args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
-    """The environments that `args` describe; `frames` > 0: with pictures of that size."""
-    options = dict(
-        action_repeat=args.action_repeat, obs=args.obs, image_size=args.image_size,
-        sticky=args.sticky, camera=args.camera, render_quality=args.render_quality,
-    )  # fmt: skip
-    return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
-
-
-def evaluate(agent: Agent, episodes: int, seed: int):
-    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams."""
-    envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=256), [], [], []
-    action = state = None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for episode in range(episodes):
-            rows, total, length = envs.step(action), 0.0, 0
-            while True:
-                action, state = agent.act(rows, state)
-                total += rows["reward"].item()
-                if episode == 0 and len(first) < 129:
-                    first.append(rows.copy().update(agent.pack(state).cpu()).set("action", action))
-                if episode == 0 and envs.can_render and len(frames) < 1000:  # 200 MB
-                    frames.append(envs.frame())
-                length += 1
-                if rows["is_last"].item() or length == 30_000:
-                    break
-                rows = envs.step(action)
-            returns.append(total)
-    envs.close()
-    return returns, frames, torch.stack(first, 1)
-
-
-@torch.no_grad()
-def open_loop(agent: Agent, batch: TensorDict, context: int) -> TensorDict:
-    """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
-
-    [B, T]: observations and `reward` as the model has them, and the truth under "true".
-    """
-    with torch.random.fork_rng(), agent.autocast():
-        torch.manual_seed(0)
-        model, td = agent.world_model, with_context(agent.unpack(batch))
-        td["deter"], td["stoch"], _ = agent.model_loss.posterior(td)
-        states = list(td[:, :context].select("deter", "stoch").unbind(1))
-        for action in td["previous", "action"][:, context:].unbind(1):
-            states.append(agent.env.transition(states[-1], action))
-        out = DreamerDecoder(model)(torch.stack(states, 1))
-        out["reward"] = model.predict_reward(features(out))
-    keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
-    return out.select(*keys).set("true", td.select(*keys)).cpu()
-
-
-def draw_dreams(agent: Agent, logger: Logger, batch: TensorDict, name: str):
-    """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
-    length = batch.shape[1] - 1
-    context = max(1, length // 4)
-    dream = open_loop(agent, batch[:6], context)
-    for key in agent.world_model.decoder.images:
-        logger.video(f"{name}_{key}", dream_video(dream["true", key], dream[key], context), fps=10)
-    curves = {"reward": (dream["true", "reward"][0], dream["reward"][0])}
-    for key in agent.world_model.decoder.vectors:
-        pairs = zip(dream["true", key][0].unbind(-1), dream[key][0].unbind(-1), strict=True)
-        curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
-    return logger.picture(name, dream_plot(curves, context))
-
-
-def finish(agent: Agent, logger: Logger, args: Args, name: str) -> dict:
-    """Play, film, dream, and print where it all lies; returns the scores."""
-    returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes, sampling policy")
-    print("returns", *(f"{x:.1f}" for x in returns))
-    if frames:
-        print(f"video of the first episode: {logger.video(name, np.stack(frames))}")
-    else:
-        print(f"no video: {args.env_id} has no pictures to give")
-    if rows.shape[1] > 8:
-        print(f"dreams: {draw_dreams(agent, logger, rows, f'{name}_dream')}")
-    return {"eval/return": mean, "eval/return_std": std}
-
-
-def benchmark(args: Args, device: torch.device):
-    """Print milliseconds per update by phase, rows per second, memory, and the run's time."""
-    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
-    agent, action, state, rows = Agent(spec_of(envs), args, device), None, None, []
-    seconds = {"environment": [], "policy": [], "update": []}
-    for _ in range(args.batch_length + 101):
-        start = time.perf_counter()
-        row = envs.step(action)
-        middle = time.perf_counter()
-        action, state = agent.act(row, state)
-        seconds["environment"].append(middle - start)
-        seconds["policy"].append(time.perf_counter() - middle)
-        rows.append(row.update(agent.pack(state).cpu()).set("action", action))
-    envs.close()
-    window = torch.stack(rows[-args.batch_length - 1 :], 1)
-    batch = window[torch.arange(args.batch_size) % args.num_envs]
-    for _ in range(13):
-        start = time.perf_counter()
-        agent.update(agent.unpack(batch))[0]["train/loss_actor"].item()  # waits for a GPU
-        seconds["update"].append(time.perf_counter() - start)
-    first = seconds["update"][0]
-    environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
-    print(f"{args.num_envs / environment:10.0f} rows/s  environment, {args.num_envs} at a time")
-    print(f"{args.num_envs / policy:10.0f} rows/s  policy")
-    print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
-    with profile() as profiler:
-        agent.update(agent.unpack(batch))
-    for event in profiler.key_averages():
-        if event.key in PHASES:
-            phase = (event.device_time_total or event.cpu_time_total) / 1e3
-            print(f"{phase:10.1f} ms      {event.key}, while profiled")
-    updates = args.train_ratio / (args.batch_size * args.batch_length)
-    per_row = (environment + policy) / args.num_envs + updates * update
-    hours = args.steps / args.action_repeat * per_row / 3600
-    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
-    print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
-    if device.type == "cuda":
-        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
-
-
 # --- main ---------------------------------------------------------------------------------------
-
-
-def spec_of(envs: Envs) -> dict:
-    """What `Agent` needs to know of the environments, in a form that a checkpoint can hold."""
-    keys = set(envs.example.keys()) - {"reward", "is_first", "is_last", "is_terminal"}
-    shapes = {key: list(envs.example[key].shape) for key in sorted(keys)}
-    return {"shapes": shapes, "action_dim": envs.action_dim, "classes": list(envs.action_classes)}
 
 
 def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
@@ -1306,25 +1157,9 @@ def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
     slack = math.ceil(args.save_every / per_row) + 1 if capacity < needed else 0
     size = Replay.gigabytes(example, capacity, args.num_envs, slack)
     print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
-    return Replay(
-        example,
-        capacity,
-        args.num_envs,
-        args.batch_length + 1,
-        folder / "replay",
-        slack=slack,
-        seed=args.seed,
-    )
-
-
-def check_finite(metrics: dict, updates: int):
-    """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
-    bad = [k for k, v in metrics.items() if not torch.isfinite(v)]
-    if bad:
-        raise RunError(
-            f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
-            "Look at the scale of rewards and observations, or try a smaller --lr"
-        )
+    window = args.batch_length + 1
+    place = dict(directory=folder / "replay", slack=slack, seed=args.seed)
+    return Replay(example, capacity, args.num_envs, window, **place)
 
 
 def main(argv: list[str] | None = None):
@@ -1335,17 +1170,17 @@ def main(argv: list[str] | None = None):
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_everything(args.seed)
     if args.benchmark:
-        return benchmark(args, device)
+        return benchmark(Agent, args, device, PHASES)
     if args.eval:
         agent = load(args.eval, device)
         agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        finish(agent, Logger(args.eval, 0, tensorboard=False), agent.args, "eval")
+        finish(agent, Logger(args.eval, 0, tensorboard=False), "eval")
         return None
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = checkpoint.open_run("dreamer_v3", args, MAY_CHANGE, decided)
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
-    agent = Agent(spec_of(envs), args, device)
+    agent = Agent(envs.spec, args, device)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
     if saved and saved["agent"]["spec"] != agent.spec:
@@ -1401,7 +1236,7 @@ def main(argv: list[str] | None = None):
                 save()
         save()
     if step >= args.steps:
-        logger.write(step, **finish(agent, logger, args, "policy"))
+        logger.write(step, **finish(agent, logger, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
     print(f"all of it: {folder}" if step >= args.steps else "saved; the same command resumes")
     logger.close()

@@ -113,6 +113,13 @@ class Envs:
         self._row = None
 
     @property
+    def spec(self) -> dict:
+        """What a network needs to know of them, in a form that a checkpoint can hold."""
+        keys = set(self.example.keys()) - {"reward", "is_first", "is_last", "is_terminal"}
+        shapes = {key: list(self.example[key].shape) for key in sorted(keys)}
+        return dict(shapes=shapes, action_dim=self.action_dim, classes=list(self.action_classes))
+
+    @property
     def crashes(self) -> int:
         """How often an environment raised and was built again."""
         return int(self._crashes.sum())
@@ -179,6 +186,13 @@ class Envs:
         """Free the environments, their renderers and processes."""
         with contextlib.suppress(EOFError, ConnectionError):  # of a worker that was killed
             self._vector.close(terminate=True)
+
+
+def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
+    """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
+    names = ("action_repeat", "obs", "image_size", "sticky", "camera", "render_quality")
+    options = {name: getattr(args, name) for name in names}
+    return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 
 
 class _Rows(gymnasium.Env):

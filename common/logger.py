@@ -143,6 +143,16 @@ class Logger:
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
 
 
+def check_finite(metrics, updates):
+    """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
+    bad = [name for name, value in metrics.items() if not torch.isfinite(value)]
+    if bad:
+        raise RunError(
+            f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
+            "Look at the scale of rewards and observations, or try a smaller --lr"
+        )
+
+
 def _plain(value):
     """A python value that JSON can hold."""
     value = value.item() if hasattr(value, "item") else value

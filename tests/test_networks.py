@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dreamer_v3
+from common.envs import Envs
 from common.imagination import WorldModelEnv
 from dreamer_v3 import (
     SIZES,
@@ -35,7 +36,6 @@ from dreamer_v3 import (
     features,
     mlp,
     race_noise,
-    spec_of,
     symexp,
     with_context,
 )
@@ -586,7 +586,7 @@ def test_26_reward_and_flags_are_no_inputs():
         velocity=torch.zeros(2),
         image=torch.zeros(4, 4, 3).byte(),
     )
-    found = spec_of(SimpleNamespace(example=example, action_dim=5, action_classes=(2, 3)))
+    found = Envs.spec.fget(SimpleNamespace(example=example, action_dim=5, action_classes=(2, 3)))
     assert found == {
         "shapes": {"image": [4, 4, 3], "velocity": [2]},
         "action_dim": 5,

@@ -26,7 +26,9 @@ from tensordict import TensorDict
 
 import dreamer_v3
 from common import checkpoint, logger
-from dreamer_v3 import Agent, evaluate, make_envs, make_replay, open_loop, parse_args, spec_of
+from common.envs import make_envs
+from common.evaluation import evaluate
+from dreamer_v3 import Agent, make_replay, parse_args
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "dreamer_v3.py"
@@ -305,7 +307,7 @@ def replay_rows(folder, argv):
     """All rows of a run's replay, {(environment, row): {key: value}}, as `sample` gives them."""
     args = parse_args([*map(str, argv), "--run", str(folder)])
     envs = make_envs(args, args.num_envs, args.seed)
-    held = make_replay(args, envs, Agent(spec_of(envs), args), folder)
+    held = make_replay(args, envs, Agent(envs.spec, args), folder)
     envs.close()
     held.load_state_dict(checkpoint.load(folder)["replay"])
     held.queue.clear()
@@ -735,7 +737,7 @@ def test_evaluation_samples():
     args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
     envs = make_envs(args, 1, 0)
     torch.manual_seed(0)
-    agent = Agent(spec_of(envs), args)
+    agent = Agent(envs.spec, args)
     envs.close()
     state = torch.get_rng_state()
     returns, frames, rows = evaluate(agent, 3, seed=5)
@@ -818,7 +820,7 @@ def test_open_loop():
     torch.manual_seed(0)
     agent, batch = Agent(SPEC, args), make_batch(SPEC, args, size=6)
     untouched, state = batch.clone(), torch.get_rng_state()
-    dream = open_loop(agent, batch, context)
+    dream = agent.open_loop(batch, context)
     assert torch.equal(torch.get_rng_state(), state) and (batch == untouched).all()
     assert dream.shape == (6, 12) and dream["eye"].dtype == torch.uint8
     for key in ("eye", "place", "reward"):
@@ -829,7 +831,7 @@ def test_open_loop():
         other = batch.clone()
         for key, row in parts.items():
             other[key][:, row] += 100 if key == "eye" else 1
-        place = open_loop(agent, other, context)["place"]
+        place = agent.open_loop(other, context)["place"]
         return [t for t in range(12) if not torch.equal(place[:, t], dream["place"][:, t])]
 
     later = slice(context + 1, None)  # row t of the dream is row t + 1 of the batch
@@ -842,7 +844,7 @@ def test_open_loop():
     assert changed(action=12) == []
     twice = batch.clone()
     twice["is_first"][:, 4] = True
-    assert torch.equal(open_loop(agent, twice, context)["place"][:, :3], dream["place"][:, :3])
+    assert torch.equal(agent.open_loop(twice, context)["place"][:, :3], dream["place"][:, :3])
 
 
 def test_bfloat16_is_close_to_float32():

@@ -1,0 +1,150 @@
+"""What a script does with an agent, whatever its algorithm: play, film, show its dreams, time it.
+
+An agent has `args`, `device`, `act(rows, state)`, `pack(state)`, `unpack(batch)`, `update(batch)`
+and `open_loop(batch, context)`; the scripts explain them.
+"""
+
+import dataclasses
+import statistics
+import time
+
+import numpy as np
+import psutil
+import torch
+from tensordict import TensorDict
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.envs import make_envs
+from common.logger import Logger, dream_plot, dream_video
+
+FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
+
+
+def evaluate(agent, episodes: int, seed: int):
+    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams."""
+    envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=256), [], [], []
+    action = state = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for episode in range(episodes):
+            rows, total, length = envs.step(action), 0.0, 0
+            while True:
+                action, state = agent.act(rows, state)
+                total += rows["reward"].item()
+                if episode == 0 and len(first) < ROWS:
+                    first.append(stored(agent, rows, state, action))
+                if episode == 0 and envs.can_render and len(frames) < FRAMES:  # 200 MB
+                    frames.append(envs.frame())
+                length += 1
+                if rows["is_last"].item() or length == LONGEST:
+                    break
+                rows = envs.step(action)
+            returns.append(total)
+    envs.close()
+    return returns, frames, torch.stack(first, 1)
+
+
+def stored(agent, rows: TensorDict, state: TensorDict, action: torch.Tensor) -> TensorDict:
+    """Rows[N] as the replay holds them: with the packed latents and the action chosen there."""
+    return rows.copy().update(agent.pack(state).cpu()).set("action", action)
+
+
+def finish(agent, logger: Logger, name: str) -> dict:
+    """Play, film, dream, and print where it all lies; returns the scores."""
+    args = agent.args
+    returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes, sampling policy")
+    print("returns", *(f"{x:.1f}" for x in returns))
+    if frames:
+        print(f"video of the first episode: {logger.video(name, np.stack(frames))}")
+    else:
+        print(f"no video: {args.env_id} has no pictures to give")
+    if rows.shape[1] > 8:
+        print(f"dreams: {draw_dreams(agent, logger, rows, f'{name}_dream')}")
+    return {"eval/return": mean, "eval/return_std": std}
+
+
+def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str):
+    """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
+    context = max(1, (batch.shape[1] - 1) // 4)
+    dream, curves = agent.open_loop(batch[:6], context), {}
+    for key, truth in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
+        if truth.dtype == torch.uint8:
+            logger.video(f"{name}_{key}", dream_video(truth, dream[key], context), fps=10)
+        elif truth.ndim == 2:
+            curves[key] = truth[0], dream[key][0]
+        else:
+            pairs = zip(truth[0].unbind(-1), dream[key][0].unbind(-1), strict=True)
+            curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
+    return logger.picture(name, dream_plot(curves, context))
+
+
+def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
+    """Print milliseconds per update by phase, rows per second, memory, and the run's time.
+
+    make_agent(spec, args, device) builds the agent; `phases` are the names that its `update` gives
+    to record_function.
+    """
+    envs, action, state, rows = (
+        make_envs(args, args.num_envs, args.seed, args.env_workers),
+        None,
+        None,
+        [],
+    )
+    agent = make_agent(envs.spec, dataclasses.replace(args, compile=False), device)
+    seconds = {"environment": [], "policy": [], "update": []}
+    for _ in range(args.batch_length + 101):
+        start = time.perf_counter()
+        row = envs.step(action)
+        middle = time.perf_counter()
+        action, state = agent.act(row, state)
+        seconds["environment"].append(middle - start)
+        seconds["policy"].append(time.perf_counter() - middle)
+        rows.append(stored(agent, row, state, action))
+    envs.close()
+    window = torch.stack(rows[-args.batch_length - 1 :], 1)
+    batch = window[torch.arange(args.batch_size) % args.num_envs]
+    with FlopCounterMode(display=False) as flops:  # blind to compiled functions
+        agent.update(agent.unpack(batch))
+    if args.compile:
+        del agent  # its memory first
+        agent = make_agent(envs.spec, args, device)
+    for _ in range(13):
+        start = time.perf_counter()
+        agent.update(agent.unpack(batch))[0]["train/grad_norm"].item()  # waits for a GPU
+        seconds["update"].append(time.perf_counter() - start)
+    first = seconds["update"][0]
+    environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
+    print(f"{args.num_envs / environment:10.0f} rows/s  environment, {args.num_envs} at a time")
+    print(f"{args.num_envs / policy:10.0f} rows/s  policy")
+    print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
+    with profile() as profiler:
+        agent.update(agent.unpack(batch))
+    for event in profiler.key_averages():
+        if event.key in phases:
+            phase = (event.device_time_total or event.cpu_time_total) / 1e3
+            print(f"{phase:10.1f} ms      {event.key}, while profiled")
+    work, rate = flops.get_total_flops() / 1e9, product_rate(device)
+    print(
+        f"{work:10.1f} GFLOP   products and convolutions of an update: {1e3 * work / rate:.1f} ms"
+    )
+    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 2,048 x 2,048 float32 product")
+    updates = args.train_ratio / (args.batch_size * args.batch_length)
+    per_row = (environment + policy) / args.num_envs + updates * update
+    hours = args.steps / args.action_repeat * per_row / 3600
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
+    print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
+
+
+def product_rate(device: torch.device, n: int = 2048) -> float:
+    """GFLOP/s of the device in an n x n float32 matrix product, the median of 9."""
+    x, seconds = torch.rand(n, n, device=device), []
+    for _ in range(11):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for a GPU
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(seconds[2:]) / 1e9
