@@ -240,8 +240,9 @@ class _Rows(gymnasium.Env):
             kwargs |= {"frameskip": 1, "full_action_space": options.sticky}
         make = partial(gymnasium.make, self.env_id, disable_env_checker=True, **kwargs)
         try:
-            for module in MODULES.get(name.split("/")[0], ()):
-                importlib.import_module(module)
+            with warnings.catch_warnings():  # dm_control's import shows all deprecations
+                for module in MODULES.get(name.split("/")[0], ()):
+                    importlib.import_module(module)
             env = make()
             dm_control = hasattr(getattr(env.unwrapped, "physics", None), "render")  # has no mode
             can = "rgb_array" in (env.metadata.get("render_modes") or ()) and not dm_control
