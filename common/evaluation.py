@@ -130,7 +130,7 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
     print(
         f"{work:10.1f} GFLOP   products and convolutions of an update: {1e3 * work / rate:.1f} ms"
     )
-    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 2,048 x 2,048 float32 product")
+    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 float32 product")
     updates = args.train_ratio / (args.batch_size * args.batch_length)
     per_row = (environment + policy) / args.num_envs + updates * update
     hours = args.steps / args.action_repeat * per_row / 3600
@@ -140,7 +140,7 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
 
 
-def product_rate(device: torch.device, n: int = 2048) -> float:
+def product_rate(device: torch.device, n: int = 1024) -> float:
     """GFLOP/s of the device in an n x n float32 matrix product, the median of 9."""
     x, seconds = torch.rand(n, n, device=device), []
     for _ in range(11):

@@ -27,7 +27,7 @@ from tensordict import TensorDict
 import dreamer_v3
 from common import checkpoint, logger
 from common.envs import make_envs
-from common.evaluation import evaluate
+from common.evaluation import benchmark, evaluate
 from dreamer_v3 import Agent, make_replay, parse_args
 
 REPO = Path(__file__).resolve().parents[1]
@@ -790,6 +790,45 @@ def test_eval_load_and_act(start, tmp_path):
     assert total == 210 and rows["is_last"].all()
     saved = checkpoint.load(folder)["agent"]
     same_leaves(saved, agent.state_dict())
+
+
+class Product:
+    """An agent whose update is one product, forward and backward: 3 x 2 x 1000 x 1000 x 500."""
+
+    def __init__(self, spec, args, device):
+        assert spec["shapes"] == {"observation": [3]} and not args.compile
+        self.weight = torch.randn(1000, 500, requires_grad=True)
+
+    def act(self, rows, state):
+        return torch.zeros(len(rows), 1), TensorDict(batch_size=[len(rows)])
+
+    def pack(self, state):
+        return state
+
+    def unpack(self, batch):
+        assert batch.shape == (4, 9) and set(batch.keys()) >= {"observation", "action"}
+        return batch
+
+    def update(self, batch):
+        x = torch.ones(1000, 1000, requires_grad=True)
+        with torch.profiler.record_function("the product"):
+            (x @ self.weight).sum().backward()
+        return {"train/grad_norm": torch.zeros(())}, None
+
+
+def test_benchmark_of_a_known_update(capsys):
+    argv = ["--preset", "debug", "--env-id", "Pendulum-v1", "--steps", "100_000_000"]
+    benchmark(Product, parse_args(argv), torch.device("cpu"), ("the product",))
+    text = capsys.readouterr().out
+
+    def number(unit):
+        return float(re.search(rf"([\d.]+) +{unit}", text)[1])
+
+    assert number("GFLOP ") == 3.0
+    assert number("ms +the product") > 0 and number("GB +memory of the process") > 0.1
+    seconds = 1 / number("rows/s +environment") + 1 / number("rows/s +policy")
+    seconds += number("ms +update") / 1e3 * 4 / (4 * 8)  # train_ratio 4, batches of 4 x 8 rows
+    assert number("h ") == pytest.approx(1e8 * seconds / 3600, rel=0.02)
 
 
 def make_batch(spec, args, size=2, seed=0):
