@@ -84,6 +84,8 @@ class Replay:
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
+        self.whole = deque()  # (environment, first row, rows) of the finished episodes
+        self.begun = [0] * num_envs  # first row of the episodes under way
         self.generator = torch.Generator().manual_seed(seed)
 
     @staticmethod
@@ -124,7 +126,13 @@ class Replay:
         if self.online and self.total >= self.length and self.total % self.length == 0:
             first = self.total - self.length + 1
             self.queue.extend((env, first) for env in range(self.num_envs))
+        for env in row["is_first"].nonzero()[:, 0].tolist():
+            self.begun[env] = self.total
+        for env in row["is_last"].nonzero()[:, 0].tolist():
+            self.whole.append((env, self.begun[env], self.total + 1 - self.begun[env]))
         self.total += 1
+        while self.whole and sum(self.whole[0][1:]) <= self.oldest:
+            self.whole.popleft()
         while self.queue and self.queue[0][1] < self.oldest:
             self.queue.popleft()
 
@@ -141,6 +149,32 @@ class Replay:
         draw = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
         drawn = torch.stack([draw // starts, self.oldest + draw % starts], -1)
         window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
+        return self.windows(window)
+
+    def episodes(self) -> list[tuple[int, int, int]]:
+        """(environment, first row, rows) of the finished episodes that hold more than a window."""
+        return [e for e in self.whole if e[1] >= self.oldest and e[2] >= self.length]
+
+    def sample_episodes(self, batch_size: int) -> TensorDict:
+        """Like `sample`, but an episode is drawn first, then a window inside of it.
+
+        As the authors of Dreamer (2020) do it: the last window is never drawn. Row 0 of a window is
+        only the row before it, so the window has `length` - 1 rows; before an episode's first row
+        it belongs to another one. RunError if there is no such episode.
+        """
+        episodes = torch.tensor(self.episodes()).view(-1, 3)
+        if not len(episodes):
+            text = f"the replay holds no whole episode of {self.length} rows or more: try a larger"
+            raise RunError(f"{text} --prefill or --replay-size, or a smaller --batch-length")
+        draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
+        env, first, rows = episodes[draw].unbind(-1)
+        starts = rows - (self.length - 1)
+        offset = (torch.rand(batch_size, generator=self.generator) * starts).long()
+        return self.windows(torch.stack([env, first + offset - 1], -1))
+
+    def windows(self, window: Tensor) -> TensorDict:
+        """Copies of the windows that begin at (environment, row) [B, 2], with their "index"."""
+        batch_size = len(window)
         index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
         index[..., 1] += torch.arange(self.length)
         where = (index[..., 1] % self.physical * self.num_envs + index[..., 0]).flatten()
@@ -182,6 +216,8 @@ class Replay:
             "layout": self.layout,
             "total": self.total,
             "queue": torch.tensor(self.queue, dtype=torch.int64).view(-1, 2),
+            "whole": torch.tensor(self.whole, dtype=torch.int64).view(-1, 3),
+            "begun": list(self.begun),
             "current": self.current[: self.total * self.num_envs].clone(),
             "generator": self.generator.get_state(),
         }
@@ -200,6 +236,8 @@ class Replay:
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist()))
+        self.whole = deque(map(tuple, state["whole"].tolist()))
+        self.begun = list(state["begun"])
         self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)
         self.generator.set_state(state["generator"])

@@ -219,6 +219,59 @@ def test_starts_are_uniform_and_never_cross_the_write_head(tmp_path, rows):
     assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
 
 
+def episodes_of(lengths, replay):
+    """Append episodes of these lengths, lists of one for each environment, in lockstep."""
+    flags = [[(t == 0, t == n - 1) for n in lines for t in range(n)] for lines in lengths]
+    for flag in zip(*flags, strict=False):
+        row = make_row(replay.total, replay.num_envs)
+        row["is_first"], row["is_last"] = torch.tensor(flag).unbind(-1)
+        replay.append(row.select(*replay.storage.keys()))
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+def test_windows_of_episodes(tmp_path, reopened):
+    """Detail 69: uniform over long enough episodes, starts in [0, rows - T), the last one never."""
+    length = 5  # a row of context and T = 4
+    lengths = [[3, 9, 5, 4, 6, 12, 2, 11], [20, 4, 5, 7, 16]]
+    replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
+    episodes_of(lengths, replay)
+    if reopened:
+        state = replay.state_dict()
+        replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
+        replay.load_state_dict(state)
+    oldest, expected = replay.total - 40, {}
+    for env, lines in enumerate(lengths):
+        first = 0
+        for n in lines:
+            if n > 4 and first >= oldest and first + n <= replay.total:
+                expected |= {(env, first + k): 1 / (n - 4) for k in range(n - 4)}
+            first += n
+    whole = sum(expected.values())
+    assert 5 < whole < 7 and oldest > 0, "some episodes are too short, some overwritten"
+    draws = 40_000
+    index = replay.sample_episodes(draws)["index"]
+    assert index.shape == (draws, 5, 2) and (index.diff(dim=1)[..., 1] == 1).all()
+    starts = torch.unique(index[:, 1], dim=0, return_counts=True)
+    found = {
+        tuple(place): n for place, n in zip(starts[0].tolist(), starts[1].tolist(), strict=True)
+    }
+    assert found.keys() == expected.keys()
+    chi = sum(
+        (found[k] - draws * p / whole) ** 2 / (draws * p / whole) for k, p in expected.items()
+    )
+    assert abs(chi - len(found)) < 4 * (2 * len(found)) ** 0.5
+    batch = replay.sample_episodes(50)
+    assert (batch["observation"][:, 1:, :2] == batch["index"][:, 1:]).all()
+    assert not batch["is_first"][:, 2:].any() and not batch["is_last"][:, 1:-1].any()
+
+
+def test_no_episode_to_draw(tmp_path):
+    replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
+    episodes_of([[4, 4, 4, 20], [40]], replay)  # no episode of five rows is over
+    with pytest.raises(RunError, match="no whole episode of 5 rows"):
+        replay.sample_episodes(3)
+
+
 def test_annotation_touches_only_the_copy(tmp_path):
     replay = Replay(PLAIN, 12, 1, 12, tmp_path)
     for row in range(12):
