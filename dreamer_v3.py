@@ -183,11 +183,7 @@ def check(args: Args) -> torch.device:
         raise RunError("--classes must be at most 256: the replay stores them as bytes")
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return torch.zeros(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise RunError(f"--device {args.device} cannot be used: {error}") from error
+    return checkpoint.pick_device(args.device)
 
 
 # --- maths --------------------------------------------------------------------------------------
@@ -1108,6 +1104,10 @@ class Agent:
         keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
         return out.select(*keys).set("true", td.select(*keys)).cpu()
 
+    def row(self, rows: TensorDict, state: TensorDict) -> TensorDict:
+        """Rows[N] as the replay stores them: with the action chosen there and the latents."""
+        return rows.copy().update(self.pack(state).cpu()).set("action", state["action"].cpu())
+
     def pack(self, state: TensorDict) -> TensorDict:
         """Latents as the replay stores them: deter in half precision, class indices (..., S)."""
         stoch = state["stoch"].argmax(-1).to(torch.uint8)
@@ -1169,8 +1169,9 @@ def main(argv: list[str] | None = None):
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_everything(args.seed)
+    updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
     if args.benchmark:
-        return benchmark(Agent, args, device, PHASES)
+        return benchmark(Agent, args, device, PHASES, updates_per_row)
     if args.eval:
         agent = load(args.eval, device)
         agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
@@ -1189,7 +1190,7 @@ def main(argv: list[str] | None = None):
     args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
     replay = make_replay(args, envs, agent, folder)
     logger = Logger(folder, args.steps, args.tensorboard)
-    ratio = Ratio(args.train_ratio / (args.batch_size * args.batch_length))
+    ratio = Ratio(updates_per_row)
     log_due, save_due = Every(args.log_every), Every(args.save_every)
     dream_due = Every(args.dream_every)
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
@@ -1211,8 +1212,8 @@ def main(argv: list[str] | None = None):
     with Stop() as stop:
         while step < args.steps and not stop.requested:
             rows = envs.step(state["action"].cpu() if step else None)
-            action, state = agent.act(rows, state)
-            replay.append(rows.copy().update(agent.pack(state).cpu()).set("action", action))
+            _, state = agent.act(rows, state)
+            replay.append(agent.row(rows, state))
             step += args.num_envs * args.action_repeat
             score = score * ~rows["is_first"] + rows["reward"]
             for value in score[rows["is_last"]].tolist():

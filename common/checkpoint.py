@@ -219,6 +219,15 @@ def load(path, script=None) -> dict:
     return state
 
 
+def pick_device(name="") -> torch.device:
+    """The device of that name; empty: CUDA if there is a GPU, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise RunError(f"--device {name} cannot be used: {error}") from error
+
+
 def seed_everything(seed):
     """Seed python, numpy and torch (CPU and every GPU)."""
     random.seed(seed)

@@ -191,7 +191,7 @@ class Envs:
 def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
     names = ("action_repeat", "obs", "image_size", "sticky", "camera", "render_quality")
-    options = {name: getattr(args, name) for name in names}
+    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
     return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 
 

@@ -1,7 +1,7 @@
 """What a script does with an agent, whatever its algorithm: play, film, show its dreams, time it.
 
-An agent has `args`, `device`, `act(rows, state)`, `pack(state)`, `unpack(batch)`, `update(batch)`
-and `open_loop(batch, context)`; the scripts explain them.
+An agent has `args`, `act(rows, state)`, `row(rows, state)`, `unpack(batch)`, `update(batch)` and
+`open_loop(batch, context)`; the scripts explain them.
 """
 
 import dataclasses
@@ -21,9 +21,12 @@ from common.logger import Logger, dream_plot, dream_video
 FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
 
 
-def evaluate(agent, episodes: int, seed: int):
-    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams."""
-    envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=256), [], [], []
+def evaluate(agent, episodes: int, seed: int, side: int = 256):
+    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams.
+
+    The frames are `side` pixels wide and high; 0 for none.
+    """
+    envs, returns, frames, first = make_envs(agent.args, 1, seed, frames=side), [], [], []
     action = state = None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -33,7 +36,7 @@ def evaluate(agent, episodes: int, seed: int):
                 action, state = agent.act(rows, state)
                 total += rows["reward"].item()
                 if episode == 0 and len(first) < ROWS:
-                    first.append(stored(agent, rows, state, action))
+                    first.append(agent.row(rows, state))
                 if episode == 0 and envs.can_render and len(frames) < FRAMES:  # 200 MB
                     frames.append(envs.frame())
                 length += 1
@@ -45,17 +48,12 @@ def evaluate(agent, episodes: int, seed: int):
     return returns, frames, torch.stack(first, 1)
 
 
-def stored(agent, rows: TensorDict, state: TensorDict, action: torch.Tensor) -> TensorDict:
-    """Rows[N] as the replay holds them: with the packed latents and the action chosen there."""
-    return rows.copy().update(agent.pack(state).cpu()).set("action", action)
-
-
 def finish(agent, logger: Logger, name: str) -> dict:
     """Play, film, dream, and print where it all lies; returns the scores."""
     args = agent.args
     returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
     mean, std = float(np.mean(returns)), float(np.std(returns))
-    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes, sampling policy")
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns))
     if frames:
         print(f"video of the first episode: {logger.video(name, np.stack(frames))}")
@@ -81,11 +79,11 @@ def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str):
     return logger.picture(name, dream_plot(curves, context))
 
 
-def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
+def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], updates: float):
     """Print milliseconds per update by phase, rows per second, memory, and the run's time.
 
     make_agent(spec, args, device) builds the agent; `phases` are the names that its `update` gives
-    to record_function.
+    to record_function, `updates` the number of updates per row of experience.
     """
     envs, action, state, rows = (
         make_envs(args, args.num_envs, args.seed, args.env_workers),
@@ -102,7 +100,7 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
         action, state = agent.act(row, state)
         seconds["environment"].append(middle - start)
         seconds["policy"].append(time.perf_counter() - middle)
-        rows.append(stored(agent, row, state, action))
+        rows.append(agent.row(row, state))
     envs.close()
     window = torch.stack(rows[-args.batch_length - 1 :], 1)
     batch = window[torch.arange(args.batch_size) % args.num_envs]
@@ -113,7 +111,9 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
         agent = make_agent(envs.spec, args, device)
     for _ in range(13):
         start = time.perf_counter()
-        agent.update(agent.unpack(batch))[0]["train/grad_norm"].item()  # waits for a GPU
+        agent.update(agent.unpack(batch))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds["update"].append(time.perf_counter() - start)
     first = seconds["update"][0]
     environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
@@ -131,7 +131,6 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...]):
         f"{work:10.1f} GFLOP   products and convolutions of an update: {1e3 * work / rate:.1f} ms"
     )
     print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 float32 product")
-    updates = args.train_ratio / (args.batch_size * args.batch_length)
     per_row = (environment + policy) / args.num_envs + updates * update
     hours = args.steps / args.action_repeat * per_row / 3600
     print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
