@@ -1,0 +1,206 @@
+"""dreamer.py as its users run it: schedule, resume, evaluation, kinds of environments, errors."""
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+from test_run import (  # noqa: F401  nursery and start are fixtures
+    REPO,
+    count_lines,
+    lines_of,
+    nursery,
+    same_leaves,
+    start,
+    until,
+)
+
+import dreamer
+from common import checkpoint
+from common.envs import make_envs
+from dreamer import Agent, parse_args
+
+SCRIPT = REPO / "dreamer.py"  # what `start` runs here
+SMALL = str.split(
+    "--threads 1 --no-tensorboard --deter 8 --hidden 8 --stoch 3 --depth 1 --units 8 --batch-size 2"
+    " --batch-length 6 --imagination-horizon 3 --dream-every 0 --action-repeat 1 --eval-every 0"
+    " --eval-episodes 1 --log-every 20 --save-every 60"
+)
+
+
+@pytest.fixture
+def inside(monkeypatch, tmp_path):
+    """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(dreamer, "finish", lambda *_: {})
+    monkeypatch.setattr(dreamer, "plot_curve", lambda *_: None)
+    yield lambda *argv: dreamer.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("num_envs", "repeat"), [(1, 2), (4, 1)])
+def test_68_schedule(inside, monkeypatch, num_envs, repeat):
+    """None before 5,000 steps, 100 then, and 100 more every 1,000 steps; one batch each."""
+    replays, seen, make = [], [], dreamer.make_replay
+
+    def update(agent, batch, noise=None):
+        seen.append(replays[0].num_envs * replays[0].total * repeat)
+        assert batch.shape == (50, 51)
+        return {"train/loss": torch.zeros(())}
+
+    monkeypatch.setattr(dreamer, "make_replay", lambda *a: replays.append(make(*a)) or replays[-1])
+    monkeypatch.setattr(Agent, "update", update)
+    monkeypatch.setattr(Agent, "act", quick_act)
+    argv = [
+        *SMALL,
+        "--preset",
+        "dmc_vision",
+        "--obs",
+        "vector",
+        "--env-id",
+        "dummy_envs:EchoBox-v0",
+    ]
+    argv += ["--num-envs", num_envs, "--action-repeat", repeat, "--save-every", 100_000]
+    inside(*argv, "--batch-size", 50, "--batch-length", 50, "--steps", 9000)
+    found = [(step, seen.count(step)) for step in sorted(set(seen))]
+    assert found == [(step, 100) for step in (5000, 6000, 7000, 8000, 9000)]
+    assert sum(n for _, n in found) == 100 * (1 + (9000 - 5000) // 1000)
+
+
+def quick_act(agent, rows, state=None, training=False, random=False):
+    """No network: the schedule does not depend on it."""
+    state = agent.initial(len(rows)) if state is None else state
+    return state["action"], state
+
+
+def test_prefill_is_random(inside, monkeypatch):
+    seen, act = [], Agent.act
+
+    def spy(agent, rows, state=None, training=False, random=False):
+        seen.append((training, random))
+        return act(agent, rows, state, training, random)
+
+    monkeypatch.setattr(Agent, "act", spy)
+    inside(*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 12, "--steps", 30)
+    assert seen == [(True, True)] * 12 + [(True, False)] * 18
+
+
+CASES = {
+    "two pendulums": "--env-id Pendulum-v1 --num-envs 2 --steps 1000 --prefill 440",
+    "discrete, the replay wraps around": (
+        "--env-id CartPole-v1 --steps 400 --prefill 60 --replay-size 120 --pcont --pcont-scale 3"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resume_is_exact(start, tmp_path, case):  # noqa: F811
+    """Killed (kill -9), stopped (SIGTERM), and started again: bit for bit as if never stopped."""
+    argv = [*SMALL, *CASES[case].split(), "--train-every", 10, "--train-steps", 1, "--pretrain", 2]
+    start(*argv, "--run", tmp_path / "a").done()
+    total = count_lines(tmp_path / "a")
+
+    def wait(run, lines):
+        until(lambda: count_lines(tmp_path / "b") > lines or run.path(".rc").exists())
+
+    for part, number in ((0.4, signal.SIGKILL), (0.7, signal.SIGTERM)):
+        run = start(*argv, "--run", tmp_path / "b")
+        wait(run, part * total)
+        run.signal(number)
+        run.wait()
+    start(*argv, "--run", tmp_path / "b").done()
+    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
+    states = [checkpoint.load(tmp_path / name) for name in "ab"]
+    for state in states:
+        state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
+        del state["agent"]["args"]["run"], state["replay"]["current"]
+    assert states[0]["updates"] >= 20
+    same_leaves(*states)
+    for path in (tmp_path / "a" / "replay").iterdir():
+        other = tmp_path / "b" / "replay" / path.name
+        assert path.read_bytes() == other.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("env_id", "flags", "classes"),
+    [
+        ("test_run:Both-v0", "", []),
+        ("dummy_envs:EchoMulti-v0", "--pcont", [2, 3]),
+        ("CartPole-v1", "--obs pixels --batch-length 4", [2]),
+    ],
+)
+def test_observations_and_actions(start, tmp_path, env_id, flags, classes):  # noqa: F811
+    argv = [*SMALL, "--env-id", env_id, "--steps", 180, "--prefill", 120, *flags.split()]
+    argv += ["--train-every", 20, "--train-steps", 1, "--pretrain", 1]
+    start(*argv, "--run", tmp_path / "run").done()
+    state = checkpoint.load(tmp_path / "run")
+    assert state["updates"] >= 3 and list(state["agent"]["spec"]["classes"]) == classes
+
+
+def test_eval_load_and_act(start, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    argv = [*SMALL, "--env-id", "test_run:Both-v0", "--steps", 120, "--prefill", 60]
+    argv += ["--train-every", 20, "--train-steps", 1, "--pretrain", 1, "--eval-every", 100]
+    start(*argv, "--run", folder, "--dream-every", 100, prepare="all_pictures").done()
+    names = {path.name for path in folder.iterdir()}
+    wanted = {"policy.mp4", "policy_dream.png", "policy_dream_eye.mp4", "dream_000000100.png"}
+    assert wanted < names
+    periodic = [row["eval/return"] for row in lines_of(folder) if "eval/return" in row]
+    assert periodic == [210.0, 210.0]  # 1 + 2 + ... + 20: one at step 100, one at the end
+    text = start("--eval", folder, "--eval-episodes", 2, "--threads", 1).done()
+    assert "return 210.0 +- 0.0 over 2 episodes" in text
+    agent = dreamer.load(folder)
+    envs, action, state = make_envs(agent.args, 1, seed=0), None, None
+    for _ in range(21):
+        rows = envs.step(action)
+        action, state = agent.act(rows, state)
+    envs.close()
+    assert rows["is_last"].all()
+    same_leaves(checkpoint.load(folder)["agent"], agent.state_dict())
+
+
+def test_wrong_flags_and_foreign_runs(start, tmp_path):  # noqa: F811
+    for flags, words in (
+        ("--batch-size 0", "--batch-size must be at least 1"),
+        ("--imagination-horizon 1", "--imagination-horizon must be at least 2"),
+        ("--actor-lr 0", "--actor-lr"),
+        ("--prefill -1", "--prefill"),
+        ("--device nowhere", "--device nowhere"),
+    ):
+        assert words in start(*SMALL, *flags.split()).error()
+    run = tmp_path / "run"
+    argv = [*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 10, "--steps", 30, "--run", run]
+    start(*argv).done()
+    assert "--gamma" in start(*argv, "--gamma", 0.9).error().replace("gamma:", "--gamma")
+    with pytest.raises(checkpoint.RunError, match=r"was written by dreamer\.py"):
+        checkpoint.load(run, "dreamer_v3")
+
+
+def test_nan_is_named(inside, monkeypatch):
+    update = Agent.update
+
+    def broken(agent, batch, noise=None):
+        return update(agent, batch, noise) | {"train/loss_actor": torch.tensor(np.nan)}
+
+    monkeypatch.setattr(Agent, "update", broken)
+    with pytest.raises(checkpoint.RunError, match="train/loss_actor not finite at update 1"):
+        inside(*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 60, "--steps", 120)
+
+
+def test_presets():
+    paper = parse_args(["--preset", "dmc_vision"])
+    expected = dict(
+        obs="pixels", action_repeat=2, prefill=5000, batch_size=50, batch_length=50,
+        train_every=1000, train_steps=100, pretrain=100, deter=200, hidden=200, stoch=30, depth=32,
+        units=400, free_nats=3.0, kl_scale=1.0, pcont=False, pcont_scale=10.0,
+        imagination_horizon=15, gamma=0.99, lam=0.95, init_std=5.0, expl_amount=0.3,
+        model_lr=6e-4, actor_lr=8e-5, value_lr=8e-5, clip=100.0, num_envs=1, steps=5_000_000,
+    )  # fmt: skip
+    assert {name: getattr(paper, name) for name in expected} == expected
+    assert parse_args(["--preset", "debug", "--units", "7"]).units == 7
+
+
+def test_no_episode_is_long_enough(inside):
+    with pytest.raises(checkpoint.RunError, match="no whole episode of 31 rows or more.*--prefill"):
+        inside(*SMALL, "--env-id", "test_run:Long-v0", "--batch-length", 30, "--prefill", 50)
