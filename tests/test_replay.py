@@ -267,7 +267,7 @@ def test_windows_of_episodes(tmp_path, reopened):
 
 def test_no_episode_to_draw(tmp_path):
     replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
-    episodes_of([[4, 4, 4, 20], [40]], replay)  # no episode of five rows is over
+    episodes_of([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
     with pytest.raises(RunError, match="no whole episode of 5 rows"):
         replay.sample_episodes(3)
 
