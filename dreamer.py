@@ -1,9 +1,9 @@
 """Dreamer (Hafner et al., 2020): learn a world model, improve the policy by gradients through it.
 
-    python dreamer.py                       # Pendulum-v1
+    python dreamer.py                   # cartpole swing-up of DM Control from vectors
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
     python dreamer.py --preset debug                                 # everything tiny
-    python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0          # play, film, dream
+    python dreamer.py --eval runs/dreamer/dm_control-cartpole-swingup-v0/seed0   # play, film, dream
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 
 The same command again resumes the run; --fresh starts over. A run folder holds args.json,
@@ -613,7 +613,9 @@ class DreamerActorLoss(nn.Module):
     def dream_step(self, deter, stoch, action_noise, stoch_noise):
         """Act at (N, D), (N, S) and let the model answer: next deter, stoch, log-probability."""
         policy = self.actor(torch.cat([stoch, deter], -1).detach())
-        action, log_prob = policy.sample(action_noise), policy.log_prob(action_noise).detach()
+        with torch.no_grad():
+            log_prob = policy.log_prob(action_noise)
+        action = policy.sample(action_noise)
         return *self.env.world_model.prior(deter, stoch, action, stoch_noise), log_prob
 
     def draw_noise(self, n: int) -> TensorDict:
@@ -756,11 +758,12 @@ class Agent:
                 torch.randn_like(state["stoch"]),
             )
             policy = self.actor(torch.cat([stoch, deter], -1))
-        action = policy.mode
-        if training:
-            action = self.explore(policy.sample(self.actor.draw_noise(len(rows))))
         if random:
             action = self.random_action(len(rows))
+        elif training:
+            action = self.explore(policy.sample(self.actor.draw_noise(len(rows))))
+        else:
+            action = policy.mode
         action = action * (~rows["is_last"]).float()[:, None]
         state = TensorDict(deter=deter, stoch=stoch, action=action, batch_size=[len(rows)])
         return action.cpu(), state
