@@ -139,7 +139,7 @@ def test_61_lambda_return():
 
 def test_tanh_normal_against_torch():
     torch.manual_seed(0)
-    mean, std, noise = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3).double() + 0.1
+    mean, std = torch.randn(4, 3, dtype=torch.float64), torch.rand(4, 3).double() + 0.1
     noise = torch.randn(4, 3, dtype=torch.float64)
     ours = TanhNormal(mean, std)
     squashed = [AffineTransform(mean, std), TanhTransform()]
