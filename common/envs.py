@@ -190,8 +190,10 @@ class Envs:
 
 def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
-    names = ("action_repeat", "obs", "image_size", "sticky", "camera", "render_quality")
-    options = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    options = dict(
+        action_repeat=args.action_repeat, obs=args.obs, image_size=getattr(args, "image_size", 64),
+        sticky=args.sticky, camera=args.camera, render_quality=args.render_quality,
+    )  # fmt: skip
     return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 
 

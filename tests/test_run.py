@@ -24,6 +24,7 @@ from dummy_envs import Base, Nested
 from gymnasium import spaces
 from tensordict import TensorDict
 
+import dreamer
 import dreamer_v3
 from common import checkpoint, logger
 from common.envs import make_envs
@@ -524,10 +525,11 @@ def test_flags_that_do_not_exist(capsys):
         assert argv[0] in capsys.readouterr().err
 
 
-def test_every_flag_is_read():
-    """`args.name` somewhere in the script, or getattr(args, "name") in common/checkpoint.py."""
+@pytest.mark.parametrize("script", [dreamer_v3, dreamer])
+def test_every_flag_is_read(script):
+    """`args.name` or getattr(args, "name") somewhere in the script or in common/."""
     read = set()
-    for path in (SCRIPT, REPO / "common" / "checkpoint.py"):
+    for path in (Path(script.__file__), *(REPO / "common").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = ast.unparse(node.value)
@@ -535,7 +537,7 @@ def test_every_flag_is_read():
                     read.add(node.attr)
             if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
                 read.add(node.args[1].value)
-    assert {field.name for field in dataclasses.fields(dreamer_v3.Args)} - read == set()
+    assert {field.name for field in dataclasses.fields(script.Args)} - read == set()
 
 
 def test_help_lists_presets_and_flags():
