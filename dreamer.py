@@ -13,10 +13,14 @@ The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44). Deviations,
 - Vectors are observations too: an MLP of three layers encodes them, another one decodes them.
 - The mode of the policy is right for any number of environments; the authors' for one only.
 - Steps count the reset row of an episode, as in the other scripts.
-- An unfinished episode of the random prefill goes on under the policy; the authors drop it.
+- The prefill ends at its step, not with an episode, which then goes on under the policy.
 - A window may come from any finished episode at once, not from those of the last rescan.
-- Adam's epsilon stands outside the bias correction in TensorFlow, inside it in torch.
-- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast), not float16.
+- With --pcont the last window of an episode is drawn, too: only it holds the terminal row.
+- Adam's epsilon is added after the bias correction (torch), not before it (TensorFlow).
+- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast), but for those of
+  the GRU. Gradients that are not finite end the run; the authors' float16 skips that step.
+- In Atari, losing a life ends nothing; frames and no-ops are gymnasium's AtariPreprocessing.
+- Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
 
 Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S stoch, F = S + D
 features, E embedding. Batch first, time second, everywhere. Equations are numbered as in
@@ -40,11 +44,11 @@ from torch.profiler import record_function
 
 from common import checkpoint
 from common.checkpoint import Every, RunError, Stop
-from common.envs import Envs, make_envs, usual_quality
-from common.evaluation import benchmark, draw_dreams, evaluate, finish
+from common.envs import make_envs, usual_quality
+from common.evaluation import benchmark, draw_dreams, evaluate, finish, show
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, check_finite, plot_curve
-from common.replay import Replay
+from common.replay import make_replay
 
 PHASES = ("world model", "dreams", "value", "backward", "optimisers")  # of an update
 MAY_CHANGE = ("steps", "log_every", "eval_every", "dream_every", "eval_episodes", "tensorboard")
@@ -158,10 +162,12 @@ def check(args: Args) -> torch.device:
     for name in counts.split():
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
+    if args.pcont and args.batch_length < 2:
+        raise RunError("--pcont needs a --batch-length of at least 2: no dream starts at the last")
     if args.imagination_horizon < 2:
         raise RunError("--imagination-horizon must be at least 2: the last state has no return")
-    if min(args.model_lr, args.actor_lr, args.value_lr, args.clip) <= 0:
-        raise RunError("--model-lr, --actor-lr, --value-lr and --clip must be positive")
+    if min(args.model_lr, args.actor_lr, args.value_lr, args.clip, args.init_std) <= 0:
+        raise RunError("--model-lr, --actor-lr, --value-lr, --clip, --init-std must be positive")
     if min(args.seed, args.threads, args.prefill, args.expl_amount) < 0:
         raise RunError("--seed, --threads, --prefill and --expl-amount must not be negative")
     return checkpoint.pick_device(args.device)
@@ -584,8 +590,8 @@ class DreamerActorLoss(nn.Module):
         """td[N]: latents to start from, `deter` and `stoch`; no gradient reaches them.
 
         Returns loss_actor and the dream[N, H] of the states after the start: `feat`, `reward`,
-        `continue`, `value`, `weight`, `lambda_target`, `log_prob` (of the action that led there).
-        The last state has no target: its `lambda_target` and `weight` are 0.
+        `continue`, `value`, `weight`, `lambda_target`. The last state has no target: its
+        `lambda_target` and `weight` are 0.
         """
         noise = self.draw_noise(len(td)) if noise is None else noise
         dream, model = self.imagine(td, noise), self.env.world_model
@@ -593,30 +599,23 @@ class DreamerActorLoss(nn.Module):
         dream["continue"] = model.predict_continue(dream["feat"])
         dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
         returns = lambda_return(dream["reward"], dream["value"], dream["continue"], self.lam)
-        weight = torch.ones_like(returns)
-        if self.discount_loss:
-            weight[:, 1:] = dream["continue"][:, :-2].detach().cumprod(1)
+        weight = F.pad(dream["continue"][:, :-2].detach().cumprod(1), (1, 0), value=1.0)
         dream["lambda_target"], dream["weight"] = F.pad(returns, (0, 1)), F.pad(weight, (0, 1))
-        return TensorDict(loss_actor=-(weight * returns).mean()), dream
+        objective = weight * returns if self.discount_loss else returns
+        return TensorDict(loss_actor=-objective.mean()), dream
 
     def imagine(self, start: TensorDict, noise: TensorDict) -> TensorDict:
-        """start[N] -> [N, H] with `feat` and `log_prob`, stepped by the environment's model."""
-        deter, stoch = start["deter"].detach(), start["stoch"].detach()
-        feats, log_probs = [], []
+        """start[N] -> [N, H] with `feat`, stepped by the environment's model."""
+        deter, stoch, feats = start["deter"].detach(), start["stoch"].detach(), []
         for step in zip(noise["action"].unbind(1), noise["stoch"].unbind(1), strict=True):
-            deter, stoch, log_prob = self.dream_step(deter, stoch, *step)
+            deter, stoch = self.dream_step(deter, stoch, *step)
             feats.append(torch.cat([stoch, deter], -1))
-            log_probs.append(log_prob)
-        log_prob = torch.stack(log_probs, 1)
-        return TensorDict(feat=torch.stack(feats, 1), log_prob=log_prob, batch_size=log_prob.shape)
+        return TensorDict(feat=torch.stack(feats, 1), batch_size=noise.batch_size)
 
-    def dream_step(self, deter, stoch, action_noise, stoch_noise):
-        """Act at (N, D), (N, S) and let the model answer: next deter, stoch, log-probability."""
-        policy = self.actor(torch.cat([stoch, deter], -1).detach())
-        with torch.no_grad():
-            log_prob = policy.log_prob(action_noise)
-        action = policy.sample(action_noise)
-        return *self.env.world_model.prior(deter, stoch, action, stoch_noise), log_prob
+    def dream_step(self, deter, stoch, action_noise, stoch_noise) -> tuple[Tensor, Tensor]:
+        """Act at (N, D), (N, S) and let the model answer: next deter, stoch."""
+        action = self.actor(torch.cat([stoch, deter], -1).detach()).sample(action_noise)
+        return self.env.world_model.prior(deter, stoch, action, stoch_noise)
 
     def draw_noise(self, n: int) -> TensorDict:
         """Random numbers for n dreams: action (n, H, A), stoch (n, H, S)."""
@@ -673,7 +672,8 @@ class DreamerDecoder(nn.Module):
         decoder = self.world_model.decoder
         for key, value in decoder(features(td)).items():
             image = key in decoder.images
-            td[key] = ((value.float() + 0.5) * 255).clamp(0, 255).round().byte() if image else value
+            value = value.float()  # bfloat16 under autocast
+            td[key] = ((value + 0.5) * 255).clamp(0, 255).round().byte() if image else value
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
 
 
@@ -825,12 +825,13 @@ class Agent:
     def metrics(self, losses: TensorDict, norms: dict, td: TensorDict, dream: TensorDict) -> dict:
         """What the README's glossary explains, as 0-dim tensors: no host synchronisation."""
         entropy = (td["prior_std"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
+        policy, noise = self.actor(features(td)), self.actor.draw_noise(*td.shape)
         return {
             **{f"train/{name}": value.detach() for name, value in losses.items()},
             **{f"train/grad_norm_{name}": value for name, value in norms.items()},
             **{f"dream/{k}": dream[k].mean() for k in ("reward", "value", "continue")},
             "dream/return": dream["lambda_target"][:, :-1].mean(),
-            "dream/entropy": -dream["log_prob"].mean(),
+            "train/policy_entropy": -policy.log_prob(noise).mean(),  # one sample for each row
             "train/prior_entropy": entropy,
         }
 
@@ -872,6 +873,8 @@ class Agent:
 
     def load_state_dict(self, state: dict):
         for name, part in self.saved.items():
+            for group in state[name].get("param_groups", ()):  # Adam's, saved on another device?
+                group["capturable"] = self.device.type == "cuda"
             part.load_state_dict(state[name])
 
 
@@ -890,86 +893,73 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 # --- main ---------------------------------------------------------------------------------------
 
 
-def make_replay(args: Args, envs: Envs, folder: Path) -> Replay:
-    """The run's replay: no larger than `steps` can fill, else with room for one save interval."""
-    example = envs.example.clone().set("action", torch.zeros(envs.action_dim))
-    per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
-    needed = args.num_envs * (math.ceil(args.steps / per_row) + args.batch_length + 1)
-    capacity = min(args.replay_size, needed)
-    slack = math.ceil(args.save_every / per_row) + 1 if capacity < needed else 0
-    size = Replay.gigabytes(example, capacity, args.num_envs, slack)
-    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
-    place = dict(directory=folder / "replay", slack=slack, seed=args.seed, online=False)
-    return Replay(example, capacity, args.num_envs, args.batch_length + 1, **place)
-
-
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     device = check(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are slow on a CPU
-    checkpoint.seed_everything(args.seed)
+    checkpoint.prepare(args.seed, args.threads)
     if args.benchmark:
         updates_per_row = args.train_steps * args.action_repeat / args.train_every
         return benchmark(Agent, args, device, PHASES, updates_per_row)
     if args.eval:
-        agent = load(args.eval, device)
-        agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        finish(agent, Logger(args.eval, 0, tensorboard=False), "eval")
-        return None
+        return show(load(args.eval, device), args.eval, args.eval_episodes)
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = checkpoint.open_run("dreamer", args, MAY_CHANGE, decided)
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
+    checkpoint.check_spec(agent.spec, saved, args.env_id)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    if saved and saved["agent"]["spec"] != agent.spec:
-        text = f"{args.env_id} has changed: {saved['agent']['spec']} -> {agent.spec} (saved -> now)"
-        raise RunError(f"{text}. --fresh starts over")
     args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
-    replay = make_replay(args, envs, folder)
+    example = agent.row(envs.example[None], agent.initial(1))[0]
+    replay = make_replay(args, example, folder, online=False)
     logger = Logger(folder, args.steps, args.tensorboard)
     train_due, log_due = Every(args.train_every), Every(args.log_every)
     save_due, dream_due = Every(args.save_every), Every(args.dream_every)
     eval_due = Every(args.eval_every)
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, train_due=train_due)
     parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due, eval_due=eval_due)
-    step, updates, batch = 0, 0, None
+    step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         step, updates, score = saved["step"], saved["updates"], saved["score"]
+        pending = saved["pending"]
         state = TensorDict(saved["state"], [args.num_envs]).to(device)
         checkpoint.set_rng_state(saved["rng"])
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():
-        counters = dict(step=step, updates=updates, score=score, state=state.to_dict())
-        checkpoint.save(folder, **parts, **counters, rng=checkpoint.rng_state())
+        counters = dict(step=step, updates=updates, pending=pending, score=score)
+        state_now = dict(state=state.to_dict(), rng=checkpoint.rng_state())
+        checkpoint.save(folder, **parts, **counters, **state_now)
 
     with Stop() as stop:
-        while step < args.steps and not stop.requested:
-            rows = envs.step(state["action"].cpu() if step else None)
-            _, state = agent.act(rows, state, training=True, random=step < args.prefill)
-            replay.append(agent.row(rows, state))
-            step += args.num_envs * args.action_repeat
-            score = score * ~rows["is_first"] + rows["reward"]
-            for value in score[rows["is_last"]].tolist():
-                counts = {"updates": updates, "crashes": envs.crashes}
-                logger.write(step, **{"episode/return": value}, **counts)
-                logger.advance(step, **{"return": value})
-            burst = args.train_steps if updates else args.pretrain
-            for _ in range(burst if train_due(step) and step >= args.prefill else 0):
-                batch = replay.sample_episodes(args.batch_size)
+        while (step < args.steps or pending) and not stop.requested:
+            if not pending:
+                rows = envs.step(state["action"].cpu() if step else None)
+                _, state = agent.act(rows, state, training=True, random=step < args.prefill)
+                replay.append(agent.row(rows, state))
+                step += args.num_envs * args.action_repeat
+                score = score * ~rows["is_first"] + rows["reward"]
+                for value in score[rows["is_last"]].tolist():
+                    counts = {"updates": updates, "crashes": envs.crashes}
+                    logger.write(step, **{"episode/return": value}, **counts)
+                    logger.advance(step, **{"return": value})
+                bursts, ready = train_due(step), step >= args.prefill and replay.whole
+                burst = args.train_steps if updates else args.pretrain
+                pending = bursts * burst if ready else 0
+            while pending and not stop.requested:
+                batch = replay.sample_episodes(args.batch_size, last=args.pcont)
                 metrics = agent.update(agent.unpack(batch))
-                updates += 1
+                updates, pending = updates + 1, pending - 1
                 check_finite(metrics, updates)  # before a save could replace the last good one
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
-            if eval_due(step) and updates:
+            if pending:
+                break
+            if eval_due(step) and updates and step < args.steps:
                 returns, *_ = evaluate(agent, 1, args.seed + 2_000_000 + step, side=0)
                 logger.write(step, **{"eval/return": returns[0]})
             if dream_due(step) and batch is not None:

@@ -44,11 +44,11 @@ from torch.profiler import record_function
 
 from common import checkpoint
 from common.checkpoint import Every, Ratio, RunError, Stop
-from common.envs import Envs, make_envs, usual_quality
-from common.evaluation import benchmark, draw_dreams, finish
+from common.envs import make_envs, usual_quality
+from common.evaluation import benchmark, draw_dreams, finish, show
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, check_finite, plot_curve
-from common.replay import Replay
+from common.replay import make_replay
 
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
@@ -947,7 +947,7 @@ class DreamerDecoder(nn.Module):
         decoder = self.world_model.decoder
         for key, value in decoder(td["deter"], td["stoch"]).items():
             image = key in decoder.images
-            td[key] = (value * 255).round().byte() if image else symexp(value)
+            td[key] = (value * 255).round().byte() if image else symexp(value.float())
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
 
 
@@ -1147,48 +1147,26 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 # --- main ---------------------------------------------------------------------------------------
 
 
-def make_replay(args: Args, envs: Envs, agent: Agent, folder: Path) -> Replay:
-    """The run's replay: no larger than `steps` can fill, else with room for one save interval."""
-    example = envs.example.clone().set("action", torch.zeros(envs.action_dim))
-    example.update(agent.pack(agent.initial(1))[0].cpu())
-    per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
-    needed = args.num_envs * (math.ceil(args.steps / per_row) + args.batch_length + 1)
-    capacity = min(args.replay_size, needed)
-    slack = math.ceil(args.save_every / per_row) + 1 if capacity < needed else 0
-    size = Replay.gigabytes(example, capacity, args.num_envs, slack)
-    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
-    window = args.batch_length + 1
-    place = dict(directory=folder / "replay", slack=slack, seed=args.seed)
-    return Replay(example, capacity, args.num_envs, window, **place)
-
-
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     device = check(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
-    checkpoint.seed_everything(args.seed)
+    checkpoint.prepare(args.seed, args.threads)
     updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
     if args.benchmark:
         return benchmark(Agent, args, device, PHASES, updates_per_row)
     if args.eval:
-        agent = load(args.eval, device)
-        agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        finish(agent, Logger(args.eval, 0, tensorboard=False), "eval")
-        return None
+        return show(load(args.eval, device), args.eval, args.eval_episodes)
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = checkpoint.open_run("dreamer_v3", args, MAY_CHANGE, decided)
     envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
+    checkpoint.check_spec(agent.spec, saved, args.env_id)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    if saved and saved["agent"]["spec"] != agent.spec:
-        text = f"{args.env_id} has changed: {saved['agent']['spec']} -> {agent.spec} (saved -> now)"
-        raise RunError(f"{text}. --fresh starts over")
     args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
-    replay = make_replay(args, envs, agent, folder)
+    example = agent.row(envs.example[None], agent.initial(1))[0]
+    replay = make_replay(args, example, folder)
     logger = Logger(folder, args.steps, args.tensorboard)
     ratio = Ratio(updates_per_row)
     log_due, save_due = Every(args.log_every), Every(args.save_every)

@@ -228,6 +228,21 @@ def pick_device(name="") -> torch.device:
         raise RunError(f"--device {name} cannot be used: {error}") from error
 
 
+def prepare(seed, threads=0):
+    """What a script sets for its process: seeds, torch's threads on the CPU (0: its choice)."""
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
+    seed_everything(seed)
+
+
+def check_spec(spec, saved, env_id):
+    """RunError if the environment of a saved run had other observations or actions than now."""
+    if saved and saved["agent"]["spec"] != spec:
+        text = f"{env_id} has changed: {saved['agent']['spec']} -> {spec} (saved -> now)"
+        raise RunError(f"{text}. --fresh starts over")
+
+
 def seed_everything(seed):
     """Seed python, numpy and torch (CPU and every GPU)."""
     random.seed(seed)
@@ -281,13 +296,13 @@ class Stop:
 
 
 class Every:
-    """`every(now)` is True if a multiple of `period` was passed since the last call (0: never)."""
+    """`every(now)`: how many multiples of `period` were passed since the last call (0: never)."""
 
     def __init__(self, period):
         self.period, self.last = period, 0
 
-    def __call__(self, now) -> bool:
-        due = self.period > 0 and now // self.period > self.last // self.period
+    def __call__(self, now) -> int:
+        due = now // self.period - self.last // self.period if self.period > 0 else 0
         self.last = now
         return due
 

@@ -37,7 +37,7 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
                 total += rows["reward"].item()
                 if episode == 0 and len(first) < ROWS:
                     first.append(agent.row(rows, state))
-                if episode == 0 and envs.can_render and len(frames) < FRAMES:  # 200 MB
+                if episode == 0 and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
                     frames.append(envs.frame())
                 length += 1
                 if rows["is_last"].item() or length == LONGEST:
@@ -62,6 +62,12 @@ def finish(agent, logger: Logger, name: str) -> dict:
     if rows.shape[1] > 8:
         print(f"dreams: {draw_dreams(agent, logger, rows, f'{name}_dream')}")
     return {"eval/return": mean, "eval/return_std": std}
+
+
+def show(agent, run: str, episodes: int) -> None:
+    """--eval: play that many episodes of a finished or interrupted run, and film the first."""
+    agent.args = dataclasses.replace(agent.args, eval_episodes=episodes)
+    finish(agent, Logger(run, 0, tensorboard=False), "eval")
 
 
 def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str):

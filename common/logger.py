@@ -149,7 +149,7 @@ def check_finite(metrics, updates):
     if bad:
         raise RunError(
             f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
-            "Look at the scale of rewards and observations, or try a smaller --lr"
+            "Look at the scale of rewards and observations, or try a smaller learning rate"
         )
 
 

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import deque
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 
 import torch
@@ -47,6 +47,21 @@ def _map(files, directory):
     )
 
 
+def make_replay(args, example: TensorDict, folder: Path, online: bool = True) -> "Replay":
+    """The replay of a run: no larger than `steps` can fill, else with room for a save interval.
+
+    args: the script's flags; example: a row, see Replay. Prints the size.
+    """
+    per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
+    needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)
+    capacity = min(args.replay_size, needed)
+    slack = ceil(args.save_every / per_row) + 1 if capacity < needed else 0
+    size = Replay.gigabytes(example, capacity, args.num_envs, slack)
+    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
+    options = dict(directory=folder / "replay", slack=slack, seed=args.seed, online=online)
+    return Replay(example, capacity, args.num_envs, args.batch_length + 1, **options)
+
+
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
@@ -86,6 +101,7 @@ class Replay:
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.whole = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
+        self.long = (-1, None)  # rows appended, and what `episodes` found then
         self.generator = torch.Generator().manual_seed(seed)
 
     @staticmethod
@@ -151,24 +167,27 @@ class Replay:
         window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
         return self.windows(window)
 
-    def episodes(self) -> list[tuple[int, int, int]]:
-        """(environment, first row, rows) of the finished episodes that hold more than a window."""
-        return [e for e in self.whole if e[1] >= self.oldest and e[2] >= self.length]
+    def episodes(self) -> Tensor:
+        """(environment, first row, rows) [K, 3] of the finished episodes of >= `length` rows."""
+        if self.long[0] != self.total:
+            found = [e for e in self.whole if e[1] >= self.oldest and e[2] >= self.length]
+            self.long = self.total, torch.tensor(found, dtype=torch.int64).view(-1, 3)
+        return self.long[1]
 
-    def sample_episodes(self, batch_size: int) -> TensorDict:
+    def sample_episodes(self, batch_size: int, last: bool = False) -> TensorDict:
         """Like `sample`, but an episode is drawn first, then a window inside of it.
 
-        As the authors of Dreamer (2020) do it: the last window is never drawn. Row 0 of a window is
-        only the row before it, so the window has `length` - 1 rows; before an episode's first row
-        it belongs to another one. RunError if there is no such episode.
+        As the authors of Dreamer (2020) do it: the window at an episode's end is drawn only with
+        `last`. Row 0 of a window is the row before it, so the window has `length` - 1 rows; before
+        an episode's first row it belongs to another one. RunError if there is no such episode.
         """
-        episodes = torch.tensor(self.episodes()).view(-1, 3)
+        episodes = self.episodes()
         if not len(episodes):
             text = f"the replay holds no whole episode of {self.length} rows or more: try a larger"
             raise RunError(f"{text} --prefill or --replay-size, or a smaller --batch-length")
         draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
         env, first, rows = episodes[draw].unbind(-1)
-        starts = rows - (self.length - 1)
+        starts = rows - (self.length - 1) + last
         offset = (torch.rand(batch_size, generator=self.generator) * starts).long()
         return self.windows(torch.stack([env, first + offset - 1], -1))
 

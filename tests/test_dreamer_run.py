@@ -49,7 +49,9 @@ def test_68_schedule(inside, monkeypatch, num_envs, repeat):
         assert batch.shape == (50, 51)
         return {"train/loss": torch.zeros(())}
 
-    monkeypatch.setattr(dreamer, "make_replay", lambda *a: replays.append(make(*a)) or replays[-1])
+    monkeypatch.setattr(
+        dreamer, "make_replay", lambda *a, **k: replays.append(make(*a, **k)) or replays[-1]
+    )
     monkeypatch.setattr(Agent, "update", update)
     monkeypatch.setattr(Agent, "act", quick_act)
     argv = [
@@ -74,6 +76,38 @@ def quick_act(agent, rows, state=None, training=False, random=False):
     return state["action"], state
 
 
+def test_bursts_of_several_environments(inside, monkeypatch):
+    """As many updates as environment steps ask for, however many steps a row of all of them has;
+    none before an episode has ended.
+    """
+    seen = []
+    monkeypatch.setattr(Agent, "act", quick_act)
+    monkeypatch.setattr(
+        Agent, "update", lambda *_: seen.append(0) or {"train/loss": torch.zeros(())}
+    )
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--num-envs", 16, "--train-every", 10]
+    inside(*argv, "--train-steps", 2, "--pretrain", 4, "--prefill", 0, "--steps", 800)
+    first = 21 * 16 // 10 - 20 * 16 // 10  # multiples of 10 in the row that ends the episodes
+    assert len(seen) == first * 4 + 2 * (80 - 21 * 16 // 10)
+
+
+def test_stopped_within_a_burst(start, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 60, "--steps", 80, "--seed", 4]
+    argv += ["--train-every", 60, "--train-steps", 200, "--pretrain", 200]
+    start(*argv, "--run", tmp_path / "a").done()
+    run = start(*argv, "--run", tmp_path / "b")
+    until(lambda: count_lines(tmp_path / "b") >= 2)
+    run.signal(signal.SIGTERM)
+    run.wait()
+    before = checkpoint.load(tmp_path / "b")
+    assert before["step"] <= 60 and before["updates"] + before["pending"] in (0, 200)
+    start(*argv, "--run", tmp_path / "b").done()
+    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
+    states = [checkpoint.load(tmp_path / name) for name in "ab"]
+    assert states[0]["updates"] == states[1]["updates"] == 200
+    same_leaves(*(state["agent"]["world_model"] for state in states))
+
+
 def test_prefill_is_random(inside, monkeypatch):
     seen, act = [], Agent.act
 
@@ -82,7 +116,8 @@ def test_prefill_is_random(inside, monkeypatch):
         return act(agent, rows, state, training, random)
 
     monkeypatch.setattr(Agent, "act", spy)
-    inside(*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 12, "--steps", 30)
+    short = ["--batch-length", 4]  # its episodes have six rows
+    inside(*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 12, "--steps", 30, *short)
     assert seen == [(True, True)] * 12 + [(True, False)] * 18
 
 
@@ -171,6 +206,7 @@ def test_wrong_flags_and_foreign_runs(start, tmp_path):  # noqa: F811
         assert words in start(*SMALL, *flags.split()).error()
     run = tmp_path / "run"
     argv = [*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 10, "--steps", 30, "--run", run]
+    argv += ["--batch-length", 4]
     start(*argv).done()
     assert "--gamma" in start(*argv, "--gamma", 0.9).error().replace("gamma:", "--gamma")
     with pytest.raises(checkpoint.RunError, match=r"was written by dreamer\.py"):

@@ -260,6 +260,9 @@ def test_windows_of_episodes(tmp_path, reopened):
         (found[k] - draws * p / whole) ** 2 / (draws * p / whole) for k, p in expected.items()
     )
     assert abs(chi - len(found)) < 4 * (2 * len(found)) ** 0.5
+    index = replay.sample_episodes(4000, last=True)["index"]
+    ends = {(env, first + n - 1) for env, first, n in replay.episodes().tolist()}
+    assert {tuple(place) for place in index[:, -1].tolist()} >= ends
     batch = replay.sample_episodes(50)
     assert (batch["observation"][:, 1:, :2] == batch["index"][:, 1:]).all()
     assert not batch["is_first"][:, 2:].any() and not batch["is_last"][:, 1:-1].any()

@@ -29,7 +29,8 @@ import dreamer_v3
 from common import checkpoint, logger
 from common.envs import make_envs
 from common.evaluation import benchmark, evaluate
-from dreamer_v3 import Agent, make_replay, parse_args
+from common.replay import make_replay
+from dreamer_v3 import Agent, parse_args
 
 REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "dreamer_v3.py"
@@ -308,7 +309,8 @@ def replay_rows(folder, argv):
     """All rows of a run's replay, {(environment, row): {key: value}}, as `sample` gives them."""
     args = parse_args([*map(str, argv), "--run", str(folder)])
     envs = make_envs(args, args.num_envs, args.seed)
-    held = make_replay(args, envs, Agent(envs.spec, args), folder)
+    agent = Agent(envs.spec, args)
+    held = make_replay(args, agent.row(envs.example[None], agent.initial(1))[0], folder)
     envs.close()
     held.load_state_dict(checkpoint.load(folder)["replay"])
     held.queue.clear()
