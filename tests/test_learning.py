@@ -1,4 +1,4 @@
-"""DreamerV3 learns a small task within a minute; a break in the chain from rows to policy shows."""
+"""Each script learns a small task in a minute; a break in the chain from rows to policy shows."""
 
 import json
 
@@ -7,14 +7,23 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+import dreamer
 import dreamer_v3
 
-FLAGS = (
+FLAGS = (  # of dreamer_v3.py
     "--env-id test_learning:Reach-v0 --steps 1600 --threads 1 --no-tensorboard --eval-episodes 50"
     " --num-envs 1 --action-repeat 1 --obs auto --train-ratio 32 --batch-size 16 --batch-length 8"
     " --lr 3e-3 --warmup 50 --deter 64 --hidden 32 --units 32 --stoch 4 --classes 4"
     " --imagination-horizon 5 --horizon 20 --entropy-bonus 3e-3"
     " --log-every 500 --save-every 10000 --dream-every 0"
+)
+DREAMER_FLAGS = (
+    "--env-id test_learning:Reach-v0 --steps 2000 --threads 1 --no-tensorboard --eval-episodes 50"
+    " --num-envs 1 --action-repeat 1 --prefill 200 --train-every 8 --train-steps 4 --pretrain 50"
+    " --batch-size 16 --batch-length 8 --deter 64 --hidden 32 --units 32 --stoch 8"
+    " --model-lr 3e-3 --actor-lr 5e-4 --value-lr 2e-3 --free-nats 0.5 --gamma 0.9"
+    " --imagination-horizon 5 --expl-amount 0.2"
+    " --log-every 500 --save-every 10000 --eval-every 0 --dream-every 0"
 )
 
 
@@ -53,10 +62,10 @@ def play(policy, episodes):
     return total / episodes
 
 
-def train(folder, seed):
+def train(folder, seed, script=dreamer_v3, flags=FLAGS):
     """Mean return of 50 episodes with the policy of a run."""
     threads = torch.get_num_threads()
-    dreamer_v3.main([*FLAGS.split(), "--run", str(folder), "--seed", str(seed)])
+    script.main([*flags.split(), "--run", str(folder), "--seed", str(seed)])
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval/return"]
@@ -68,3 +77,7 @@ def test_learning(tmp_path):
     assert all(play(lambda *_, action=action: action, 500) < 7.5 for action in range(3))
     assert play(lambda place, goal: int(np.sign(goal - place)) + 1, 500) > 14
     assert train(tmp_path / "run", seed=0) > 9
+
+
+def test_learning_of_dreamer(tmp_path):
+    assert train(tmp_path / "run", 0, dreamer, DREAMER_FLAGS) > 9
