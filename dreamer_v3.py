@@ -1134,14 +1134,11 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    state = checkpoint.load(run, "dreamer_v3")["agent"]
-    try:
-        agent = Agent(state["spec"], Args(**state["args"] | {"compile": False}), device)
-        agent.load_state_dict(state)
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        text = f"the checkpoint in {run} does not fit this code"
-        raise RunError(f"{text}: {type(error).__name__}, {error}") from error
-    return agent
+
+    def make(spec: dict, args: dict) -> Agent:
+        return Agent(spec, Args(**args | {"compile": False}), device)
+
+    return checkpoint.load_agent(run, "dreamer_v3", make)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1173,14 +1170,12 @@ def main(argv: list[str] | None = None):
     dream_due = Every(args.dream_every)
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
     parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due)
-    step, updates, metrics, batch = 0, 0, {}, None
+    step, updates, batch = 0, 0, None
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        checkpoint.restore(saved, parts)
         step, updates, score = saved["step"], saved["updates"], saved["score"]
         state = TensorDict(saved["state"], [args.num_envs]).to(device)
-        checkpoint.set_rng_state(saved["rng"])
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():

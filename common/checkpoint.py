@@ -219,6 +219,25 @@ def load(path, script=None) -> dict:
     return state
 
 
+def load_agent(run, script, make):
+    """The agent that a run saved, built by make(spec, args); RunError if that fails."""
+    state = load(run, script)["agent"]
+    try:
+        agent = make(state["spec"], state["args"])
+        agent.load_state_dict(state)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        text = f"the checkpoint in {run} does not fit this code"
+        raise RunError(f"{text}: {type(error).__name__}, {error}") from error
+    return agent
+
+
+def restore(saved, parts):
+    """Load every part of a run, {name: part}, and then the random generators."""
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    set_rng_state(saved["rng"])
+
+
 def pick_device(name="") -> torch.device:
     """The device of that name; empty: CUDA if there is a GPU, else the CPU."""
     try:
