@@ -5,9 +5,10 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_run import (  # noqa: F401  nursery and start are fixtures
+from test_run import (  # noqa: F401  fixtures: inside, nursery, start
     REPO,
     count_lines,
+    inside,
     lines_of,
     nursery,
     same_leaves,
@@ -28,19 +29,8 @@ SMALL = str.split(
 )
 
 
-@pytest.fixture
-def inside(monkeypatch, tmp_path):
-    """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(dreamer, "finish", lambda *_: {})
-    monkeypatch.setattr(dreamer, "plot_curve", lambda *_: None)
-    yield lambda *argv: dreamer.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
-
-
 @pytest.mark.parametrize(("num_envs", "repeat"), [(1, 2), (4, 1)])
-def test_68_schedule(inside, monkeypatch, num_envs, repeat):
+def test_68_schedule(inside, monkeypatch, num_envs, repeat):  # noqa: F811
     """None before 5,000 steps, 100 then, and 100 more every 1,000 steps; one batch each."""
     replays, seen, make = [], [], dreamer.make_replay
 
@@ -76,7 +66,7 @@ def quick_act(agent, rows, state=None, training=False, random=False):
     return state["action"], state
 
 
-def test_bursts_of_several_environments(inside, monkeypatch):
+def test_bursts_of_several_environments(inside, monkeypatch):  # noqa: F811
     """As many updates as environment steps ask for, however many steps a row of all of them has;
     none before an episode has ended.
     """
@@ -108,7 +98,7 @@ def test_stopped_within_a_burst(start, tmp_path):  # noqa: F811
     same_leaves(*(state["agent"]["world_model"] for state in states))
 
 
-def test_prefill_is_random(inside, monkeypatch):
+def test_prefill_is_random(inside, monkeypatch):  # noqa: F811
     seen, act = [], Agent.act
 
     def spy(agent, rows, state=None, training=False, random=False):
@@ -213,7 +203,7 @@ def test_wrong_flags_and_foreign_runs(start, tmp_path):  # noqa: F811
         checkpoint.load(run, "dreamer_v3")
 
 
-def test_nan_is_named(inside, monkeypatch):
+def test_nan_is_named(inside, monkeypatch):  # noqa: F811
     update = Agent.update
 
     def broken(agent, batch, noise=None):
@@ -237,6 +227,6 @@ def test_presets():
     assert parse_args(["--preset", "debug", "--units", "7"]).units == 7
 
 
-def test_no_episode_is_long_enough(inside):
+def test_no_episode_is_long_enough(inside):  # noqa: F811
     with pytest.raises(checkpoint.RunError, match="no whole episode of 31 rows or more.*--prefill"):
         inside(*SMALL, "--env-id", "test_run:Long-v0", "--batch-length", 30, "--prefill", 50)

@@ -629,12 +629,13 @@ def test_observations_and_actions(start, tmp_path, env_id, flags, width, classes
 
 
 @pytest.fixture
-def inside(monkeypatch, tmp_path):
+def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
+    script = sys.modules[request.module.SCRIPT.stem]
     threads, denormal = torch.get_num_threads(), np.float32(1e-42) * np.float32(1) != 0
-    monkeypatch.setattr(dreamer_v3, "finish", lambda *_: {})
-    monkeypatch.setattr(dreamer_v3, "plot_curve", lambda *_: None)
-    yield lambda *argv: dreamer_v3.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
+    monkeypatch.setattr(script, "finish", lambda *_: {})
+    monkeypatch.setattr(script, "plot_curve", lambda *_: None)
+    yield lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
     torch.set_num_threads(threads)
     torch.set_flush_denormal(not denormal)
 
