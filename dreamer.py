@@ -315,8 +315,10 @@ class RSSMRollout(nn.Module):
             deter, stoch, mean, std = self.step(*carry, *x)
             return (deter, stoch), (deter.clone(), stoch.clone(), mean.clone(), std.clone())
 
-        inputs = tuple(x.transpose(0, 1) for x in inputs)  # torch 2.11 wants the time first
-        return tuple(x.transpose(0, 1) for x in scan(combine, (deter, stoch), inputs)[1])
+        # torch 2.11 wants the time first, and no gradient passes a start that does not need one
+        inputs = tuple(x.transpose(0, 1) for x in inputs)
+        start = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in (deter, stoch))
+        return tuple(x.transpose(0, 1) for x in scan(combine, start, inputs)[1])
 
 
 class ObsEncoder(nn.Module):

@@ -528,19 +528,22 @@ def test_rollout_modes_agree(mode, monkeypatch):
         race_noise(3, 6, 4, 4),
         [torch.randn(3, 6, *s) for s in ((16,), (4, 4), (4, 4))],
     )
-    tokens, results = torch.randn(3, 6, 5), []
-    for kw in ({}, {mode: True}):
-        rollout = RSSMRollout(prior, posterior, **kw)
-        leaves = [tokens.clone(), latents["deter"].clone(), latents["stoch"].clone()]
-        leaves = [x.requires_grad_() for x in leaves]
-        out = rollout(leaves[0], *fixed, *leaves[1:], noise)
-        params = [p for n, p in rollout.named_parameters() if not n.startswith("prior.head")]
-        loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
-        results.append([*out, *torch.autograd.grad(loss, leaves + params)])
-    for x, y in zip(*results, strict=True):
-        assert x.shape == y.shape
-        near(x, y, 1e-4, 2e-5)
-    assert results[0][1].requires_grad and results[0][3].abs().sum() > 0
+    tokens = torch.randn(3, 6, 5)
+    for wanted in (3, 1):  # gradients of tokens and start, or, as in training, of tokens only
+        results = []
+        for kw in ({}, {mode: True}):
+            rollout = RSSMRollout(prior, posterior, **kw)
+            leaves = [tokens.clone(), latents["deter"].clone(), latents["stoch"].clone()]
+            for leaf in leaves[:wanted]:
+                leaf.requires_grad_()
+            out = rollout(leaves[0], *fixed, *leaves[1:], noise)
+            params = [p for n, p in rollout.named_parameters() if not n.startswith("prior.head")]
+            loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
+            results.append([*out, *torch.autograd.grad(loss, leaves[:wanted] + params)])
+        for x, y in zip(*results, strict=True):
+            assert x.shape == y.shape
+            near(x, y, 1e-4, 2e-5)
+        assert results[0][1].requires_grad and results[0][3].abs().sum() > 0
 
 
 # --- observations -------------------------------------------------------------------------------
