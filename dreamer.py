@@ -844,22 +844,17 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
-    def open_loop(self, batch: TensorDict, context: int) -> TensorDict:
-        """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
+    def filter(self, batch: TensorDict) -> TensorDict:
+        """Rows [B, T + 1] of the replay -> rows 1..T with the posterior's `deter` and `stoch`."""
+        td = with_context(self.unpack(batch))
+        td["deter"], td["stoch"], *_ = self.model_loss.posterior(td)
+        return td
 
-        [B, T]: observations and `reward` as the model has them, and the truth under "true".
-        """
-        with torch.random.fork_rng(), self.autocast():
-            torch.manual_seed(0)
-            model, td = self.world_model, with_context(self.unpack(batch))
-            td["deter"], td["stoch"], _, _ = self.model_loss.posterior(td)
-            states = list(td[:, :context].select("deter", "stoch").unbind(1))
-            for action in td["previous", "action"][:, context:].unbind(1):
-                states.append(self.env.transition(states[-1], action))
-            out = DreamerDecoder(model)(torch.stack(states, 1))
-            out["reward"] = model.predict_reward(features(out))
-        keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
-        return out.select(*keys).set("true", td.select(*keys)).cpu()
+    @torch.no_grad()
+    def decode(self, states: TensorDict) -> TensorDict:
+        """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
+        states["reward"] = self.world_model.predict_reward(features(states))
+        return DreamerDecoder(self.world_model)(states)
 
     def row(self, rows: TensorDict, state: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there."""
@@ -913,11 +908,10 @@ def main(argv: list[str] | None = None):
     example = agent.row(envs.example[None], agent.initial(1))[0]
     replay = make_replay(args, example, folder, online=False)
     logger = Logger(folder, args.steps, args.tensorboard)
-    train_due, log_due = Every(args.train_every), Every(args.log_every)
-    save_due, dream_due = Every(args.save_every), Every(args.dream_every)
-    eval_due = Every(args.eval_every)
-    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, train_due=train_due)
-    parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due, eval_due=eval_due)
+    due = dict(train=Every(args.train_every), eval=Every(args.eval_every))
+    due |= dict(log=Every(args.log_every), save=Every(args.save_every))
+    due |= dict(dream=Every(args.dream_every))
+    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, **due)
     step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
@@ -944,7 +938,7 @@ def main(argv: list[str] | None = None):
                     counts = {"updates": updates, "crashes": envs.crashes}
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
-                bursts, ready = train_due(step), step >= args.prefill and replay.whole
+                bursts, ready = due["train"](step), step >= args.prefill and replay.whole
                 burst = args.train_steps if updates else args.pretrain
                 pending = bursts * burst if ready else 0
             while pending and not stop.requested:
@@ -956,14 +950,14 @@ def main(argv: list[str] | None = None):
                 logger.advance(step, updates=updates)
             if pending:
                 break
-            if eval_due(step) and updates and step < args.steps:
+            if due["eval"](step) and updates and step < args.steps:
                 returns, *_ = evaluate(agent, 1, args.seed + 2_000_000 + step, side=0)
                 logger.write(step, **{"eval/return": returns[0]})
-            if dream_due(step) and batch is not None:
+            if due["dream"](step) and batch is not None:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
-            if log_due(step):
+            if due["log"](step):
                 logger.write(step, updates=updates)
-            if save_due(step) or replay.exhausted:
+            if due["save"](step) or replay.exhausted:
                 save()
         save()
     if step >= args.steps:

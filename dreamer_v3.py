@@ -1089,22 +1089,17 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     @torch.no_grad()
-    def open_loop(self, batch: TensorDict, context: int) -> TensorDict:
-        """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
+    def filter(self, batch: TensorDict) -> TensorDict:
+        """Rows [B, T + 1] of the replay -> rows 1..T with the posterior's `deter` and `stoch`."""
+        td = with_context(self.unpack(batch))
+        td["deter"], td["stoch"], *_ = self.model_loss.posterior(td)
+        return td
 
-        [B, T]: observations and `reward` as the model has them, and the truth under "true".
-        """
-        with torch.random.fork_rng(), self.autocast():
-            torch.manual_seed(0)
-            model, td = self.world_model, with_context(self.unpack(batch))
-            td["deter"], td["stoch"], _ = self.model_loss.posterior(td)
-            states = list(td[:, :context].select("deter", "stoch").unbind(1))
-            for action in td["previous", "action"][:, context:].unbind(1):
-                states.append(self.env.transition(states[-1], action))
-            out = DreamerDecoder(model)(torch.stack(states, 1))
-            out["reward"] = model.predict_reward(features(out))
-        keys = [*model.decoder.vectors, *model.decoder.images, "reward"]
-        return out.select(*keys).set("true", td.select(*keys)).cpu()
+    @torch.no_grad()
+    def decode(self, states: TensorDict) -> TensorDict:
+        """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
+        states["reward"] = self.world_model.predict_reward(features(states))
+        return DreamerDecoder(self.world_model)(states)
 
     def row(self, rows: TensorDict, state: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there and the latents."""
@@ -1168,10 +1163,9 @@ def main(argv: list[str] | None = None):
     replay = make_replay(args, example, folder)
     logger = Logger(folder, args.steps, args.tensorboard)
     ratio = Ratio(updates_per_row)
-    log_due, save_due = Every(args.log_every), Every(args.save_every)
-    dream_due = Every(args.dream_every)
-    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio)
-    parts |= dict(log_due=log_due, save_due=save_due, dream_due=dream_due)
+    due = dict(log=Every(args.log_every), save=Every(args.save_every))
+    due |= dict(dream=Every(args.dream_every))
+    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio, **due)
     step, updates, batch = 0, 0, None
     state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
     if saved:
@@ -1204,11 +1198,11 @@ def main(argv: list[str] | None = None):
                 check_finite(metrics, updates)  # before a save could replace the last good one
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
-            if dream_due(step) and batch is not None:
+            if due["dream"](step) and batch is not None:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
-            if log_due(step):
+            if due["log"](step):
                 logger.write(step, updates=updates)
-            if save_due(step) or replay.exhausted:
+            if due["save"](step) or replay.exhausted:
                 save()
         save()
     if step >= args.steps:

@@ -1,7 +1,7 @@
 """What a script does with an agent, whatever its algorithm: play, film, show its dreams, time it.
 
-An agent has `args`, `act(rows, state)`, `row(rows, state)`, `unpack(batch)`, `update(batch)` and
-`open_loop(batch, context)`; the scripts explain them.
+An agent has `args`, `spec`, `env`, `autocast()`, `act(rows, state)`, `row(rows, state)`,
+`unpack(batch)`, `update(batch)`, `filter(batch)` and `decode(states)`; the scripts explain them.
 """
 
 import dataclasses
@@ -73,7 +73,7 @@ def show(agent, run: str, episodes: int) -> None:
 def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str):
     """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
     context = max(1, (batch.shape[1] - 1) // 4)
-    dream, curves = agent.open_loop(batch[:6], context), {}
+    dream, curves = open_loop(agent, batch[:6], context), {}
     for key, truth in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
         if truth.dtype == torch.uint8:
             logger.video(f"{name}_{key}", dream_video(truth, dream[key], context), fps=10)
@@ -85,18 +85,31 @@ def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str):
     return logger.picture(name, dream_plot(curves, context))
 
 
+@torch.no_grad()
+def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
+    """Filter `context` rows of batch[B, T + 1], then predict the others from the actions alone.
+
+    [B, T]: observations and `reward` as the model has them, and the truth under "true".
+    """
+    with torch.random.fork_rng(), agent.autocast():
+        torch.manual_seed(0)
+        td = agent.filter(batch)
+        states = list(td[:, :context].select("deter", "stoch").unbind(1))
+        for action in td["previous", "action"][:, context:].unbind(1):
+            states.append(agent.env.transition(states[-1], action))
+        out = agent.decode(torch.stack(states, 1))
+    keys = [*agent.spec["shapes"], "reward"]
+    return out.select(*keys).set("true", td.select(*keys)).cpu()
+
+
 def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], updates: float):
     """Print milliseconds per update by phase, rows per second, memory, and the run's time.
 
     make_agent(spec, args, device) builds the agent; `phases` are the names that its `update` gives
     to record_function, `updates` the number of updates per row of experience.
     """
-    envs, action, state, rows = (
-        make_envs(args, args.num_envs, args.seed, args.env_workers),
-        None,
-        None,
-        [],
-    )
+    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
+    action, state, rows = None, None, []
     agent = make_agent(envs.spec, dataclasses.replace(args, compile=False), device)
     seconds = {"environment": [], "policy": [], "update": []}
     for _ in range(args.batch_length + 101):

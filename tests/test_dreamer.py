@@ -18,6 +18,7 @@ from torch.distributions import (
 )
 
 import dreamer
+from common.evaluation import open_loop
 from dreamer import (
     Agent,
     Args,
@@ -633,17 +634,17 @@ def test_imagination_environment():
 
 def test_open_loop_sees_the_context_only():
     agent, batch = make_agent(), make_batch(length=9)
-    dream = agent.open_loop(batch.clone(), 3)
+    dream = open_loop(agent, batch.clone(), 3)
     other = batch.clone()
     other["position"][:, 4:] += 5.0  # rows 4.. of the window are imagined
     other["reward"] += 1.0
-    again = agent.open_loop(other, 3)
+    again = open_loop(agent, other, 3)
     near(again["position"], dream["position"])
     near(again["true", "reward"], dream["true", "reward"] + 1)
     other["position"][:, 3] += 5.0
-    assert not torch.equal(agent.open_loop(other, 3)["position"][:, 3:], dream["position"][:, 3:])
+    assert not torch.equal(open_loop(agent, other, 3)["position"][:, 3:], dream["position"][:, 3:])
     batch["action"][:, 6] += 1.0  # the action after row 6 of the window [B, T + 1]
-    moved = agent.open_loop(batch, 3)["position"] != dream["position"]
+    moved = open_loop(agent, batch, 3)["position"] != dream["position"]
     assert not moved[:, :6].any() and moved[:, 6:].all()
 
 
@@ -666,7 +667,7 @@ def test_bfloat16_losses_are_near():
 def test_pictures_under_bfloat16():
     """What goes to matplotlib and into videos is float32 and uint8."""
     spec = SPEC | {"shapes": {"eye": (64, 64, 3), "place": (3,)}}
-    dream = make_agent(spec, precision="bfloat16").open_loop(make_batch(spec), 2)
+    dream = open_loop(make_agent(spec, precision="bfloat16"), make_batch(spec), 2)
     assert dream["place"].dtype == dream["reward"].dtype == torch.float32
     assert dream["eye"].dtype == torch.uint8
 
