@@ -1,9 +1,9 @@
 """Dreamer (Hafner et al., 2020): learn a world model, improve the policy by gradients through it.
 
-    python dreamer.py                   # cartpole swing-up of DM Control from vectors
+    python dreamer.py                   # Pendulum-v1, 15,000 steps
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
     python dreamer.py --preset debug                                 # everything tiny
-    python dreamer.py --eval runs/dreamer/dm_control-cartpole-swingup-v0/seed0   # play, film, dream
+    python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play, film, dream
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 
 The same command again resumes the run; --fresh starts over. A run folder holds args.json,
@@ -134,10 +134,10 @@ class Args:
 # fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
-        env_id="dm_control/cartpole-swingup-v0", steps=30_000, prefill=2000, batch_size=16,
-        batch_length=25, train_every=20, train_steps=5, deter=128, hidden=128, units=128,
-        model_lr=1e-3, actor_lr=3e-4, value_lr=3e-4, save_every=2000, eval_every=2000,
-        dream_every=5000, threads=1),
+        env_id="Pendulum-v1", steps=15_000, prefill=1000, batch_size=16, batch_length=25,
+        train_every=20, train_steps=5, deter=128, hidden=128, units=128, free_nats=1.0,
+        kl_scale=0.1, gamma=0.95, model_lr=1e-3, actor_lr=2e-4, value_lr=1e-3, save_every=2000,
+        eval_every=1000, dream_every=5000, eval_episodes=10, threads=1),
     "dmc_vision": dict(env_id="dm_control/walker-walk-v0", obs="pixels"),
     "debug": dict(
         env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=500, batch_size=4, batch_length=8,
@@ -377,10 +377,19 @@ class ObsDecoder(nn.Module):
         if self.vectors:
             outputs |= zip(self.vectors, self.mlp(feat).split(self.widths, -1), strict=True)
         if self.images:
-            x = self.inputs(feat.flatten(0, -2))[:, :, None, None]  # (N, 32 depth, 1, 1)
-            x = self.deconvs(x).permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
+            x = self.spread(self.inputs(feat.flatten(0, -2)))
+            x = self.deconvs[1:](x).permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
             outputs |= zip(self.images, x.split(self.channels, -1), strict=True)
         return outputs
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The first of the transposed convolutions, of 1x1 images: (N, C) -> (N, C', 5, 5).
+
+        Written as the product that it is: nine times as fast on a CPU, and channels last.
+        """
+        layer = self.deconvs[0]
+        weight, bias = layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(25)
+        return F.linear(x, weight, bias).unflatten(1, (5, 5, -1)).permute(0, 3, 1, 2)
 
 
 class DreamerActor(nn.Module):

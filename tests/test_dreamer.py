@@ -208,6 +208,13 @@ def test_65_parameters_of_the_pixel_model():
         assert x.shape[-2:] == (side, side)
 
 
+def test_first_transposed_convolution_is_a_product():
+    decoder = make_agent(SPEC | {"shapes": {"eye": (64, 64, 3)}}).world_model.decoder
+    nn.init.normal_(decoder.deconvs[0].bias)
+    x = torch.randn(3, 32 * TINY["depth"])
+    near(decoder.spread(x), decoder.deconvs[0](x[..., None, None]), 1e-5, 1e-6)
+
+
 def test_65_initialisation():
     torch.manual_seed(0)
     agent = Agent({"shapes": {"pixels": (64, 64, 3)}, "action_dim": 6, "classes": ()}, Args())
