@@ -48,7 +48,28 @@ class Reach(gymnasium.Env):
         return np.array([self.place, self.goal], np.float32) - 1
 
 
+class Press(gymnasium.Env):
+    """Press the button of three that is lit: 1 if right, 15 steps, and after each another light.
+
+    Who takes an action for that of the row before or after it can only guess.
+    """
+
+    action_space = spaces.Discrete(3)
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.light = 0, self.np_random.integers(3)
+        return np.array([self.light - 1], np.float32), {}
+
+    def step(self, action):
+        reward = float(action == self.light)
+        self.count, self.light = self.count + 1, self.np_random.integers(3)
+        return np.array([self.light - 1], np.float32), reward, False, self.count == 15, {}
+
+
 gymnasium.register("Reach-v0", "test_learning:Reach")
+gymnasium.register("Press-v0", "test_learning:Press")
 
 
 def play(policy, episodes):
@@ -81,3 +102,9 @@ def test_learning(tmp_path):
 
 def test_learning_of_dreamer(tmp_path):
     assert train(tmp_path / "run", 0, dreamer, DREAMER_FLAGS) > 9
+
+
+def test_dreamer_learns_what_the_action_of_each_row_does(tmp_path):
+    """With every action moved by one row, seeds 0 and 1 got 5.1 and 5.8; unmoved 14.4, 14.1."""
+    flags = f"{DREAMER_FLAGS} --env-id test_learning:Press-v0 --steps 1000"
+    assert train(tmp_path / "run", 0, dreamer, flags) > 9
