@@ -3,7 +3,8 @@
     python results/collect.py runs/dreamer_v3/Pendulum-v1/seed0 [tag]
 
 Columns: environment steps, return of the training episode that ended there, wall-clock seconds.
-The header names the command, commit, hardware and wall-clock that made them.
+The header names the command, commit, hardware and wall-clock that made them, and the evaluations
+(of the sampling policy in DreamerV3, of its mode in Dreamer).
 """
 
 import json
@@ -24,11 +25,10 @@ def main(run: str, tag: str = ""):
     header = [f"{k}: {v}" for origin in args["origin"] for k, v in origin.items()]
     updates = max(row.get("updates", 0) for row in rows)
     header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {updates:.0f}")
-    header += [
-        f"evaluation: {row['eval/return']:.1f} +- {row['eval/return_std']:.1f}, sampling policy"
-        for row in rows
-        if "eval/return" in row
-    ]
+    for row in rows:
+        if "eval/return" in row:
+            spread = f" +- {row['eval/return_std']:.1f}" if "eval/return_std" in row else ""
+            header.append(f"evaluation at step {row['step']}: {row['eval/return']:.1f}{spread}")
     lines = [f"# {line}" for line in header] + ["step,return,seconds"]
     lines += [
         f"{row['step']},{row['episode/return']:.3f},{row['time/wall']:.1f}"
