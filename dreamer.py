@@ -1,6 +1,6 @@
 """Dreamer (Hafner et al., 2020): learn a world model, improve the policy by gradients through it.
 
-    python dreamer.py                   # Pendulum-v1, 15,000 steps
+    python dreamer.py                   # Pendulum-v1, 10,000 steps
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
     python dreamer.py --preset debug                                 # everything tiny
     python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play, film, dream
@@ -17,9 +17,11 @@ The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44). Deviations,
 - A window may come from any finished episode at once, not from those of the last rescan.
 - With --pcont the last window of an episode is drawn, too: only it holds the terminal row.
 - Adam's epsilon is added after the bias correction (torch), not before it (TensorFlow).
-- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast), but for those of
-  the GRU. Gradients that are not finite end the run; the authors' float16 skips that step.
-- In Atari, losing a life ends nothing; frames and no-ops are gymnasium's AtariPreprocessing.
+- By default everything is float32 on a CPU; on CUDA, matrix products are bfloat16 (autocast), but
+  for those of the GRU. Gradients that are not finite end the run; the authors skip that step.
+- No update is made before the first burst; the authors' code makes one as it builds the model.
+- In Atari, losing a life ends nothing and sticky actions are off without --sticky; frames and
+  no-ops are gymnasium's AtariPreprocessing.
 - Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
 
 Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S stoch, F = S + D
@@ -98,9 +100,9 @@ class Args:
     prefill: int = 5_000  # environment steps of random actions
     batch_size: int = 50  # windows per update
     batch_length: int = 50  # rows per window, all of one episode
-    train_every: int = 1_000  # environment steps between bursts of updates
+    train_every: int = 1_000  # environment steps between bursts of updates, at its multiples
     train_steps: int = 100  # updates in a burst
-    pretrain: int = 100  # updates in the first burst
+    pretrain: int = 100  # updates in the first burst, instead of train_steps
     replay_size: int = 5_000_000  # rows; no more than `steps` need is allocated
 
     # world model
@@ -134,13 +136,13 @@ class Args:
 # fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
-        env_id="Pendulum-v1", steps=15_000, prefill=1000, batch_size=16, batch_length=25,
+        env_id="Pendulum-v1", steps=10_000, prefill=2000, batch_size=16, batch_length=25,
         train_every=20, train_steps=5, deter=128, hidden=128, units=128, free_nats=1.0,
-        kl_scale=0.1, gamma=0.95, model_lr=1e-3, actor_lr=2e-4, value_lr=1e-3, save_every=2000,
-        eval_every=1000, dream_every=5000, eval_episodes=10, threads=1),
+        kl_scale=0.1, gamma=0.95, init_std=1.0, model_lr=1e-3, actor_lr=1e-4, value_lr=1e-3,
+        save_every=2000, eval_every=1000, dream_every=5000, eval_episodes=10, threads=1),
     "dmc_vision": dict(env_id="dm_control/walker-walk-v0", obs="pixels"),
     "debug": dict(
-        env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=500, batch_size=4, batch_length=8,
+        env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=400, batch_size=4, batch_length=8,
         train_every=50, train_steps=2, pretrain=4, deter=16, hidden=16, stoch=4, depth=2, units=16,
         imagination_horizon=4, eval_episodes=1, log_every=50, save_every=100, eval_every=500,
         dream_every=500),
@@ -168,6 +170,10 @@ def check(args: Args) -> torch.device:
         raise RunError("--imagination-horizon must be at least 2: the last state has no return")
     if min(args.model_lr, args.actor_lr, args.value_lr, args.clip, args.init_std) <= 0:
         raise RunError("--model-lr, --actor-lr, --value-lr, --clip, --init-std must be positive")
+    if min(args.kl_scale, args.pcont_scale, args.free_nats) < 0:
+        raise RunError("--kl-scale, --pcont-scale and --free-nats must not be negative")
+    if not (0 < args.gamma <= 1 and 0 <= args.lam <= 1):
+        raise RunError("--gamma must be in (0, 1], --lam in [0, 1]")
     if min(args.seed, args.threads, args.prefill, args.expl_amount) < 0:
         raise RunError("--seed, --threads, --prefill and --expl-amount must not be negative")
     return checkpoint.pick_device(args.device)
@@ -187,6 +193,8 @@ def distance(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
     if kind == "normal":
         return 0.5 * (predicted - target).square() + 0.5 * math.log(2 * math.pi)
     losses = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
+    if kind not in losses:
+        raise ValueError(f"no loss {kind!r}: there are normal, {', '.join(losses)}")
     return losses[kind](predicted, target, reduction="none")
 
 
@@ -737,7 +745,7 @@ class Agent:
 
         On CUDA the whole update, which never waits for the GPU, is then recorded as one graph.
         """
-        hot = [(self.model_loss, name) for name in ("kl", "reconstruction", "reward")]
+        hot = [(self.model_loss, name) for name in ("kl", "reconstruction", "reward", "cont")]
         for module, name in [(self.actor_loss, "dream_step"), *hot]:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
         if self.device.type == "cuda":
@@ -948,8 +956,8 @@ def main(argv: list[str] | None = None):
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
                 bursts, ready = due["train"](step), step >= args.prefill and replay.whole
-                burst = args.train_steps if updates else args.pretrain
-                pending = bursts * burst if ready else 0
+                pending = bursts * args.train_steps if ready else 0
+                pending += args.pretrain - args.train_steps if pending and not updates else 0
             while pending and not stop.requested:
                 batch = replay.sample_episodes(args.batch_size, last=args.pcont)
                 metrics = agent.update(agent.unpack(batch))
@@ -959,7 +967,7 @@ def main(argv: list[str] | None = None):
                 logger.advance(step, updates=updates)
             if pending:
                 break
-            if due["eval"](step) and updates and step < args.steps:
+            if due["eval"](step) and updates:
                 returns, *_ = evaluate(agent, 1, args.seed + 2_000_000 + step, side=0)
                 logger.write(step, **{"eval/return": returns[0]})
             if due["dream"](step) and batch is not None:
@@ -969,10 +977,13 @@ def main(argv: list[str] | None = None):
             if due["save"](step) or replay.exhausted:
                 save()
         save()
-    if step >= args.steps:
+    over = step >= args.steps and not pending
+    if over and not updates:
+        print("no updates: no episode of --batch-length rows or more has ended since --prefill")
+    if over:
         logger.write(step, **finish(agent, logger, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
-    print(f"all of it: {folder}" if step >= args.steps else "saved; the same command resumes")
+    print(f"all of it: {folder}" if over else "saved; the same command resumes")
     logger.close()
     envs.close()
 

@@ -18,8 +18,8 @@ no uniform mixture in the discrete actor. Deviations from that code, all deliber
   episode starts with 1-30 no-ops, not 0-30 (gymnasium's AtariPreprocessing).
 - Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
 - Latents are written back at once, and batches are not fetched ahead.
-- On a CPU everything is float32; on CUDA, matrix products are bfloat16 (autocast), the recurrent
-  state float32.
+- By default everything is float32 on a CPU; on CUDA, matrix products are bfloat16 (autocast), the
+  recurrent state float32.
 
 Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S latents of C classes,
 F = D + S * C features, E tokens. Batch first, time second, everywhere. Equations are numbered as
@@ -177,6 +177,8 @@ def check(args: Args) -> torch.device:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or min(args.train_ratio, args.seed, args.threads) < 0:
         raise RunError("--lr must be positive, --train-ratio, --seed and --threads not negative")
+    if not (0 <= args.lam <= 1 and 0 <= args.unimix < 1 and 0 <= args.slow_rate <= 1):
+        raise RunError("--lam, --unimix and --slow-rate must be between 0 and 1")
     if args.image_size % 16 or args.image_size < 16:
         raise RunError("--image-size must be a multiple of 16")
     if args.classes > 256:

@@ -184,7 +184,9 @@ class Replay:
         episodes = self.episodes()
         if not len(episodes):
             text = f"the replay holds no whole episode of {self.length} rows or more: try a larger"
-            raise RunError(f"{text} --prefill or --replay-size, or a smaller --batch-length")
+            raise RunError(
+                f"{text} --prefill or --replay-size, or a smaller --batch-length (with --fresh)"
+            )
         draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
         env, first, rows = episodes[draw].unbind(-1)
         starts = rows - (self.length - 1) + last

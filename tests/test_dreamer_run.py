@@ -1,5 +1,6 @@
 """dreamer.py as its users run it: schedule, resume, evaluation, kinds of environments, errors."""
 
+import os
 import signal
 
 import numpy as np
@@ -19,6 +20,7 @@ from test_run import (  # noqa: F401  fixtures: inside, nursery, start
 import dreamer
 from common import checkpoint
 from common.envs import make_envs
+from common.replay import Replay
 from dreamer import Agent, parse_args
 
 SCRIPT = REPO / "dreamer.py"  # what `start` runs here
@@ -75,27 +77,114 @@ def test_bursts_of_several_environments(inside, monkeypatch):  # noqa: F811
     monkeypatch.setattr(
         Agent, "update", lambda *_: seen.append(0) or {"train/loss": torch.zeros(())}
     )
-    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--num-envs", 16, "--train-every", 10]
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--num-envs", 16, "--train-every", 5]
     inside(*argv, "--train-steps", 2, "--pretrain", 4, "--prefill", 0, "--steps", 800)
-    first = 21 * 16 // 10 - 20 * 16 // 10  # multiples of 10 in the row that ends the episodes
-    assert len(seen) == first * 4 + 2 * (80 - 21 * 16 // 10)
+    first = 21 * 16 // 5 - 20 * 16 // 5  # multiples of 5 in the row that ends the episodes
+    assert first == 3 and len(seen) == 4 + 2 * (first - 1) + 2 * (160 - 21 * 16 // 5)
 
 
-def test_stopped_within_a_burst(start, tmp_path):  # noqa: F811
-    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 60, "--steps", 80, "--seed", 4]
-    argv += ["--train-every", 60, "--train-steps", 200, "--pretrain", 200]
-    start(*argv, "--run", tmp_path / "a").done()
-    run = start(*argv, "--run", tmp_path / "b")
-    until(lambda: count_lines(tmp_path / "b") >= 2)
-    run.signal(signal.SIGTERM)
-    run.wait()
-    before = checkpoint.load(tmp_path / "b")
-    assert before["step"] <= 60 and before["updates"] + before["pending"] in (0, 200)
-    start(*argv, "--run", tmp_path / "b").done()
-    assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
-    states = [checkpoint.load(tmp_path / name) for name in "ab"]
-    assert states[0]["updates"] == states[1]["updates"] == 200
+def test_stopped_within_the_last_burst(inside, monkeypatch, tmp_path):  # noqa: F811
+    """The rest of the burst comes after the resume; before it, the run is not over."""
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 60, "--steps", 60, "--seed", 4]
+    argv += ["--train-every", 60, "--train-steps", 7, "--pretrain", 90]
+    ended, updates, update = [], [], Agent.update
+    monkeypatch.setattr(dreamer, "finish", lambda *_: ended.append(0) or {})
+
+    def stopping(agent, batch, noise=None):
+        updates.append(0)
+        if len(updates) == 90 + 50:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent, batch, noise)
+
+    monkeypatch.setattr(Agent, "update", stopping)
+    inside(*argv)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    assert len(ended) == 1 and len(updates) == 90
+    inside(*argv)
+    before = checkpoint.load(tmp_path / "run")
+    assert (before["step"], before["updates"], before["pending"]) == (60, 50, 40)
+    assert len(ended) == 1
+    inside(*argv)
+    assert len(ended) == 2 and lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    states = [checkpoint.load(tmp_path / name) for name in ("run", "whole")]
+    assert states[0]["updates"] == states[1]["updates"] == 90
     same_leaves(*(state["agent"]["world_model"] for state in states))
+
+
+def test_a_longer_run_equals_one_in_one_go(start, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 40, "--save-every", 1000]
+    argv += ["--train-every", 20, "--train-steps", 2, "--pretrain", 3, "--eval-every", 30]
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    first = start(*argv, "--steps", 100, "--run", whole)
+    start(*argv, "--steps", 60, "--run", longer).done()
+    assert sum("eval/return" in row for row in lines_of(longer)) == 2  # by --eval-every, at the end
+    start(*argv, "--steps", 100, "--run", longer).done()
+    first.done()
+    assert lines_of(whole) == lines_of(longer)
+    same_leaves(*(checkpoint.load(run)["agent"]["actor"] for run in (whole, longer)))
+
+
+def test_the_seed_decides(start, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--env-id", "CartPole-v1", "--steps", 200, "--prefill", 120]
+    argv += ["--train-every", 20, "--train-steps", 1, "--pretrain", 1]
+    seeds = {"a": 1, "b": 1, "c": 2}
+    runs = [start(*argv, "--run", tmp_path / k, "--seed", seed) for k, seed in seeds.items()]
+    for run in runs:
+        run.done()
+    a, b, c = (lines_of(tmp_path / k) for k in "abc")
+    assert a == b and a != c
+
+
+@pytest.mark.parametrize("pcont", [False, True])
+def test_the_last_window_is_drawn_with_pcont(inside, monkeypatch, pcont):  # noqa: F811
+    seen, sample = [], Replay.sample_episodes
+
+    def spy(replay, batch_size, last=False):
+        seen.append(last)
+        return sample(replay, batch_size, last)
+
+    monkeypatch.setattr(Replay, "sample_episodes", spy)
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 60, "--steps", 60]
+    argv += ["--train-every", 20, "--pretrain", 2]
+    inside(*argv, *["--pcont"] * pcont)
+    assert seen == [pcont] * 2
+
+
+def test_debug_as_it_is(start, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    start("--preset", "debug", "--threads", 1, "--run", folder, prepare="all_pictures").done()
+    rows, state = lines_of(folder), checkpoint.load(folder)
+    assert state["step"] == 1000 and state["updates"] >= 20
+    evaluations = [row["step"] for row in rows if "eval/return" in row]
+    assert evaluations == [500, 1000, 1000] and np.isfinite(rows[-1]["eval/return"])
+    names = {path.name for path in folder.iterdir()}
+    assert {"policy.mp4", "learning_curve.png", "dream_000000500.png", "tensorboard"} < names
+
+
+@pytest.mark.parametrize("flags", ["--preset default", "--preset dmc_vision --batch-length 5"])
+def test_presets_begin(start, tmp_path, flags):  # noqa: F811
+    argv = [*SMALL, *flags.split(), "--prefill", 500, "--train-every", 500, "--pretrain", 4]
+    argv += ["--train-steps", 4, "--steps", 2100, "--log-every", 500, "--action-repeat", 2]
+    folder = tmp_path / "run"
+    run = start(*argv, "--run", folder)
+    until(lambda: run.path(".rc").exists() or lines_of_updates(folder))
+    run.signal(signal.SIGTERM)
+    run.done()
+    shapes = checkpoint.load(folder)["agent"]["spec"]["shapes"].values()
+    assert {len(shape) for shape in shapes} == {3 if "vision" in flags else 1}
+
+
+def lines_of_updates(folder):
+    """Lines of metrics.jsonl written after the first update."""
+    return count_lines(folder) and [row for row in lines_of(folder) if row.get("updates")]
+
+
+def test_benchmark(start):  # noqa: F811
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--train-every", 10, "--train-steps", 3]
+    text = start(*argv, "--benchmark", "--action-repeat", 2).done()
+    assert "0.6 updates per row" in text and "GFLOP" in text
+    for phase in dreamer.PHASES:
+        assert f"ms      {phase}, while profiled" in text
 
 
 def test_prefill_is_random(inside, monkeypatch):  # noqa: F811
