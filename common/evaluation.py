@@ -145,22 +145,24 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], u
         if event.key in phases:
             phase = (event.device_time_total or event.cpu_time_total) / 1e3
             print(f"{phase:10.1f} ms      {event.key}, while profiled")
-    work, rate = flops.get_total_flops() / 1e9, product_rate(device)
-    print(
-        f"{work:10.1f} GFLOP   products and convolutions of an update: {1e3 * work / rate:.1f} ms"
-    )
-    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 float32 product")
+    with agent.autocast():
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    work, rate = flops.get_total_flops() / 1e9, product_rate(device, dtype)
+    share = f"{1e3 * work / rate:.1f} ms, {work / rate / update:.0%} of its time"
+    print(f"{work:10.1f} GFLOP   products and convolutions of an update: {share}")
+    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 {str(dtype)[6:]} product")
     per_row = (environment + policy) / args.num_envs + updates * update
     hours = args.steps / args.action_repeat * per_row / 3600
-    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row")
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row,")
+    print(f"{'':18}without evaluations")
     print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
     if device.type == "cuda":
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
 
 
-def product_rate(device: torch.device, n: int = 1024) -> float:
-    """GFLOP/s of the device in an n x n float32 matrix product, the median of 9."""
-    x, seconds = torch.rand(n, n, device=device), []
+def product_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> float:
+    """GFLOP/s of the device in an n x n matrix product, the median of 9."""
+    x, seconds = torch.rand(n, n, device=device, dtype=dtype), []
     for _ in range(11):
         start = time.perf_counter()
         (x @ x)[0, 0].item()  # waits for a GPU

@@ -811,6 +811,9 @@ class Product:
     def row(self, rows, state):
         return rows.set("action", state["action"])
 
+    def autocast(self):
+        return contextlib.nullcontext()
+
     def unpack(self, batch):
         assert batch.shape == (4, 9) and set(batch.keys()) >= {"observation", "action"}
         return batch
