@@ -856,9 +856,7 @@ class Agent:
 
     def autocast(self):
         """bfloat16 matrix products where asked for; parameters and losses stay float32."""
-        auto = self.device.type == "cuda" and self.args.precision == "auto"
-        enabled = auto or self.args.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        return checkpoint.autocast(self.device, self.args.precision)
 
     @torch.no_grad()
     def filter(self, batch: TensorDict) -> TensorDict:

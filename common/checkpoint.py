@@ -247,6 +247,12 @@ def pick_device(name="") -> torch.device:
         raise RunError(f"--device {name} cannot be used: {error}") from error
 
 
+def autocast(device, precision) -> torch.autocast:
+    """Context of bfloat16 matrix products: with "bfloat16" anywhere, with "auto" on CUDA."""
+    auto = device.type == "cuda" and precision == "auto"
+    return torch.autocast(device.type, torch.bfloat16, enabled=auto or precision == "bfloat16")
+
+
 def prepare(seed, threads=0):
     """What a script sets for its process: seeds, torch's threads on the CPU (0: its choice)."""
     if threads:
