@@ -14,6 +14,12 @@ from tqdm import tqdm
 
 from common.checkpoint import RunError
 
+LOSSES = {  # what the progress bar calls the sums of these
+    "model": "train/loss_model",
+    "actor": "train/loss_actor",
+    "value": "train/loss_value",
+}
+
 
 class Logger:
     """Write the metrics of a run to `folder`, one JSON line per write; every step is an env step.
@@ -28,6 +34,7 @@ class Logger:
         self.step = self.first = 0  # now, and where this process took over
         self.started = self.born = time.monotonic()  # this process, and the whole run
         self.tensorboard, self.board, self.bar, self.drawn = tensorboard, None, None, 0.0
+        self.paced = None  # time and updates at the first update of this process
 
     def add(self, metrics):
         """Add to the means of the next write; a 0-dim tensor stays on its device until then."""
@@ -43,6 +50,7 @@ class Logger:
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.born}
         row = {name: _plain(value) for name, value in row.items()}
+        self._show()
         self.sums, self.counts = {}, {}
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self.file.flush()
@@ -55,15 +63,21 @@ class Logger:
             self._line({**self.shown, **short})
 
     def advance(self, step, **postfix):
-        """Move the progress bar, at most 5 times a second, and show `postfix` (numbers) on it."""
+        """Move the progress bar, at most 5 times a second, and show `postfix` (numbers) on it.
+
+        It also shows the losses, means since the last line of metrics.jsonl, and updates/s.
+        """
         self.step = step
         self.shown.update(postfix)
         now = time.monotonic()
+        if self.paced is None and "updates" in postfix:
+            self.paced = now, postfix["updates"]
         if self.quiet or now - self.drawn < 0.2 or not sys.stderr.isatty():
             return
         if self.bar is None:
             self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", smoothing=0)
         self.drawn, self.bar.n = now, step
+        self._show()
         self.bar.set_postfix({name: _plain(value) for name, value in self.shown.items()})
 
     def note(self, text):
@@ -134,19 +148,29 @@ class Logger:
                 self.note("no TensorBoard files (pip install tensorboard)")
         return self.board
 
+    def _show(self):
+        """Bring the losses and updates/s in `shown` up to date."""
+        for label, prefix in LOSSES.items():
+            means = [self.sums[k] / self.counts[k] for k in self.sums if k.startswith(prefix)]
+            self.shown |= {label: sum(means)} if means else {}
+        if self.paced and self.shown["updates"] > self.paced[1]:
+            seconds = time.monotonic() - self.paced[0]
+            self.shown["updates/s"] = (self.shown["updates"] - self.paced[1]) / seconds
+
     def _line(self, values):
-        form = "step {n:,} of {total:,} ({percentage:.0f} %), {remaining} left{postfix}"
+        form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
         values = {name: _plain(value) for name, value in values.items()}
         parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         options = {"initial": self.first, "bar_format": form, "postfix": ", ".join(parts)}
+        options["unit"] = " steps"
         seconds = time.monotonic() - self.started
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
 
 
 def check_finite(metrics, updates):
     """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
-    bad = [name for name, value in metrics.items() if not torch.isfinite(value)]
-    if bad:
+    if not torch.stack(list(metrics.values())).isfinite().all():  # one wait for a GPU, not twenty
+        bad = [name for name, value in metrics.items() if not value.isfinite()]
         raise RunError(
             f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
             "Look at the scale of rewards and observations, or try a smaller learning rate"

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -148,7 +150,23 @@ def test_without_a_terminal_one_plain_line_per_write(tmp_path, capsys):
     assert out == "" and len(lines) == 3 and "\r" not in err
     assert lines[0].startswith("step 250 of 1,000 (25 %), ")
     assert lines[0].endswith(" left, loss 0.1235, fps None, episode/return 12.5")
+    assert re.search(r"%\), +[\d.]+ steps/s, ", lines[0])
     assert lines[1] == "hello"
+
+
+def test_progress_shows_losses_and_rates(tmp_path, capsys, monkeypatch):
+    log, now = Logger(tmp_path, 1000, tensorboard=False), time.monotonic()
+    losses = {"train/loss_model_kl": 1.0, "train/loss_model_reco": 2.5, "train/loss_actor": -4.0}
+    log.add(losses | {"train/loss_value": 0.5, "train/loss_replay_value": 9.0})
+    log.add(losses | {"train/loss_value": 1.5, "train/loss_replay_value": 9.0})
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    log.advance(100, updates=50)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 4)
+    log.advance(110, updates=60)
+    log.write(110)
+    log.close()
+    line = capsys.readouterr().err
+    assert line.endswith("updates 60, model 3.5, actor -4, value 1, updates/s 2.5\n")
 
 
 def test_a_resumed_run_measures_its_own_speed(tmp_path, capsys, monkeypatch):
@@ -158,7 +176,7 @@ def test_a_resumed_run_measures_its_own_speed(tmp_path, capsys, monkeypatch):
     log.load_state_dict({"step": 500, "wall": 9e6, "bytes": 0, "sums": {}, "counts": {}})
     now[0] += 60
     log.write(600)
-    assert "(60 %), 04:00 left" in capsys.readouterr().err
+    assert "(60 %),  1.67 steps/s, 04:00 left" in capsys.readouterr().err
     log.close()
 
 
