@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +29,10 @@ LOCKS = {}  # inode -> open lock file, held until the process ends
 
 class RunError(RuntimeError, ValueError):
     """A message for the user; scripts print it without a traceback and exit with code 1."""
+
+
+class EnvError(RunError):
+    """The environment failed, not the run: what was learned is sound and worth saving."""
 
 
 def run(main):
@@ -229,6 +233,16 @@ def load_agent(run, script, make):
         text = f"the checkpoint in {run} does not fit this code"
         raise RunError(f"{text}: {type(error).__name__}, {error}") from error
     return agent
+
+
+@contextmanager
+def rescue(save):
+    """Call save() before an EnvError ends the run."""
+    try:
+        yield
+    except EnvError:
+        save()
+        raise
 
 
 def restore(saved, parts):

@@ -32,13 +32,16 @@ from PIL import Image
 from tensordict import TensorDict
 from torch import Tensor
 
-from common.checkpoint import RunError
+from common.checkpoint import EnvError, RunError
 
 if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoco is imported
-    try:
-        ctypes.CDLL("libEGL.so.1")
-        os.environ["MUJOCO_GL"] = "egl"
-    except OSError:
+    try:  # a library is not enough: in a container it may know no device
+        find = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
+        find.restype, devices = ctypes.c_void_p, ctypes.c_int()
+        query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        query(find(b"eglQueryDevicesEXT"))(0, None, ctypes.addressof(devices))
+        os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"
+    except (OSError, TypeError):
         os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
 if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
     os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
@@ -139,7 +142,7 @@ class Envs:
         try:
             self._receive(self._vector.step(action)[0])
         except (EOFError, ConnectionError) as error:
-            raise RunError(f"a worker of {self.env_id} was killed: memory?") from error
+            raise EnvError(f"a worker of {self.env_id} was killed: memory?") from error
         for past, taken, first in zip(self._actions, action, self._row["is_first"], strict=True):
             if first:
                 past.clear()
@@ -260,7 +263,7 @@ class _Rows(gymnasium.Env):
             where = f"{name} {spec.entry_point if spec else ''}"
             fix = [f"; pip install {names}" for part, names in PACKAGES.items() if part in where]
             raise RunError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
-        except (AttributeError, OSError) as error:  # what MuJoCo raises without its library
+        except (AttributeError, OSError, ImportError) as error:  # of MuJoCo without its library
             if "gl" in str(error).lower():
                 raise RunError(f"{self.env_id} cannot be made: {error}{GL_HELP}") from error
             raise
@@ -344,7 +347,7 @@ class _Rows(gymnasium.Env):
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
             where = f"at step {self.count} of environment {self.index} (episode {self.episode})"
             kind = "reward" if key == "reward" else f"observation {key!r}"
-            raise RunError(f"{kind} of {self.env_id} is not finite {where}")
+            raise EnvError(f"{kind} of {self.env_id} is not finite {where}")
         row |= {"is_first": np.bool_(self.done), "is_terminal": np.bool_(terminated)}
         self.done = bool(terminated or truncated)
         self.streak = 0 if self.done else self.streak
@@ -364,7 +367,7 @@ class _Rows(gymnasium.Env):
         self.crashes, self.streak, self.done = self.crashes + 1, self.streak + 1, True
         text = f"environment {self.index} of {self.env_id}, crash {self.crashes}: {error!r}"
         if self.streak > self.options.max_crashes:
-            raise RunError(f"{text}; that is too often") from error
+            raise EnvError(f"{text}; that is too often") from error
         if self.crashes == 1:
             traceback.print_exception(error)
         print(f"{text}; it is built again for a new episode", file=sys.stderr)
@@ -373,7 +376,7 @@ class _Rows(gymnasium.Env):
         try:
             self.env = self._build()
         except Exception as again:
-            raise RunError(f"{text}; building it again failed: {again!r}") from again
+            raise EnvError(f"{text}; building it again failed: {again!r}") from again
 
     def replay(self, episodes, crashes, actions, ends):
         """Repeat the actions of a saved episode and return its last row."""

@@ -553,6 +553,34 @@ assert not envs.can_render and envs.step(None)["is_first"].all()
     assert done.returncode == 0, done.stderr
 
 
+@needs_gl
+@needs_dmc
+def test_opengl_without_a_device():
+    """A container may have the library and no device: vectors do without, pixels name the fixes."""
+    code = """
+import warnings
+from common.envs import Envs
+warnings.simplefilter("ignore")
+envs = Envs("dm_control/walker-walk-v0", frames=32)
+assert not envs.can_render and envs.step(None)["is_first"].all()
+try:
+    Envs("dm_control/walker-walk-v0", obs="pixels")
+except RuntimeError as error:
+    assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
+else:
+    raise SystemExit("it rendered")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"}
+    environment["__EGL_VENDOR_LIBRARY_DIRS"] = "/nonexistent"
+    del environment["MUJOCO_GL"]
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    environment["MUJOCO_GL"] = "egl"  # the user's wish
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert "cannot be made" in done.stderr and "libegl1" in done.stderr, done.stderr
+
+
 @needs("ale_py", "cv2")
 def test_atari():
     import ale_py
