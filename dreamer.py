@@ -29,6 +29,7 @@ features, E embedding. Batch first, time second, everywhere. Equations are numbe
 arXiv 1912.01603v3.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -168,7 +169,8 @@ def check(args: Args) -> torch.device:
         raise RunError("--pcont needs a --batch-length of at least 2: no dream starts at the last")
     if args.imagination_horizon < 2:
         raise RunError("--imagination-horizon must be at least 2: the last state has no return")
-    if min(args.model_lr, args.actor_lr, args.value_lr, args.clip, args.init_std) <= 0:
+    rates = args.model_lr, args.actor_lr, args.value_lr
+    if not all(value > 0 for value in (*rates, args.clip, args.init_std)):
         raise RunError("--model-lr, --actor-lr, --value-lr, --clip, --init-std must be positive")
     if min(args.kl_scale, args.pcont_scale, args.free_nats) < 0:
         raise RunError("--kl-scale, --pcont-scale and --free-nats must not be negative")
@@ -590,11 +592,24 @@ class DreamerModelLoss(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
+@contextlib.contextmanager
+def frozen(*modules: nn.Module):
+    """Through what is computed inside, no gradient reaches the parameters of `modules`."""
+    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    try:
+        for p in params:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
+
+
 class DreamerActorLoss(nn.Module):
     """Imagines, and ascends the lambda-returns by their gradient through the dynamics, eq. 7.
 
-    The policy's input is detached; its action is not. Gradients reach the parameters of world
-    model and value, too: take those of the actor only, as `Agent.update` does.
+    The policy's input is detached; its action is not. Of all parameters only the actor's get a
+    gradient: world model and value are frozen while it dreams.
     """
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
@@ -612,11 +627,12 @@ class DreamerActorLoss(nn.Module):
         `continue`, `value`, `weight`, `lambda_target`. The last state has no target: its
         `lambda_target` and `weight` are 0.
         """
-        noise = self.draw_noise(len(td)) if noise is None else noise
-        dream, model = self.imagine(td, noise), self.env.world_model
-        dream["reward"] = model.predict_reward(dream["feat"])
-        dream["continue"] = model.predict_continue(dream["feat"])
-        dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
+        noise, model = self.draw_noise(len(td)) if noise is None else noise, self.env.world_model
+        with frozen(model, self.value):
+            dream = self.imagine(td, noise)
+            dream["reward"] = model.predict_reward(dream["feat"])
+            dream["continue"] = model.predict_continue(dream["feat"])
+            dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
         returns = lambda_return(dream["reward"], dream["value"], dream["continue"], self.lam)
         weight = F.pad(dream["continue"][:, :-2].detach().cumprod(1), (1, 0), value=1.0)
         dream["lambda_target"], dream["weight"] = F.pad(returns, (0, 1)), F.pad(weight, (0, 1))
@@ -944,7 +960,8 @@ def main(argv: list[str] | None = None):
     with Stop() as stop:
         while (step < args.steps or pending) and not stop.requested:
             if not pending:
-                rows = envs.step(state["action"].cpu() if step else None)
+                with checkpoint.rescue(save):
+                    rows = envs.step(state["action"].cpu() if step else None)
                 _, state = agent.act(rows, state, training=True, random=step < args.prefill)
                 replay.append(agent.row(rows, state))
                 step += args.num_envs * args.action_repeat
@@ -953,9 +970,12 @@ def main(argv: list[str] | None = None):
                     counts = {"updates": updates, "crashes": envs.crashes}
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
-                bursts, ready = due["train"](step), step >= args.prefill and replay.whole
-                pending = bursts * args.train_steps if ready else 0
+                bursts, begun = due["train"](step), step >= args.prefill
+                found = len(replay.episodes(args.pcont)) or (replay.whole and not updates)
+                pending = bursts * args.train_steps if begun and found else 0
                 pending += args.pretrain - args.train_steps if pending and not updates else 0
+                if not found and 0 <= step - args.prefill < args.num_envs * args.action_repeat:
+                    logger.note("no update before an episode of --batch-length rows has ended")
             while pending and not stop.requested:
                 batch = replay.sample_episodes(args.batch_size, last=args.pcont)
                 metrics = agent.update(agent.unpack(batch))

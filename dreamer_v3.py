@@ -143,7 +143,8 @@ PRESETS = {
         deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=2500,
         eval_episodes=10, threads=1),
     "dmc_proprio": dict(
-        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000),
+        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000,
+        log_every=250, save_every=1000, dream_every=5000),  # an update a step: half a second each
     "dmc_vision": dict(
         env_id="dm_control/walker-walk-v0", obs="pixels", num_envs=16, steps=1_100_000,
         size="200m", train_ratio=256.0),
@@ -175,8 +176,10 @@ def check(args: Args) -> torch.device:
     for name in (*counts.split(), *widths.split()):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
-    if args.lr <= 0 or min(args.train_ratio, args.seed, args.threads) < 0:
-        raise RunError("--lr must be positive, --train-ratio, --seed and --threads not negative")
+    if not (args.lr > 0 and args.clip > 0):
+        raise RunError("--lr and --clip must be positive")
+    if min(args.train_ratio, args.warmup, args.seed, args.threads) < 0:
+        raise RunError("--train-ratio, --warmup, --seed and --threads must not be negative")
     if not (0 <= args.lam <= 1 and 0 <= args.unimix < 1 and 0 <= args.slow_rate <= 1):
         raise RunError("--lam, --unimix and --slow-rate must be between 0 and 1")
     if args.image_size % 16 or args.image_size < 16:
@@ -185,6 +188,16 @@ def check(args: Args) -> torch.device:
         raise RunError("--classes must be at most 256: the replay stores them as bytes")
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
+    rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))
+    rows = min(rows, args.replay_size // args.num_envs)  # of each environment
+    windows, needed = (
+        args.num_envs * (rows - args.batch_length),
+        args.batch_size * args.batch_length,
+    )
+    if args.train_ratio and windows < needed and not (args.benchmark or args.eval):
+        text = f"the first update waits for {needed:,} windows, --batch-size x --batch-length; "
+        text += f"--steps and --replay-size give {max(0, windows):,}"
+        raise RunError(f"{text}: there would never be one")
     return checkpoint.pick_device(args.device)
 
 
@@ -302,6 +315,16 @@ class Linear(nn.Linear):
         return x + self.bias.to(x.dtype)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + 1e-4) times a scale, in float32 even where products are bfloat16."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
     """5 x 5 convolution of stride 1 that keeps the size."""
     layer = nn.Conv2d(inputs, outputs, 5, padding="same")
@@ -314,7 +337,7 @@ def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
     """`layers` x (Linear, RMSNorm, SiLU)."""
     modules = []
     for i in range(layers):
-        modules += [Linear(units if i else inputs, units), nn.RMSNorm(units, eps=1e-4), nn.SiLU()]
+        modules += [Linear(units if i else inputs, units), RMSNorm(units), nn.SiLU()]
     return nn.Sequential(*modules)
 
 
@@ -356,7 +379,7 @@ class RSSMPrior(nn.Module):
         self.stoch_in = mlp(stoch * classes, hidden, 1)
         self.action_in = mlp(action_dim, hidden, 1)
         self.hidden = BlockLinear(deter, deter, blocks, shared=3 * hidden)
-        self.hidden_norm = nn.Sequential(nn.RMSNorm(deter, eps=1e-4), nn.SiLU())
+        self.hidden_norm = nn.Sequential(RMSNorm(deter), nn.SiLU())
         self.gates = BlockLinear(deter, 3 * deter, blocks)
         self.head = mlp(deter, hidden, 2).append(Linear(hidden, stoch * classes))
 
@@ -397,7 +420,7 @@ class RSSMPosterior(nn.Module):
         super().__init__()
         self.deter, self.stoch, self.classes = deter, stoch, classes
         self.layer = Linear(deter + tokens, hidden)
-        self.norm = nn.Sequential(nn.RMSNorm(hidden, eps=1e-4), nn.SiLU())
+        self.norm = nn.Sequential(RMSNorm(hidden), nn.SiLU())
         self.head = Linear(hidden, stoch * classes)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -479,7 +502,7 @@ class ObsEncoder(nn.Module):
             depths = [depth * m for m in DEPTH_MULTIPLIERS]
             channels = sum(shapes[k][2] for k in self.images)
             self.convs = nn.ModuleList(map(conv, [channels, *depths], depths))
-            self.norms = nn.ModuleList(nn.RMSNorm(d, eps=1e-4) for d in depths)
+            self.norms = nn.ModuleList(RMSNorm(d) for d in depths)
             height, width = shapes[self.images[0]][:2]
             self.outputs += (height // 16) * (width // 16) * depths[-1]
 
@@ -516,7 +539,7 @@ class ObsDecoder(nn.Module):
             self.stoch_in = mlp(stoch_size, 2 * units, 1).append(
                 Linear(2 * units, math.prod(self.grid))
             )
-            self.norms = nn.ModuleList(nn.RMSNorm(d, eps=1e-4) for d in reversed(depths))
+            self.norms = nn.ModuleList(RMSNorm(d) for d in reversed(depths))
             outputs = [*reversed(depths[:-1]), sum(self.channels)]
             self.convs = nn.ModuleList(map(conv, reversed(depths), outputs))
 
@@ -1180,7 +1203,8 @@ def main(argv: list[str] | None = None):
 
     with Stop() as stop:
         while step < args.steps and not stop.requested:
-            rows = envs.step(state["action"].cpu() if step else None)
+            with checkpoint.rescue(save):
+                rows = envs.step(state["action"].cpu() if step else None)
             _, state = agent.act(rows, state)
             replay.append(agent.row(rows, state))
             step += args.num_envs * args.action_repeat

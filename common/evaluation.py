@@ -103,7 +103,7 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
 
 
 def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], updates: float):
-    """Print milliseconds per update by phase, rows per second, memory, and the run's time.
+    """Print milliseconds per update by phase, steps per second, memory, and the run's time.
 
     make_agent(spec, args, device) builds the agent; `phases` are the names that its `update` gives
     to record_function, `updates` the number of updates per row of experience.
@@ -136,11 +136,12 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], u
         seconds["update"].append(time.perf_counter() - start)
     first = seconds["update"][0]
     environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
-    print(f"{args.num_envs / environment:10.0f} rows/s  environment, {args.num_envs} at a time")
-    print(f"{args.num_envs / policy:10.0f} rows/s  policy")
+    rate = args.num_envs * args.action_repeat / environment
+    print(f"{rate:10.0f} /s      environment steps, {args.num_envs} environments at a time")
+    print(f"{args.num_envs / policy:10.0f} /s      policy steps")
     print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
     with profile() as profiler:
-        agent.update(agent.unpack(batch))
+        getattr(agent.update, "module", agent.update)(agent.unpack(batch))  # a graph has no phases
     for event in profiler.key_averages():
         if event.key in phases:
             phase = (event.device_time_total or event.cpu_time_total) / 1e3

@@ -101,7 +101,7 @@ class Replay:
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.whole = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
-        self.long = (-1, None)  # rows appended, and what `episodes` found then
+        self.long = None, None  # (rows appended, last) and what `episodes` found then
         self.generator = torch.Generator().manual_seed(seed)
 
     @staticmethod
@@ -167,11 +167,12 @@ class Replay:
         window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
         return self.windows(window)
 
-    def episodes(self) -> Tensor:
-        """(environment, first row, rows) [K, 3] of the finished episodes of >= `length` rows."""
-        if self.long[0] != self.total:
-            found = [e for e in self.whole if e[1] >= self.oldest and e[2] >= self.length]
-            self.long = self.total, torch.tensor(found, dtype=torch.int64).view(-1, 3)
+    def episodes(self, last: bool = False) -> Tensor:
+        """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
+        if self.long[0] != (self.total, last):
+            enough = self.length - last
+            found = [e for e in self.whole if e[1] >= self.oldest and e[2] >= enough]
+            self.long = (self.total, last), torch.tensor(found, dtype=torch.int64).view(-1, 3)
         return self.long[1]
 
     def sample_episodes(self, batch_size: int, last: bool = False) -> TensorDict:
@@ -181,9 +182,10 @@ class Replay:
         `last`. Row 0 of a window is the row before it, so the window has `length` - 1 rows; before
         an episode's first row it belongs to another one. RunError if there is no such episode.
         """
-        episodes = self.episodes()
+        episodes = self.episodes(last)
         if not len(episodes):
-            text = f"the replay holds no whole episode of {self.length} rows or more: try a larger"
+            rows = self.length - last
+            text = f"the replay holds no whole episode of {rows} rows or more: try a larger"
             raise RunError(
                 f"{text} --prefill or --replay-size, or a smaller --batch-length (with --fresh)"
             )

@@ -286,7 +286,16 @@ def test_21_rms_norm():
     x = torch.tensor([[1.0, 2.0, 3.0]])
     near(norm(x), x / math.sqrt(14 / 3 + 1e-4), 1e-6)
     near(norm(x * 1e-3), x * 1e-3 / math.sqrt(14e-6 / 3 + 1e-4), 1e-6)  # where eps matters
-    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    half, scale = torch.randn(50, 64).bfloat16(), torch.rand(64)
+    norm = mlp(64, 64, 1)[1]
+    norm.weight.data.copy_(scale)
+    wide = half.double()  # rounded once, at the end
+    wanted = scale * wide / (wide.square().mean(-1, keepdim=True) + 1e-4).sqrt()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = norm(half)
+        assert found.dtype == torch.bfloat16
+        assert (found == wanted.bfloat16()).float().mean() > 0.99  # but for ties of rounding
 
 
 # (proprio walker, vision walker, crafter, Atari 96x96 gray) of the specification, section 1.11

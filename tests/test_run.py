@@ -18,6 +18,7 @@ from pathlib import Path
 
 import gymnasium
 import numpy as np
+import psutil
 import pytest
 import torch
 from dummy_envs import Base, Nested
@@ -835,9 +836,17 @@ def test_benchmark_of_a_known_update(capsys):
 
     assert number("GFLOP ") == 3.0
     assert number("ms +the product") > 0 and number("GB +memory of the process") > 0.1
-    seconds = 1 / number("rows/s +environment") + 1 / number("rows/s +policy")
+    seconds = 1 / number("/s +environment steps") + 1 / number("/s +policy steps")
     seconds += number("ms +update") / 1e3 * 0.125  # updates per row
     assert number("h ") == pytest.approx(1e8 * seconds / 3600, rel=0.02)
+
+
+def test_benchmark(start):
+    argv = [*TINY, "--env-id", "test_run:Long-v0", "--benchmark", "--action-repeat", 2]
+    text = start(*argv).done()
+    assert "0.25 updates per row" in text and "float32 product" in text
+    for phase in dreamer_v3.PHASES:
+        assert f"ms      {phase}, while profiled" in text
 
 
 def make_batch(spec, args, size=2, seed=0):
@@ -939,10 +948,14 @@ def test_bfloat16_is_close_to_float32():
         ("--env-id dummy_envs:RaisesAlways-v0", "OSError the simulator is gone too often"),
         ("--env-id dummy_envs:RaisesOnce-v0", "building it again failed"),
         ("--env-id dummy_envs:NoRender-v0 --obs pixels", "cannot be rendered"),
-        ("--env-id dummy_envs:Base-v0 --replay-size 8", "--replay-size window of 9"),
         ("--env-id dummy_envs:Picture-v0 --image-size 20", "image-size 16"),
         ("--env-id dummy_envs:Base-v0 --deter 20", "deter blocks"),
         ("--env-id dummy_envs:Base-v0 --device cuda:9", "cuda"),
+        ("--env-id dummy_envs:Base-v0 --steps 23", "--steps --replay-size never"),
+        ("--env-id dummy_envs:Base-v0 --replay-size 23", "--steps --replay-size never"),
+        ("--env-id dummy_envs:Base-v0 --clip 0", "--clip positive"),
+        ("--env-id dummy_envs:Base-v0 --lr nan", "--lr positive"),
+        ("--env-id dummy_envs:Base-v0 --warmup -5", "--warmup negative"),
         ("--eval nothing_here", "no checkpoint in nothing_here"),
     ],
 )
@@ -959,7 +972,21 @@ def test_nan_observation_keeps_the_run(start, tmp_path):
     for word in ("observation", "not finite", "step 7", "episode 4"):
         assert word in message
     state = checkpoint.load(tmp_path / "run")
-    assert state["step"] == 90 and state["updates"] > 0  # it happens at row 4 * 21 + 8 = 92
+    assert state["step"] == 91 and state["updates"] > 0  # it happens at row 4 * 21 + 8 = 92
+    assert state["step"] == state["replay"]["total"]
+    assert "step 7" in start(*argv, "--run", tmp_path / "run").error()  # it comes back to there
+
+
+def test_a_killed_worker_loses_nothing(start, tmp_path):
+    """What was learned since the last checkpoint is saved when an environment's process dies."""
+    argv = [*TINY, "--env-id", "test_run:Slow-v0", "--env-workers", "--num-envs", 2, "--steps", 400]
+    run = start(*argv, "--run", tmp_path / "run", "--save-every", 1000)
+    until(lambda: count_lines(tmp_path / "run") > 1)
+    parent = psutil.Process(int(run.path(".pid").read_text()))
+    workers = [p for p in parent.children(recursive=True) if "multiprocessing" in str(p.cmdline())]
+    max(workers, key=lambda process: process.create_time()).kill()
+    assert "was killed" in run.error()
+    assert checkpoint.load(tmp_path / "run")["step"] >= 20
 
 
 def test_nan_loss_keeps_the_checkpoint(start, tmp_path):
