@@ -232,6 +232,30 @@ def test_65_initialisation():
                 continue
             assert 0.95 * limit < layer.weight.abs().max() <= limit
             assert not layer.bias.any()
+    assert not cell.bias_ih.any() and not cell.bias_hh.any()
+
+
+def test_flags_reach_their_parts():
+    values = dict(
+        pcont=True, pcont_scale=7.0, gamma=0.8, lam=0.6, init_std=2.0, expl_amount=0.7, clip=11.0,
+        kl_scale=0.3, free_nats=0.4, model_lr=1e-2, actor_lr=1e-3, value_lr=1e-4,
+    )  # fmt: skip
+    agent = make_agent(**values)
+    assert agent.world_model.gamma == 0.8 and agent.actor_loss.lam == 0.6
+    assert (agent.model_loss.lambda_kl, agent.model_loss.free_nats) == (0.3, 0.4)
+    assert agent.model_loss.lambda_continue == 7.0 and agent.actor_loss.imagination_horizon == 5
+    rates = [o.param_groups[0]["lr"] for o in agent.optimizers.values()]
+    assert rates == [1e-2, 1e-3, 1e-4]
+    for parameter in agent.actor.mlp[-1].parameters():
+        nn.init.zeros_(parameter)
+    near(agent.actor(torch.randn(5, 16)).std, torch.full((5, 2), 2.0), 1e-3)
+    moved = agent.explore(torch.zeros(20_000, 2))
+    share = (moved.abs() < 0.7).float().mean()  # within one deviation
+    assert abs(share - 0.683) < 0.01
+    model = agent.world_model
+    depths = [sum(isinstance(x, nn.Linear) for x in m.modules()) for m in (model.reward,
+              model.cont, agent.value, agent.actor.mlp)]  # fmt: skip
+    assert depths == [3, 4, 4, 5]
 
 
 def test_64_policy_at_first():
@@ -417,8 +441,12 @@ def test_62_discount_weights(pcont):
     assert dream.shape == (4, 15)
     weight, cont = dream["weight"], dream["continue"]
     assert not weight.requires_grad
-    if not pcont:
+    if pcont:
+        near(cont, agent.world_model.cont(dream["feat"])[..., 0].sigmoid())
+    else:
         near(weight[:, :-1], (0.99 ** torch.arange(14)).expand(4, 14))
+    returns = lambda_return(dream["reward"], dream["value"], cont, 0.95)
+    near(dream["lambda_target"][:, :-1], returns)
     for t in range(14):
         near(weight[:, t], cont[:, :t].prod(1))
     assert not weight[:, -1].any() and not dream["lambda_target"][:, -1].any()
@@ -489,6 +517,22 @@ def test_63_gradient_through_the_dynamics():
                 p.add_(grad / norm, alpha=step)
             found.append(objective().item())
     near((found[0] - found[1]) / 0.04, norm, 0.02)
+
+
+def test_the_losses_reach_only_their_own_parameters():
+    """By backward(), without Agent.update, which asks for the gradients that it needs."""
+    for spec in (SPEC, DISCRETE):
+        agent = make_agent(spec, pcont=True)
+        losses, dream = agent.actor_loss(start_of(agent))
+        losses["loss_actor"].backward()
+        others = [*agent.world_model.parameters(), *agent.value.parameters()]
+        assert all(p.grad is None and p.requires_grad for p in others)
+        assert all(p.grad.abs().sum() > 0 for p in agent.actor.parameters())
+        before = [p.grad.clone() for p in agent.actor.parameters()]
+        agent.value_loss(dream)[0]["loss_value"].backward()
+        assert all(p.grad is None for p in agent.world_model.parameters())
+        assert all(p.grad is not None for p in agent.value.parameters())
+        assert all(map(torch.equal, before, (p.grad for p in agent.actor.parameters())))
 
 
 def test_gradient_routing_of_the_update():
@@ -669,6 +713,19 @@ def test_bfloat16_losses_are_near():
     for name, value in found["float32"].items():
         if "loss" in name:
             assert abs(found["bfloat16"][name] - value) < 0.03 * abs(value) + 0.02, name
+
+
+def test_the_recurrent_state_is_float32_under_bfloat16():
+    agent = make_agent(precision="bfloat16")
+    prior, (deter, stoch, action) = agent.world_model.prior, torch.randn(3, 7, 12).unbind(0)
+    stoch, action = stoch[:, :4], action[:, :2]
+    seen, cell = [], prior.cell.forward
+    prior.cell.forward = lambda x, h: seen.append((x, h)) or cell(x, h)
+    with agent.autocast():
+        after = prior.core(deter, stoch, action)
+    ((inputs, state),) = seen
+    assert after.dtype == inputs.dtype == torch.float32 and state is deter
+    assert torch.equal(after, cell(inputs, deter))  # outside of autocast
 
 
 def test_pictures_under_bfloat16():

@@ -1,6 +1,7 @@
 """dreamer.py as its users run it: schedule, resume, evaluation, kinds of environments, errors."""
 
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -206,6 +207,7 @@ CASES = {
         "--env-id CartPole-v1 --steps 400 --prefill 60 --replay-size 120 --pcont --pcont-scale 3"
         " --eval-every 70 --dream-every 90"
     ),
+    "pixels": "--env-id test_run:Pixels-v0 --steps 240 --prefill 60",
 }
 
 
@@ -291,6 +293,31 @@ def test_wrong_flags_and_foreign_runs(start, tmp_path):  # noqa: F811
     assert "--gamma" in start(*argv, "--gamma", 0.9).error().replace("gamma:", "--gamma")
     with pytest.raises(checkpoint.RunError, match=r"was written by dreamer\.py"):
         checkpoint.load(run, "dreamer_v3")
+
+
+def test_nothing_is_lost(start, tmp_path):  # noqa: F811
+    """As in test_run.py for dreamer_v3.py: what main does for both is checked for both."""
+    short = ["--prefill", 30, "--train-every", 10, "--train-steps", 1, "--pretrain", 1]
+    argv, run = [*SMALL, *short, "--save-every", 1000], tmp_path / "spoiled"
+    spoiled = [*argv, "--env-id", "test_run:Spoiled-v0", "--steps", 200, "--run", run]
+    message = start(*spoiled).error()
+    assert "not finite" in message and "episode 4" in message
+    state = checkpoint.load(run)
+    assert state["step"] == state["replay"]["total"] == 91 and state["updates"] > 0
+    run = tmp_path / "run"
+    argv += ["--env-id", "test_run:Long-v0", "--run", run]
+    start(*argv, "--steps", 60).done()
+    before = lines_of(run)
+    assert "resumes at step 60" in start(*argv, "--steps", 60).done()
+    assert lines_of(run) == before and checkpoint.load(run)["step"] == 60
+    start(*argv, "--steps", 40).done()
+    assert checkpoint.load(run)["step"] == 60
+    message = start(*argv, "--steps", 80, prepare="wider_observation").error()
+    assert "'observation': [2]" in message and "'observation': [3]" in message
+    shutil.rmtree(run / "replay")
+    assert "replay/ is gone" in start(*argv, "--steps", 80).error()
+    text = start(*argv, "--steps", 60, "--fresh").done()
+    assert "resumes" not in text and lines_of(run) == before
 
 
 def test_nan_is_named(inside, monkeypatch):  # noqa: F811

@@ -68,7 +68,25 @@ class Press(gymnasium.Env):
         return np.array([self.light - 1], np.float32), reward, False, self.count == 15, {}
 
 
+class Dial(gymnasium.Env):
+    """Turn to where the light is, in [-1, 1]: 1 minus the distance, 15 steps, a light for each."""
+
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    observation_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count, self.light = 0, self.np_random.uniform(-1, 1, 1)
+        return self.light.astype(np.float32), {}
+
+    def step(self, action):
+        reward = 1 - abs(action.item() - self.light.item())
+        self.count, self.light = self.count + 1, self.np_random.uniform(-1, 1, 1)
+        return self.light.astype(np.float32), reward, False, self.count == 15, {}
+
+
 gymnasium.register("Reach-v0", "test_learning:Reach")
+gymnasium.register("Dial-v0", "test_learning:Dial")
 gymnasium.register("Press-v0", "test_learning:Press")
 
 
@@ -102,6 +120,12 @@ def test_learning(tmp_path):
 
 def test_learning_of_dreamer(tmp_path):
     assert train(tmp_path / "run", 0, dreamer, DREAMER_FLAGS) > 9
+
+
+def test_dreamer_learns_continuous_actions(tmp_path):
+    """Seeds 0-2 got 11.2, 11.3, 11.7 of 15; who does not see the light gets 7.5 at best."""
+    flags = f"{DREAMER_FLAGS} --env-id test_learning:Dial-v0 --steps 1000"
+    assert train(tmp_path / "run", 0, dreamer, flags) > 9
 
 
 def test_dreamer_learns_what_the_action_of_each_row_does(tmp_path):

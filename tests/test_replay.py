@@ -268,6 +268,22 @@ def test_windows_of_episodes(tmp_path, reopened):
     assert not batch["is_first"][:, 2:].any() and not batch["is_last"][:, 1:-1].any()
 
 
+def test_shortest_episodes_and_abandoned_ones(tmp_path):
+    """An episode of T rows has one window, the last; rows without an end are never drawn."""
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, online=False)
+    episodes_of([[4, 3]], replay)
+    assert not len(replay.episodes())
+    index = replay.sample_episodes(20, last=True)["index"]
+    assert (index[:, 1:, 1] == torch.arange(4)).all()
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path / "crash", seed=5, online=False)
+    for first, last in [(1, 0)] + [(0, 0)] * 7 + [(1, 0)] + [(0, 0)] * 5 + [(0, 1)]:
+        row = make_row(replay.total, 1)  # eight rows, a crash, an episode of seven
+        row["is_first"], row["is_last"] = torch.tensor([[first], [last]]).bool()
+        replay.append(row.select(*replay.storage.keys()))
+    starts = replay.sample_episodes(200, last=True)["index"][:, 1, 1]
+    assert set(starts.tolist()) == {8, 9, 10, 11}
+
+
 def test_no_episode_to_draw(tmp_path):
     replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
     episodes_of([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
