@@ -572,12 +572,14 @@ class DreamerActor(nn.Module):
 
     Continuous: a normal distribution with mean tanh(m) and deviation in [0.1, 1]; samples are
     not squashed, the environment clips them. `classes` = () means continuous; otherwise the
-    action is the concatenated one-hots of one categorical per entry.
+    action is the concatenated one-hots of one categorical per entry, with a share `unimix` of the
+    uniform distribution (the paper has 0.01, the authors' current code none).
     """
 
-    def __init__(self, inputs: int, action_dim: int, classes: tuple[int, ...], units, layers=3):
+    def __init__(self, inputs: int, action_dim: int, classes: tuple[int, ...], units, layers=3,
+                 unimix=0.0):  # fmt: skip
         super().__init__()
-        self.classes, self.action_dim = tuple(classes), action_dim
+        self.classes, self.action_dim, self.unimix = tuple(classes), action_dim, unimix
         self.mlp = mlp(inputs, units, layers)
         self.head = Linear(units, action_dim, outscale=0.01)
         if not self.classes:
@@ -587,7 +589,10 @@ class DreamerActor(nn.Module):
         """The action distribution at feat (..., F)."""
         x = self.mlp(feat)
         if self.classes:
-            return Categoricals(self.head(x).float().split(self.classes, -1))
+            logits = self.head(x).float().split(self.classes, -1)
+            if self.unimix:
+                logits = [unimix_probs(part, self.unimix).log() for part in logits]
+            return Categoricals(logits)
         std = (1.0 - 0.1) * torch.sigmoid(self.std_head(x).float() + 2.0) + 0.1
         return BoundedNormal(torch.tanh(self.head(x).float()), std)
 

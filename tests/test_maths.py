@@ -605,6 +605,10 @@ def test_39_discrete_actor_has_no_unimix():
     rare = policy.log_prob(torch.tensor([[0.0, 1.0, 0.0]]))
     assert rare.exp() < 1e-20
     near(rare, [-50.0], 1e-6)
+    agent.actor.unimix = 0.01  # as in the paper
+    policy = agent.actor(torch.randn(1, agent.world_model.features))
+    near(policy.log_prob(torch.tensor([[0.0, 1.0, 0.0]])).exp(), [0.01 / 3], 1e-5)
+    near(policy.log_prob(torch.tensor([[1.0, 0.0, 0.0]])).exp(), [0.99 + 0.01 / 3], 1e-5)
 
 
 def test_39_discrete_actor_by_hand():
