@@ -19,7 +19,10 @@ The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44). Deviations,
 - Adam's epsilon is added after the bias correction (torch), not before it (TensorFlow).
 - By default everything is float32 on a CPU; on CUDA, matrix products are bfloat16 (autocast), but
   for those of the GRU. Gradients that are not finite end the run; the authors skip that step.
-- No update is made before the first burst; the authors' code makes one as it builds the model.
+- No update is made before the first burst; the authors' code makes one as it builds the model,
+  and plays an evaluation as the prefill ends.
+- A dream's context is a quarter of its rows, not five rows. Options that their recipe leaves off
+  are left out: balanced sampling, clipped rewards, decaying exploration, noise in evaluations.
 - In Atari, losing a life ends nothing and sticky actions are off without --sticky; frames and
   no-ops are gymnasium's AtariPreprocessing.
 - Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
