@@ -194,8 +194,9 @@ class Envs:
 def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
     options = dict(
-        action_repeat=args.action_repeat, obs=args.obs, image_size=getattr(args, "image_size", 64),
-        sticky=args.sticky, camera=args.camera, render_quality=args.render_quality,
+        action_repeat=args.action_repeat, obs=getattr(args, "obs", "vector"),
+        image_size=getattr(args, "image_size", 64), sticky=getattr(args, "sticky", False),
+        camera=args.camera, render_quality=args.render_quality,
     )  # fmt: skip
     return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
 

@@ -1,0 +1,1213 @@
+"""PILCO (Deisenroth & Rasmussen, 2011): a Gaussian process model, a policy by analytic gradients.
+
+    python pilco.py                                      # cart-pole swing-up, one rollout per trial
+    python pilco.py --preset pendulum
+    python pilco.py --preset inverted_pendulum           # gymnasium's, MuJoCo
+    python pilco.py --preset debug                       # everything tiny
+    python pilco.py --eval runs/pilco/PILCO-CartPole-v0/seed0    # play and film
+    python pilco.py --benchmark                          # value and gradient of the policy
+
+Trials: a random rollout; then, again and again, fit the GPs to all transitions, improve the policy
+against its expected cost under the model, play one rollout with it. The same command again resumes
+the run after its last trial; --fresh starts over. A run folder holds args.json, metrics.jsonl,
+checkpoint.pt, tensorboard/, a picture trial_*.png of each trial's prediction, policy.mp4.
+
+The algorithm is the authors' MATLAB code (UCL-SML/pilco-matlab at a0b48b7, v0.9), which propagates
+beliefs without observation noise, costs x_1..x_H, and squashes with (9 sin u + sin 3u) / 8.
+Deviations, all deliberate:
+- The covariance of the GP means is summed in a form that cannot cancel to negative variances.
+- Hyperparameters are fitted by BoTorch (L-BFGS), the policy by BFGS with another line search.
+- Actions are scaled to [-1, 1], which changes the units of their lengthscales only.
+- The real cost is that of the observed state; the authors', of the latent one.
+Everything is in float64: single precision makes half of the variances negative.
+
+Shapes: N policies side by side, D state variables, A action numbers, F features (the state with sin
+and cos of its angles), I = inputs of a GP (features without angles, and actions), E outputs, n data
+points, H horizon. Equations are numbered as in the ICML paper.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gpytorch
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from botorch.fit import fit_gpytorch_mll
+from botorch.models.gpytorch import GPyTorchModel
+from PIL import Image, ImageDraw
+from scipy.optimize import minimize
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.checkpoint import RunError, Stop
+from common.envs import make_envs, usual_quality
+from common.evaluation import evaluate
+from common.imagination import ModelBasedEnvBase
+from common.logger import Logger, plot_curve
+
+JITTER = 1e-6  # variance of a deterministic GP, and ridge of the inducing inputs, as the authors'
+MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
+
+
+@dataclass
+class Args:
+    """Flags. What a preset does not set is the authors' setting."""
+
+    preset: Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum", "debug"] = (
+        "cart_pole"  # a scenario; other flags override it
+    )
+    env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, also my_module:MyEnv-v0
+    trials: int = 15  # rollouts of a policy; each one is learned anew before
+    seed: int = 0  # of networks, noise and environments
+
+    # the run
+
+    run: str = ""  # folder; empty: runs/pilco/<env>/seed<seed>
+    fresh: bool = False  # delete what the run folder holds and start over
+    eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes
+    eval_episodes: int = 10  # played at the end, and by --eval
+    benchmark: bool = False  # time the value and its gradient at 100 and 300 points
+    threads: int = 1  # of torch; these matrices are too small for more
+    tensorboard: bool = True  # mirror the metrics to TensorBoard
+
+    # environment
+
+    horizon: int = 40  # actions in a rollout, real or imagined
+    random_rollouts: int = 1  # before the first trial
+    action_repeat: int = 1  # environment steps per action
+    camera: int = -1  # of MuJoCo; -1: the usual one
+    render_quality: Literal["auto", "fast", "full"] = "auto"  # fast: no shadows, no antialiasing
+
+    # belief
+
+    angles: tuple[int, ...] = ()  # state variables that enter as sine and cosine
+    start: tuple[float, ...] = ()  # mean of the first state; empty: of those seen
+    start_std: tuple[float, ...] = ()  # its deviations; empty: of those seen, at least 0.01
+    noise: Literal["latent", "observed"] = "latent"  # observed: noise is added at every step
+
+    # world model
+
+    max_inducing: int = 300  # with more points than these: FITC
+    fit_steps: int = 300  # of L-BFGS at most, for the hyperparameters
+
+    # controller
+
+    controller: Literal["rbf", "linear"] = "rbf"
+    centres: int = 10  # of the RBF controller
+    bound: Literal["gSat", "gSin"] = "gSat"  # squashes actions: (9 sin u + sin 3u) / 8, or sin u
+
+    # cost
+
+    target: tuple[float, ...] = ()  # state; empty: zeros
+    weights: tuple[float, ...] = ()  # features' diagonal or whole matrix; empty: ones
+    widths: tuple[float, ...] = (1.0,)  # the cost is a mean over them
+    exploration: float = 0.0  # times the cost's deviation, added; below 0 explores
+    gamma: float = 1.0  # discount per step
+
+    # policy search
+
+    iterations: int = 150  # line searches of BFGS
+    evaluations: int = 300  # of the expected cost and its gradient, at most
+    restarts: int = 1  # policies improved side by side: the last one and new ones
+
+
+def tip(width: int, *rows: dict[int, float]) -> tuple[float, ...]:
+    """Weights (flat) of a squared distance: each row makes a coordinate, {feature: factor}."""
+    matrix = np.zeros((len(rows), width))
+    for row, entries in zip(matrix, rows, strict=True):
+        row[list(entries)] = list(entries.values())
+    return tuple((matrix.T @ matrix).flatten().tolist())
+
+
+# fmt: off
+PRESETS = {
+    "cart_pole": dict(  # x, dx, dtheta, theta; the features end with sin and cos of theta
+        angles=(3,), start=(0, 0, 0, 0), start_std=(0.1,) * 4, target=(0, 0, 0, math.pi),
+        weights=tip(6, {0: 1, 4: 0.5}, {5: 0.5}), widths=(0.25,)),
+    "pendulum": dict(  # dtheta, theta
+        env_id="PILCO/Pendulum-v0", trials=10, angles=(1,), start=(0, 0), start_std=(0.1, 0.1),
+        target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), widths=(0.5,), centres=20,
+        iterations=75),
+    "double_pendulum": dict(  # dtheta1, dtheta2, theta1, theta2
+        env_id="PILCO/DoublePendulum-v0", trials=20, horizon=30, angles=(2, 3),
+        start=(0, 0, math.pi, math.pi), start_std=(0.1, 0.1, 0.01, 0.01), target=(0, 0, 0, 0),
+        weights=tip(8, {4: 0.5, 6: 0.5}, {5: 0.5, 7: 0.5}), widths=(0.5,), centres=100),
+    "inverted_pendulum": dict(  # position, angle and their speeds: balance, from near the top
+        env_id="InvertedPendulum-v5", trials=5, random_rollouts=5, iterations=50),
+    "debug": dict(
+        env_id="PILCO/Pendulum-v0", trials=2, horizon=8, angles=(1,), start=(0, 0),
+        start_std=(0.1, 0.1), target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), centres=4,
+        iterations=3, evaluations=6, eval_episodes=1),
+}
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags -> Args: a flag beats the preset, which beats the defaults."""
+    chosen = tyro.cli(Args, args=argv, description=__doc__)  # for --preset and --help
+    default = Args(**PRESETS[chosen.preset] | {"preset": chosen.preset})
+    return tyro.cli(Args, default=default, args=argv, description=__doc__)
+
+
+def check(args: Args):
+    """RunError that names the flag for values that cannot work."""
+    counts = "trials horizon random_rollouts action_repeat eval_episodes max_inducing fit_steps"
+    for name in (*counts.split(), "centres", "iterations", "evaluations", "restarts"):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1")
+    if not (all(width > 0 for width in args.widths) and args.widths and args.gamma > 0):
+        raise RunError("--widths and --gamma must be positive")
+    if min(args.seed, args.threads) < 0:
+        raise RunError("--seed and --threads must not be negative")
+
+
+# --- maths --------------------------------------------------------------------------------------
+
+
+class InverseAndLogdet(torch.autograd.Function):
+    """Positive definite (..., D, D) -> inverse and log-determinant by one factorisation.
+
+    Where that fails the log-determinant is NaN.
+    """
+
+    @staticmethod
+    def forward(ctx, matrix):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        inverse = torch.cholesky_inverse(factor)
+        ctx.save_for_backward(inverse)
+        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return inverse, torch.where(failed == 0, logdet, torch.nan)
+
+    @staticmethod
+    def backward(ctx, grad_inverse, grad_logdet):
+        (inverse,) = ctx.saved_tensors
+        return grad_logdet[..., None, None] * inverse - inverse @ grad_inverse @ inverse
+
+
+class PairSum(torch.autograd.Function):
+    """sum_ij W_ij p_i q_j (exp(a_i . b_j) - 1): p, q (..., n), a, b (..., n, K), W (..., n, n).
+
+    W is a constant, ones if None. The gradient is taken at once: nothing of size n x n is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, p, a, b, q, weight=None):
+        left = torch.cat([p[..., None], p[..., None] * a], -1)
+        right = torch.cat([q[..., None], q[..., None] * b], -1)
+        kernel = torch.expm1_(a @ b.mT)
+        if weight is None:  # the derivative of exp - 1 is exp: what is missing, without the sums
+            rest_a, rest_b = right.sum(-2, keepdim=True), left.sum(-2, keepdim=True)
+        else:
+            kernel.mul_(weight)
+            rest_a, rest_b = weight @ right, weight.mT @ left
+        rows, columns = kernel @ right, kernel.mT @ left
+        grad_p, grad_q = rows[..., 0], columns[..., 0]
+        grad_a = p[..., None] * (rows + rest_a)[..., 1:]
+        grad_b = q[..., None] * (columns + rest_b)[..., 1:]
+        ctx.save_for_backward(grad_p, grad_a, grad_b, grad_q)
+        return (p * grad_p).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_p, grad_a, grad_b, grad_q = ctx.saved_tensors
+        outer, inner = grad[..., None], grad[..., None, None]
+        return outer * grad_p, inner * grad_a, inner * grad_b, outer * grad_q, None
+
+
+def pairs(outputs: int) -> tuple[Tensor, Tensor]:
+    """Indices (a, b) of the pairs a <= b of outputs, those with a = b first."""
+    a, b = torch.triu_indices(outputs, outputs, 1)
+    own = torch.arange(outputs)
+    return torch.cat([own, a]), torch.cat([own, b])
+
+
+def symmetric(values: Tensor, outputs: int) -> Tensor:
+    """Numbers (..., P), one for each of `pairs`, -> symmetric matrices (..., E, E)."""
+    a, b = pairs(outputs)
+    index = torch.empty(outputs, outputs, dtype=torch.long)
+    index[a, b] = index[b, a] = torch.arange(len(a))
+    return values[..., index]
+
+
+class Factors(NamedTuple):
+    """What the moments of E functions f_a(x) = sum_i beta_ai k_a(x_i, x) depend on.
+
+    inputs (n, I), log_lengthscale (E, I), log_signal (E), beta (E, n); for GPs, whose functions are
+    uncertain, also inverse (E, n, n) of the kernel matrix and weight = beta beta^T - inverse.
+    """
+
+    inputs: Tensor
+    log_lengthscale: Tensor
+    log_signal: Tensor
+    beta: Tensor
+    inverse: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) -> Tensor:
+    """Squared exponential kernel, eq. 6: x (..., n, I), y (..., m, I) -> (..., E, n, m)."""
+    x, y = (z[..., None, :, :] * torch.exp(-log_lengthscale)[..., None, :] for z in (x, y))
+    square = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    return torch.exp(2 * log_signal[..., None, None] - 0.5 * square)
+
+
+def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of f(x) for x ~ N(mean, cov), eq. 14-23: mean (N, I), cov (N, I, I).
+
+    Returns the mean (N, E), the covariance (N, E, E) and the gain (N, I, E): the covariance of x
+    and f(x) is cov @ gain. With d_ij = log Q_ij - log q_i - log q_j, the covariance of posterior
+    means is sum_ij p_i p_j (exp(d_ij) - 1), where the paper subtracts two sums of nearly that size.
+    """
+    outputs, width = f.log_lengthscale.shape[-2:]
+    a, b = pairs(outputs)
+    own = torch.exp(-2 * f.log_lengthscale)  # (E, I)
+    precision = torch.cat([own, own[..., a, :] + own[..., b, :]], -2)  # (E + P, I)
+    root = precision.sqrt()
+    scaled = root[..., :, None] * cov[..., None, :, :]  # (N, E + P, I, I)
+    eye = torch.eye(width, dtype=cov.dtype, device=cov.device)
+    inverse, logdet = InverseAndLogdet.apply(eye + scaled * root[..., None, :])
+    single, double = logdet[..., :outputs], logdet[..., outputs:]
+
+    nu = (f.inputs - mean[..., None, :])[..., None, :, :]  # (N, 1, n, I)
+    first = root[..., :outputs, :]
+    slope = nu @ (first[..., :, None] * inverse[..., :outputs, :, :] * first[..., None, :])
+    log_q = 2 * f.log_signal - 0.5 * single
+    q = torch.exp(log_q[..., None] - 0.5 * (slope * nu).sum(-1))  # (N, E, n)
+    p = f.beta * q
+    gain = (p[..., None, :] @ slope)[..., 0, :].mT
+
+    spread = (inverse @ scaled) / root[..., :, None]  # (cov^-1 + precision)^-1
+    alone, pair = spread[..., :outputs, :, :], spread[..., outputs:, :, :]
+    of_a, of_b = own[..., a, None, :], own[..., b, None, :]  # (P, 1, I)
+    at_a, at_b = nu * of_a, nu * of_b  # (N, P, n, I)
+    cross, back = at_a @ pair, at_b @ pair
+    rest_a = 0.5 * (single[..., a] + single[..., b] - double)[..., None]
+    rest_a = rest_a - 0.5 * (cross * of_b @ alone[..., a, :, :] * at_a).sum(-1)
+    rest_b = -0.5 * (back * of_a @ alone[..., b, :, :] * at_b).sum(-1)
+    one = torch.ones_like(rest_b)[..., None]
+    left = torch.cat([cross, rest_a[..., None], one], -1)
+    right = torch.cat([at_b, one, rest_b[..., None]], -1)  # d_ij = left_i . right_j
+
+    if f.inverse is None:
+        sums = PairSum.apply(p[..., a, :], left, right, p[..., b, :])
+        return p.sum(-1), symmetric(sums, outputs) + JITTER * eye[:outputs, :outputs], gain
+    e, a, b = outputs, a[outputs:], b[outputs:]
+    ends = left[..., :e, :, :], right[..., :e, :, :], left[..., e:, :, :], right[..., e:, :, :]
+    within = PairSum.apply(q, *ends[:2], q, f.weight)
+    within = (
+        within
+        + torch.exp(2 * f.log_signal)
+        - (q * (q[..., None, :] @ f.inverse)[..., 0, :]).sum(-1)
+    )
+    across = PairSum.apply(p[..., a, :], *ends[2:], p[..., b, :])
+    return p.sum(-1), symmetric(torch.cat([within, across], -1), outputs), gain
+
+
+def sine_moments(mean: Tensor, cov: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of amplitude * sin(x) for x ~ N(mean, cov): (N, K), (N, K, K), amplitude (K).
+
+    Returns mean (N, K), covariance (N, K, K) and the diagonal (N, K) of the gain.
+    """
+    decay = amplitude * torch.exp(-0.5 * cov.diagonal(dim1=-2, dim2=-1))
+    near, far = mean[..., :, None] - mean[..., None, :], mean[..., :, None] + mean[..., None, :]
+    product = torch.expm1(cov) * near.cos() - torch.expm1(-cov) * far.cos()
+    cov = 0.5 * decay[..., :, None] * decay[..., None, :] * product
+    return decay * mean.sin(), cov, decay * mean.cos()
+
+
+def join(mean, cov, index, more_mean, more_cov, gain) -> tuple[Tensor, Tensor]:
+    """The joint Gaussian of x ~ N(mean, cov) and y, whose gain is that of x[index].
+
+    (N, D), (N, D, D) and (N, K), (N, K, K), gain (N, len(index), K) -> (N, D + K) and so on.
+    """
+    cross = cov[..., index] @ gain
+    rows = torch.cat([cov, cross], -1), torch.cat([cross.mT, more_cov], -1)
+    return torch.cat([mean, more_mean], -1), torch.cat(rows, -2)
+
+
+def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Append sin and cos of each angle to x: (N, D), (N, D, D) -> (N, D + 2K), ..."""
+    if not angles:
+        return mean, cov
+    twice = [i for i in angles for _ in range(2)]
+    phase = mean.new_tensor([0, math.pi / 2] * len(angles))  # cos x = sin(x + pi / 2)
+    inner = cov[..., twice, :][..., twice]
+    mean_s, cov_s, gain = sine_moments(mean[..., twice] + phase, inner, torch.ones_like(phase))
+    return join(mean, cov, twice, mean_s, cov_s, torch.diag_embed(gain))
+
+
+def squash(mean, cov, gain, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Bound actions u ~ N(mean, cov) to [-1, 1]; "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u."""
+    if kind == "gSin":
+        mean, cov, slope = sine_moments(mean, cov, torch.ones_like(mean[0]))
+        return mean, cov, gain * slope[..., None, :]
+    factor, n = mean.new_tensor([1.0, 3.0]), mean.shape[-1]
+    amplitude = mean.new_tensor([9 / 8, 1 / 8]).repeat_interleave(n)
+    both = (factor[:, None] * mean[..., None, :]).flatten(-2)
+    wide = torch.kron(factor[:, None] * factor, torch.ones_like(cov[0])) * cov.tile(2, 2)
+    mean, cov, slope = sine_moments(both, wide, amplitude)
+    slope = (factor[:, None] * slope.unflatten(-1, (2, n))).sum(-2)
+    cov = cov.unflatten(-1, (2, n)).unflatten(-3, (2, n)).sum((-4, -2))
+    return mean.unflatten(-1, (2, n)).sum(-2), cov, gain * slope[..., None, :]
+
+
+def certain(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """A state (N, D) known exactly, as the moments of a belief."""
+    return mean, mean.new_zeros(*mean.shape, mean.shape[-1])
+
+
+# --- GP world model -----------------------------------------------------------------------------
+
+
+class IndependentGPs(gpytorch.models.ExactGP, GPyTorchModel):
+    """Zero-mean GPs, one for each row of targets: inputs (E, n, I), targets (E, n)."""
+
+    def __init__(self, inputs, targets, likelihood, covar_module):
+        super().__init__(inputs, targets, likelihood)
+        self.covar_module = covar_module
+
+    def forward(self, x):
+        covariance = self.covar_module(x)
+        return gpytorch.distributions.MultivariateNormal(x.new_zeros(x.shape[:-1]), covariance)
+
+    def log_hyperparameters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Logarithms of lengthscales (E, I), signal deviations (E) and noise deviations (E)."""
+        covar, noise = self.covar_module, self.likelihood.noise
+        scale = covar.base_kernel.lengthscale[:, 0]
+        return scale.log(), covar.outputscale.log() / 2, noise[:, 0].log() / 2
+
+
+class CurbedLikelihood(gpytorch.mlls.ExactMarginalLogLikelihood):
+    """Log marginal likelihood (E) per data point, minus the authors' penalty.
+
+    sum_d (ln(lengthscale_d / std_d) / ln 100)^30 + (ln(signal / noise) / ln 1000)^30: a wall at
+    lengthscales of 100 deviations of their input and at a signal-to-noise ratio of 1,000.
+    """
+
+    def __init__(self, model: IndependentGPs, std: Tensor):
+        super().__init__(model.likelihood, model)
+        self.std = std
+
+    def forward(self, distribution, target, *args, **kwargs) -> Tensor:
+        value = super().forward(distribution, target, *args, **kwargs)
+        scale, signal, noise = self.model.log_hyperparameters()
+        penalty = ((scale - self.std.log()) / math.log(100)).pow(30).sum(-1)
+        penalty = penalty + ((signal - noise) / math.log(1000)).pow(30)
+        return value - penalty / target.shape[-1]
+
+
+def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors:
+    """Factors of the GPs with data x (n, I), y (n, E)."""
+    gram = kernel(x, x, *hyper[:2])
+    gram.diagonal(dim1=-2, dim2=-1).add_(torch.exp(2 * hyper[2])[:, None])
+    root = torch.linalg.cholesky(gram)
+    beta = torch.cholesky_solve(y.T[..., None], root)[..., 0]
+    return factors(x, hyper, beta, torch.cholesky_inverse(root))
+
+
+def factors(x: Tensor, hyper: tuple, beta: Tensor, inverse: Tensor) -> Factors:
+    return Factors(x, *hyper[:2], beta, inverse, beta[:, :, None] * beta[:, None] - inverse)
+
+
+def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple) -> tuple[Tensor, Factors]:
+    """FITC (Snelson & Ghahramani, 2006) with inducing inputs z (m, I).
+
+    Negative log marginal likelihood (E), and the factors, in which `inverse` is the difference of
+    the inverse kernel matrix and that of the posterior.
+    """
+    eye = torch.eye(len(z)).to(z)
+    root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + JITTER * eye)  # (E, m, m)
+    v = torch.linalg.solve_triangular(root, kernel(z, x, *hyper[:2]), upper=False)
+    noise = (torch.exp(2 * hyper[1]) + torch.exp(2 * hyper[2]))[:, None] - v.square().sum(-2)
+    inner = torch.linalg.cholesky(eye + v / noise[:, None] @ v.mT)
+    scaled = y.T / noise  # (E, n)
+    half = torch.linalg.solve_triangular(inner, v @ scaled[..., None], upper=False)
+    square = (y.T * scaled).sum(-1) - half.square().sum((-2, -1))
+    logdet = noise.log().sum(-1) + 2 * inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    nlml = 0.5 * (square + logdet + len(x) * math.log(2 * math.pi))
+    both = root @ inner
+    beta = torch.linalg.solve_triangular(both.mT, half, upper=True)[..., 0]
+    inverse = torch.cholesky_inverse(root) - torch.cholesky_inverse(both)
+    return nlml, factors(z, hyper, beta, inverse)
+
+
+class GPWorldModel(nn.Module):
+    """p(x' | x, u): a GP for each state variable's difference, eq. 2-8, in the units of the data.
+
+    Angles enter as sine and cosine. With more than `max_inducing` points the GPs keep the
+    hyperparameters of all data and predict through inducing inputs (FITC).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, *, angles: Sequence[int] = (),
+                 max_inducing: int = 300, fit_steps: int = 300):  # fmt: skip
+        super().__init__()
+        self.obs_dim, self.action_dim, self.angles = obs_dim, action_dim, tuple(angles)
+        self.max_inducing, self.fit_steps = max_inducing, fit_steps
+        straight = [i for i in range(obs_dim) if i not in self.angles]
+        self.features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
+        self.hyper = self.factors = self.inducing = None
+
+    def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
+        """Transitions td[n] -> inputs (n, I), targets (n, E); ValueError for other widths."""
+        x, after = td["observation"].double(), td["next", "observation"].double()
+        if (x.shape[-1], td["action"].shape[-1]) != (self.obs_dim, self.action_dim):
+            have = f"made for {self.obs_dim} state variables and {self.action_dim} actions"
+            raise ValueError(f"{have}, not {x.shape[-1]} and {td['action'].shape[-1]}")
+        inputs = with_angles(*certain(x), self.angles)[0][:, self.features]
+        return torch.cat([inputs, td["action"].double()], -1), after - x
+
+    def fit(self, td: TensorDict) -> "GPWorldModel":
+        """Learn from transitions td[n] with `observation`, `action` and ("next", "observation").
+
+        Hyperparameters start from those of the last fit.
+        """
+        x, y = self.dataset(td)
+        std = x.std(0).clamp(min=1e-6)
+        if self.hyper is None:
+            signal = y.std(0).clamp(min=1e-6).log()
+            self.hyper = std.log().expand(self.obs_dim, -1).clone(), signal, signal - math.log(10)
+        mll = CurbedLikelihood(self.build(x, y), std)
+        options = {"options": {"maxiter": self.fit_steps}}
+        with warnings.catch_warnings():  # that it stopped at maxiter
+            warnings.simplefilter("ignore")
+            fit_gpytorch_mll(mll, optimizer_kwargs=options)
+        self.hyper = tuple(value.detach() for value in mll.model.log_hyperparameters())
+        self.inducing = self.induce(x, y) if len(x) > self.max_inducing else None
+        self.factorise(x, y)
+        return self
+
+    def build(self, x: Tensor, y: Tensor) -> IndependentGPs:
+        """GPyTorch's model of the data at the present hyperparameters."""
+        batch, scale = (
+            torch.Size([self.obs_dim]),
+            dict(transform=torch.exp, inv_transform=torch.log),
+        )
+        positive = functools.partial(gpytorch.constraints.Positive, **scale)
+        base = gpytorch.kernels.RBFKernel(
+            ard_num_dims=x.shape[-1], batch_shape=batch, lengthscale_constraint=positive()
+        )
+        covar = gpytorch.kernels.ScaleKernel(
+            base, batch_shape=batch, outputscale_constraint=positive()
+        )
+        likelihood = gpytorch.likelihoods.GaussianLikelihood(
+            batch_shape=batch, noise_constraint=positive()
+        )
+        model = IndependentGPs(x.expand(self.obs_dim, *x.shape), y.mT, likelihood, covar).to(x)
+        lengthscale, signal, noise = (value.exp() for value in self.hyper)
+        base.lengthscale, covar.outputscale = lengthscale[:, None], signal.square()
+        likelihood.noise = noise.square()[:, None]
+        return model
+
+    def induce(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inducing inputs (m, I): from the last ones, or a random subset at first, by L-BFGS."""
+        start = self.inducing
+        if start is None:
+            start = x[torch.randperm(len(x))[: self.max_inducing]]
+
+        def objective(flat):
+            z = torch.as_tensor(flat).view_as(start).requires_grad_()
+            try:
+                value = fitc(x, y, z, self.hyper)[0].sum()
+            except torch.linalg.LinAlgError:
+                return math.inf, np.zeros_like(flat)
+            return value.item(), torch.autograd.grad(value, z)[0].flatten().numpy()
+
+        options = {"maxiter": self.fit_steps // 3 if self.inducing is not None else self.fit_steps}
+        found = minimize(
+            objective, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options
+        )
+        return torch.as_tensor(found.x).view_as(start)
+
+    def factorise(self, x: Tensor, y: Tensor):
+        """Compute once what every prediction needs."""
+        if self.inducing is None:
+            self.factors = exact(x, y, self.hyper)
+        else:
+            self.factors = fitc(x, y, self.inducing, self.hyper)[1]
+
+    def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs N(mean (N, I), cov (N, I, I)) -> moments of the difference, as moment_matching."""
+        return moment_matching(mean, cov, self.factors)
+
+
+# --- controllers --------------------------------------------------------------------------------
+
+
+class LinearController(nn.Module):
+    """u = squash(W x + b): the features' moments -> the action's, for R policies side by side.
+
+    `theta` (R, P) holds all parameters of each policy; `prepare` does what is needed once for many
+    steps, `forward` takes what it returns.
+    """
+
+    def __init__(self, inputs: int, action_dim: int, *, bound: str = "gSat", restarts: int = 1):
+        super().__init__()
+        self.bound, self.action_dim = bound, action_dim
+        self.sizes = {"weight": (action_dim, inputs), "bias": (action_dim,)}
+        self.theta = zeros(self.sizes, restarts)
+
+    def draw(self, mean: Tensor, cov: Tensor, lengthscale: Tensor):
+        """Random parameters, as the authors': small weights, no bias."""
+        parts = unpack(self.theta.data, self.sizes)
+        parts["weight"].normal_(0, 0.01)
+        parts["bias"].zero_()
+
+    def prepare(self, theta: Tensor | None = None) -> dict[str, Tensor]:
+        return unpack(self.theta if theta is None else theta, self.sizes)
+
+    def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
+        """(R, F), (R, F, F) -> mean (R, A), covariance (R, A, A), gain (R, F, A) of actions."""
+        parts = self.prepare() if prepared is None else prepared
+        weight = parts["weight"].expand(len(mean), -1, -1)
+        action = (weight @ mean[..., None])[..., 0] + parts["bias"]
+        return squash(action, weight @ cov @ weight.mT, weight.mT, self.bound)
+
+
+class RBFController(nn.Module):
+    """u = squash(f(x)), f the mean of a GP with `centres` points: signal 1, noise 0.01, eq. 11.
+
+    Centres are shared by all actions, targets and lengthscales are not. See LinearController for
+    `theta`, `prepare` and the shapes.
+    """
+
+    def __init__(self, inputs: int, action_dim: int, *, centres: int = 10, bound: str = "gSat",
+                 restarts: int = 1):  # fmt: skip
+        super().__init__()
+        self.bound, self.action_dim = bound, action_dim
+        self.sizes = {"centres": (centres, inputs), "targets": (centres, action_dim)}
+        self.sizes |= {"log_lengthscale": (action_dim, inputs)}
+        self.theta = zeros(self.sizes, restarts)
+
+    def draw(self, mean: Tensor, cov: Tensor, lengthscale: Tensor):
+        """Random parameters, as the authors': centres from the first belief, small targets."""
+        parts = unpack(self.theta.data, self.sizes)
+        values, vectors = torch.linalg.eigh(cov)
+        root = vectors * values.clamp(min=0).sqrt()
+        parts["centres"].copy_(mean + torch.randn_like(parts["centres"]) @ root.mT)
+        parts["targets"].normal_(0, 0.1)
+        parts["log_lengthscale"].copy_(lengthscale.log().expand_as(parts["log_lengthscale"]))
+
+    def prepare(self, theta: Tensor | None = None) -> Factors:
+        parts = unpack(self.theta if theta is None else theta, self.sizes)
+        centres, scale = parts["centres"], parts["log_lengthscale"]
+        signal = torch.zeros_like(scale[..., 0])
+        gram = kernel(centres, centres, scale, signal)
+        gram = gram + 0.01**2 * torch.eye(gram.shape[-1]).to(gram)
+        beta = torch.linalg.solve(gram, parts["targets"].mT[..., None])[..., 0]
+        return Factors(centres, scale, signal, beta)
+
+    def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
+        prepared = self.prepare() if prepared is None else prepared
+        return squash(*moment_matching(mean, cov, prepared), self.bound)
+
+
+def zeros(sizes: dict, restarts: int) -> nn.Parameter:
+    count = sum(map(math.prod, sizes.values()))
+    return nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
+
+
+def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
+    """Rows of parameters (R, P) -> {name: (R, *size)}, views of them."""
+    parts = theta.split([math.prod(size) for size in sizes.values()], -1)
+    pairs = zip(parts, sizes.items(), strict=True)
+    return {name: part.unflatten(-1, size) for part, (name, size) in pairs}
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+class ExponentialQuadraticCost(nn.Module):
+    """1 - exp(-(x - target)' weights (x - target) / (2 width^2)), mean over `widths`, eq. 24-25.
+
+    target (D) is a state; weights (F, F) are those of its features, sine and cosine of `angles`
+    appended. `exploration` times the deviation is added to the expectation of each width: below 0
+    it favours what is uncertain.
+    """
+
+    def __init__(self, target, weights, *, widths: Sequence[float] = (1.0,),
+                 angles: Sequence[int] = (), exploration: float = 0.0):  # fmt: skip
+        super().__init__()
+        self.angles, self.exploration = tuple(angles), exploration
+        target = torch.as_tensor(target, dtype=torch.float64)[None]
+        self.register_buffer("target", with_angles(*certain(target), self.angles)[0][0])
+        weights = torch.as_tensor(weights, dtype=torch.float64)
+        if weights.shape != (len(self.target),) * 2:
+            raise ValueError(f"weights must be square, of {len(self.target)} features")
+        widths = torch.as_tensor(widths, dtype=torch.float64)
+        self.register_buffer("precision", weights / widths[:, None, None].square())  # (K, F, F)
+
+    def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """Features N(mean (N, F), cov (N, F, F)) -> expected cost and its variance (N).
+
+        The variance is the mean over the widths, as the authors', not that of the mean cost.
+        """
+        once, twice = self.expect(mean, cov, 1), self.expect(mean, cov, 2)  # (N, K)
+        variance = (twice - once.square()).clamp(min=0)
+        cost = 1 - once
+        if self.exploration:
+            cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
+        return cost.mean(-1), variance.mean(-1)
+
+    def expect(self, mean: Tensor, cov: Tensor, power: float) -> Tensor:
+        """E[(1 - cost)^power] for each width: (N, K)."""
+        weights, off = power * self.precision, (mean - self.target)[:, None, :, None]
+        matrix = torch.eye(mean.shape[-1]).to(cov) + cov[:, None] @ weights  # (N, K, F, F)
+        square = (off.mT @ weights @ torch.linalg.solve(matrix, off))[..., 0, 0]
+        return torch.exp(-0.5 * (square + torch.linalg.slogdet(matrix)[1]))
+
+    def of(self, observation: Tensor) -> Tensor:
+        """The cost (...) of states (..., D) that are known."""
+        state = with_angles(*certain(observation.double().flatten(0, -2)), self.angles)
+        return (1 - self.expect(*state, 1)).mean(-1).view(observation.shape[:-1])
+
+
+# --- imagination environment --------------------------------------------------------------------
+
+
+class ImaginedEnv(ModelBasedEnvBase):
+    """Carries a Gaussian belief through the GPs: `mean` (N, F) and `covariance` (N, F, F).
+
+    The belief is over the features, so that policy, model and cost share the sines and cosines.
+    An action is a belief, too: `action` (N, A), `action_covariance` (N, A, A) and `action_gain`.
+    """
+
+    def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
+        super().__init__(world_model, ("mean", "covariance"))
+        self.cost, self.noise = cost, noise
+
+    def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
+        """The start N(mean (N, D), cov (N, D, D)) of a rollout."""
+        mean, cov = with_angles(mean, cov, self.world_model.angles)
+        return TensorDict(mean=mean, covariance=cov, batch_size=mean.shape[:1])
+
+    def policy(self, controller: nn.Module, prepared=None) -> Callable[[TensorDict], TensorDict]:
+        """The controller as a policy for `rollout`."""
+        names, index = ("action", "action_covariance", "action_gain"), self.world_model.features
+
+        def act(td: TensorDict) -> TensorDict:
+            state = td["mean"][..., index], td["covariance"][..., index, :][..., index]
+            return td.update(dict(zip(names, controller(*state, prepared), strict=True)))
+
+        return act
+
+    def _step(self, td: TensorDict) -> TensorDict:
+        """One step of the belief, `cost` and `cost_variance` there; reward = -cost."""
+        model, size = self.world_model, td["mean"].shape[-1]
+        action = td["action"], td["action_covariance"], td["action_gain"]
+        mean, cov = join(td["mean"], td["covariance"], model.features, *action)
+        inputs, d = [*model.features, *range(size, mean.shape[-1])], model.obs_dim
+        change, spread, gain = model(mean[..., inputs], cov[..., inputs, :][..., inputs])
+        cross = cov[..., :d, inputs] @ gain
+        cov = cov[..., :d, :d] + spread + cross + cross.mT
+        if self.noise == "observed":
+            cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
+        after = self.belief(mean[..., :d] + change, (cov + cov.mT) / 2)
+        cost, variance = self.cost(after["mean"], after["covariance"])
+        return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
+
+
+# --- policy search ------------------------------------------------------------------------------
+
+
+def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple, None]:
+    """BFGS that yields points (P) and is sent the value and gradient (P) there.
+
+    The line search is that of Lewis & Overton (2013), bisection to the weak Wolfe conditions: a
+    value that is not a number is a step too long, so a failed factorisation costs one evaluation.
+    """
+    value, grad = yield x
+    fresh = True  # the inverse Hessian is the identity
+    for _ in range(iterations):
+        if not grad.any():
+            return
+        if fresh:
+            inverse = torch.eye(len(x)).to(x)
+        direction = -(inverse @ grad)
+        slope, low, high = grad @ direction, 0.0, math.inf
+        step = min(1.0, 1 / grad.norm().item()) if fresh else 1.0
+        for _ in range(tries):
+            new_value, new_grad = yield x + step * direction
+            if not new_value <= value + 1e-4 * step * slope:
+                high = step
+            elif new_grad @ direction < 0.9 * slope:
+                low = step
+            else:
+                break
+            step = (low + high) / 2 if high < math.inf else 2 * step
+        else:
+            if fresh:
+                return  # not even the gradient leads down
+            fresh = True
+            continue
+        change, bend = step * direction, new_grad - grad
+        x, value, grad = x + change, new_value, new_grad
+        curvature = change @ bend  # positive by the second condition
+        if fresh:
+            inverse = inverse * curvature / (bend @ bend)
+        fresh, turned = False, inverse @ bend
+        inverse = inverse - (torch.outer(turned, change) + torch.outer(change, turned)) / curvature
+        scale = (1 + bend @ turned / curvature) / curvature
+        inverse = inverse + scale * torch.outer(change, change)
+
+
+def search(
+    objective: Callable, theta: Tensor, iterations: int, evaluations: int, stop=lambda: False
+):
+    """Improve every row of theta (R, P) in one batch: best row (P), its value, evaluations used.
+
+    objective: (R, P) -> values (R) and gradients (R, P). A row ends by itself; `stop` ends all.
+    """
+    searches = [bfgs(row, iterations) for row in theta]
+    points, best, found, used = {s: next(s) for s in searches}, math.inf, None, 0
+    while points and used < evaluations and not stop():
+        values, grads = objective(torch.stack(list(points.values())))
+        used += 1
+        for one, value, grad in zip(list(points), values, grads, strict=True):
+            if value < best:
+                best, found = value.item(), points[one].clone()
+            try:
+                points[one] = one.send((value, grad))
+            except StopIteration:
+                del points[one]
+    return found, best, used
+
+
+# --- scenarios ----------------------------------------------------------------------------------
+
+
+def pendulum(z, u, g=9.82, m=1.0, length=1.0, b=0.01):
+    """State (dtheta, theta), theta = 0 hangs; torque u (N m)."""
+    dtheta, theta = z
+    return np.array(
+        [(u[0] - b * dtheta - m * g * length * np.sin(theta) / 2) * 3 / (m * length**2), dtheta]
+    )
+
+
+def cart_pole(z, u, g=9.82, m=0.5, cart=0.5, length=0.5, b=0.1):
+    """State (x, dx, dtheta, theta), theta = 0 hangs; force u (N) on the cart."""
+    _, dx, dtheta, theta = z
+    sin, cos, force = np.sin(theta), np.cos(theta), u[0] - b * dx
+    pull = m * length * dtheta**2 * sin
+    ddx = (2 * pull + 3 * m * g * sin * cos + 4 * force) / (4 * (cart + m) - 3 * m * cos**2)
+    ddtheta = -3 * pull * cos - 6 * (cart + m) * g * sin - 6 * force * cos
+    return np.array([dx, ddx, ddtheta / (length * (4 * (m + cart) - 3 * m * cos**2)), dtheta])
+
+
+def double_pendulum(z, u, g=9.82, m=0.5, length=0.5):
+    """State (dtheta1, dtheta2, theta1, theta2), 0 is upright; a torque (N m) at either joint."""
+    dtheta1, dtheta2, theta1, theta2 = z
+    inertia, couple = m * length**2 / 12, 0.5 * m * length**2
+    cos, sin = np.cos(theta1 - theta2), np.sin(theta1 - theta2)
+    own1, own2 = 1.25 * m * length**2 + inertia, 0.25 * m * length**2 + inertia
+    force1 = 1.5 * m * g * length * np.sin(theta1) - couple * dtheta2**2 * sin + u[0]
+    force2 = 0.5 * m * g * length * np.sin(theta2) + couple * dtheta1**2 * sin + u[1]
+    determinant = own1 * own2 - (couple * cos) ** 2
+    ddtheta1 = (own2 * force1 - couple * cos * force2) / determinant
+    ddtheta2 = (own1 * force2 - couple * cos * force1) / determinant
+    return np.array([ddtheta1, ddtheta2, dtheta1, dtheta2])
+
+
+def runge_kutta(rate: Callable, z: np.ndarray, u: np.ndarray, dt: float, steps: int = 20):
+    """z after dt seconds of constant u."""
+    h = dt / steps
+    for _ in range(steps):
+        k1 = rate(z, u)
+        k2 = rate(z + h / 2 * k1, u)
+        k3 = rate(z + h / 2 * k2, u)
+        k4 = rate(z + h * k3, u)
+        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return z
+
+
+class Plant(gymnasium.Env):
+    """A scenario of the authors: an ODE, held actions, noisy observations.
+
+    `points(z)` is the chain of joints (K, 2) in metres, drawn, and its end the tip: the reward is
+    minus the saturated distance of the true tip from `goal`, -1 + exp(-(d / width)^2 / 2).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self, rate, points, goal, width, start, std, noise, most, dt=0.1, render_mode=None
+    ):
+        self.rate, self.points, self.goal, self.width, self.dt = rate, points, goal, width, dt
+        self.start, self.std, self.noise, self.most = map(np.array, (start, std, noise, most))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.start.shape)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.most.shape)
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.z = self.np_random.normal(self.start, self.std)
+        return self.observe(), {}
+
+    def step(self, action):
+        u = np.clip(np.asarray(action, float), -1, 1) * self.most
+        self.z = runge_kutta(self.rate, self.z, u, self.dt)
+        square = np.square(self.points(self.z)[-1] - np.array(self.goal)).sum()
+        return self.observe(), np.exp(-0.5 * square / self.width**2) - 1, False, False, {}
+
+    def observe(self):
+        return self.np_random.normal(self.z, self.noise).astype(np.float32)
+
+    def render(self):
+        picture = Image.new("RGB", (256, 256), "white")
+        draw = ImageDraw.Draw(picture)
+        across = [tuple(128 + 90 * np.array([x, -y])) for x, y in self.points(self.z)]
+        x, y = (128 + 90 * self.goal[0], 128 - 90 * self.goal[1])
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), outline="red", width=2)
+        draw.line((0, 128, 256, 128), fill="lightgray")
+        draw.line(across, fill="black", width=5)
+        draw.rectangle((across[0][0] - 12, 122, across[0][0] + 12, 134), fill="steelblue")
+        return np.asarray(picture)
+
+
+def chain(base: float, *angles: float, length: float) -> np.ndarray:
+    """Joints of links at these angles from straight up, from (base, 0)."""
+    links = [(length * np.sin(angle), length * np.cos(angle)) for angle in angles]
+    return np.cumsum([(base, 0.0), *links], 0)
+
+
+PLANTS = {
+    "Pendulum": (40, dict(
+        rate=pendulum, points=lambda z: chain(0, math.pi - z[1], length=1.0), goal=(0, 1),
+        width=0.5, start=(0, 0), std=(0.1, 0.1), noise=(0.1, 0.01), most=(2.5,))),
+    "CartPole": (40, dict(
+        rate=cart_pole, points=lambda z: chain(z[0], math.pi - z[3], length=0.5), goal=(0, 0.5),
+        width=0.25, start=(0,) * 4, std=(0.1,) * 4, noise=(0.01,) * 4, most=(10,))),
+    "DoublePendulum": (30, dict(
+        rate=double_pendulum, points=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
+        width=0.5, start=(0, 0, math.pi, math.pi), std=(0.1, 0.1, 0.01, 0.01), noise=(0.01,) * 4,
+        most=(2, 2))),
+}  # fmt: skip
+for name, (steps, kwargs) in PLANTS.items():
+    gymnasium.register(f"PILCO/{name}-v0", Plant, max_episode_steps=steps, kwargs=kwargs)
+
+
+# --- acting -------------------------------------------------------------------------------------
+
+
+class Agent:
+    """World model, controller, cost and the transitions seen: `act`, `learn`.
+
+    `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
+    The state is its vectors side by side, in the order of their keys.
+    """
+
+    def __init__(self, spec: dict, args: Args):
+        self.spec, self.args = spec, args
+        self.keys = sorted(spec["shapes"])
+        shapes = list(spec["shapes"].values())
+        width, actions = sum(map(math.prod, shapes)), spec["action_dim"]
+        if any(len(shape) != 1 for shape in shapes) or width > 20 or spec["classes"]:
+            have = f"{spec['shapes']}, {'discrete ' if spec['classes'] else ''}actions ({actions})"
+            raise RunError(f"PILCO needs at most 20 numbers and Box actions; --env-id has {have}")
+        if args.angles and not 0 <= min(args.angles) <= max(args.angles) < width:
+            raise RunError(f"--angles must be indices of the {width} numbers observed")
+        self.world_model = GPWorldModel(
+            width, actions, angles=args.angles, max_inducing=args.max_inducing,
+            fit_steps=args.fit_steps,
+        )  # fmt: skip
+        features, size = len(self.world_model.features), width + 2 * len(args.angles)
+        options = dict(bound=args.bound, restarts=args.restarts)
+        if args.controller == "linear":
+            self.controller = LinearController(features, actions, **options)
+        else:
+            self.controller = RBFController(features, actions, centres=args.centres, **options)
+        self.cost = ExponentialQuadraticCost(
+            self.numbers("target", width, 0.0), self.weights(size), widths=args.widths,
+            angles=args.angles, exploration=args.exploration,
+        )  # fmt: skip
+        self.env = ImaginedEnv(self.world_model, self.cost, noise=args.noise)
+        self.data, self.firsts, self.drawn = None, [], False
+
+    def numbers(self, name: str, count: int, empty: float) -> Tensor:
+        """A flag of `count` numbers; RunError for another count."""
+        values = getattr(self.args, name) or (empty,) * count
+        if len(values) != count:
+            raise RunError(f"--{name.replace('_', '-')} needs {count} numbers, not {len(values)}")
+        return torch.tensor(values, dtype=torch.float64)
+
+    def weights(self, size: int) -> Tensor:
+        if len(self.args.weights) == size**2:
+            return torch.tensor(self.args.weights, dtype=torch.float64).view(size, size)
+        return torch.diag(self.numbers("weights", size, 1.0))
+
+    def state(self, rows: TensorDict) -> Tensor:
+        """Rows [*B] -> states (*B, D)."""
+        return torch.cat([rows[key] for key in self.keys], -1).double()
+
+    @torch.no_grad()
+    def act(self, rows: TensorDict, state=None, random: bool = False):
+        """Rows[N] -> action (N, A), and the state, which this policy does not have."""
+        if random:
+            return torch.rand(len(rows), self.spec["action_dim"]) * 2 - 1, None
+        features = with_angles(*certain(self.state(rows)), self.args.angles)
+        index = self.world_model.features
+        belief = features[0][:, index], features[1][:, index][..., index]
+        return self.controller(*belief, self.best())[0].float(), None
+
+    def best(self):
+        """The policy that acts, prepared: the first of those side by side."""
+        return self.controller.prepare(self.controller.theta[:1])
+
+    def row(self, rows: TensorDict, state=None) -> TensorDict:
+        """Rows[N] as `evaluate` keeps them."""
+        return rows
+
+    def add(self, rows: TensorDict, actions: Tensor):
+        """Keep a rollout: rows [T + 1], actions (T, A)."""
+        states = self.state(rows)
+        new = TensorDict(
+            observation=states[:-1], action=actions.double(), batch_size=[len(actions)]
+        )
+        new["next", "observation"] = states[1:]
+        self.data = new if self.data is None else torch.cat([self.data, new])
+        self.firsts.append(states[0])
+
+    def start(self) -> tuple[Tensor, Tensor]:
+        """Moments (1, D), (1, D, D) of the first state: the flags', else those of all seen."""
+        seen = torch.stack(self.firsts)
+        mean, std = seen.mean(0), seen.std(0, correction=0).clamp(min=0.01)
+        if self.args.start:
+            mean = self.numbers("start", len(mean), 0.0)
+        if self.args.start_std:
+            std = self.numbers("start_std", len(std), 0.0)
+        return mean[None], torch.diag(std.square())[None]
+
+    def imagine(self, prepared, number: int = 1) -> TensorDict:
+        """The beliefs [number, horizon] of policies that `prepare` returned."""
+        start = self.env.belief(*self.start()).expand(number).clone()
+        policy = self.env.policy(self.controller, prepared)
+        return self.env.rollout(self.args.horizon, policy, start, auto_reset=False)
+
+    def objective(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Discounted expected cost (R) of x_1..x_H for parameters (R, P), and its gradient."""
+        theta = theta.detach().requires_grad_()
+        dream = self.imagine(self.controller.prepare(theta), len(theta))
+        steps = torch.arange(1, self.args.horizon + 1, dtype=torch.float64)
+        total = (self.args.gamma**steps * dream["next", "cost"]).sum(-1)
+        return total.detach(), torch.autograd.grad(total.sum(), theta)[0]
+
+    def draw_controller(self):
+        """New parameters, from the start's moments; the lengthscales of sine and cosine are 0.7."""
+        belief, index = self.env.belief(*self.start()), self.world_model.features
+        scale = torch.tensor([0.7 if i >= self.world_model.obs_dim else 1.0 for i in index])
+        mean, cov = belief["mean"][0, index], belief["covariance"][0][index][:, index]
+        self.controller.draw(mean, cov, scale.double())
+
+    def learn(self, stop: Callable = lambda: False) -> dict:
+        """Fit the GPs to all data, then improve the policy: what the README's glossary explains."""
+        started = time.monotonic()
+        self.world_model.fit(self.data)
+        fitted = time.monotonic()
+        kept = self.controller.theta.data[:1].clone()
+        if not self.drawn or self.args.restarts > 1:
+            self.draw_controller()
+        if self.drawn:
+            self.controller.theta.data[:1] = kept
+        self.drawn, args = True, self.args
+        theta, cost, used = search(
+            self.objective, self.controller.theta.data, args.iterations, args.evaluations, stop
+        )
+        if theta is None:
+            raise RunError("the expected cost is not a number: look at the scale of observations")
+        self.controller.theta.data[:1] = theta
+        _, signal, noise = self.world_model.hyper
+        return {
+            "search/cost": cost / args.horizon, "search/evaluations": used,
+            "model/snr_max": (signal - noise).exp().max().item(),
+            "model/noise_min": noise.exp().min().item(),
+            "time/fit": fitted - started, "time/search": time.monotonic() - fitted,
+        }  # fmt: skip
+
+    def state_dict(self) -> dict:
+        model = self.world_model
+        return {
+            "spec": self.spec, "args": dataclasses.asdict(self.args), "drawn": self.drawn,
+            "theta": self.controller.theta.detach(), "hyper": model.hyper, "firsts": self.firsts,
+            "inducing": model.inducing, "data": None if self.data is None else self.data.to_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict):
+        model = self.world_model
+        model.hyper, model.inducing = state["hyper"], state["inducing"]
+        self.firsts, self.drawn = list(state["firsts"]), state["drawn"]
+        self.controller.theta.data.copy_(state["theta"])
+        if state["data"] is not None:
+            self.data = TensorDict(state["data"]).auto_batch_size_(1)
+            if model.hyper is not None:
+                model.factorise(*model.dataset(self.data))
+
+
+def load(run: str | Path) -> Agent:
+    """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
+
+    def make(spec: dict, args: dict) -> Agent:
+        return Agent(spec, Args(**args))
+
+    return checkpoint.load_agent(run, "pilco", make)
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+
+def play(agent: Agent, trial: int, random: bool = False) -> tuple[TensorDict, Tensor]:
+    """One rollout: rows [T + 1] and actions (T, A), T = horizon or less if the episode ends."""
+    envs = make_envs(agent.args, 1, agent.args.seed * 1000 + trial)
+    rows, actions = [envs.step(None)], []
+    while len(actions) < agent.args.horizon and not rows[-1]["is_last"].item():
+        actions.append(agent.act(rows[-1], random=random)[0])
+        rows.append(envs.step(actions[-1]))
+    envs.close()
+    return torch.cat(rows), torch.cat(actions)
+
+
+def finish(agent: Agent, logger: Logger, name: str) -> dict:
+    """Play and film whole episodes, print where it lies; returns the scores."""
+    args = agent.args
+    returns, frames, _ = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
+    if frames:
+        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps=10)}")
+    return {"eval/return": mean, "eval/return_std": std}
+
+
+def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
+    """Figure: predicted cost and states with two deviations against the real rollout.
+
+    dream[1, H]; costs (T) and states (T + 1, D) of the rollout.
+    """
+    from matplotlib.figure import Figure
+
+    width, after = states.shape[-1], dream["next"][0]
+    panels = [("cost", after["cost"], after["cost_variance"], costs)]
+    for i in range(width):
+        moments = after["mean"][:, i], after["covariance"][:, i, i]
+        panels.append((f"state {i}", *moments, states[1:, i]))
+    figure = Figure(figsize=(7, 1 + 1.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    for ax, (label, mean, variance, real) in zip(axes, panels, strict=True):
+        steps, spread = np.arange(1, len(mean) + 1), 2 * variance.clamp(min=0).sqrt()
+        ax.fill_between(steps, mean - spread, mean + spread, color="#e07b1a", alpha=0.25, lw=0)
+        ax.plot(steps, mean, color="#e07b1a", label="predicted, two deviations")
+        ax.plot(np.arange(1, len(real) + 1), real, color="black", lw=1.2, label="real")
+        ax.set_ylabel(label)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[-1].set_xlabel("steps")
+    return figure
+
+
+def report(metrics: dict, step: int):
+    """One line for each trial."""
+    text = "random"
+    if "search/cost" in metrics:
+        text = (
+            f"predicted cost {metrics['search/cost']:.3f}, "
+            f"SNR up to {metrics['model/snr_max']:.0f}, "
+            f"{metrics['search/evaluations']} evaluations, "
+            f"fit {metrics['time/fit']:.1f} s, search {metrics['time/search']:.1f} s"
+        )
+    cost = f"cost {metrics['episode/cost']:.3f}, at the end {metrics['episode/final_cost']:.3f}"
+    print(f"rollout {metrics['trial']}, {step} steps: {cost}; {text}", flush=True)
+
+
+def benchmark():
+    """Milliseconds of the expected cost and its gradient: 4 states, 1 action, horizon 40."""
+    for points in (100, 300):
+        agent = Agent(
+            {"shapes": {"observation": [4]}, "action_dim": 1, "classes": []}, Args(centres=10)
+        )
+        x, model = torch.randn(points, 5, dtype=torch.float64), agent.world_model
+        y = 0.1 * torch.sin(x @ torch.randn(5, 4, dtype=torch.float64)) + 0.002 * torch.randn(
+            points, 4
+        )
+        model.hyper = (
+            torch.rand(4, 5, dtype=torch.float64).add(1.5).log(),
+            torch.full((4,), -1.6).double(),
+            torch.full((4,), -5.3).double(),
+        )
+        model.factors = exact(x, y, model.hyper)
+        agent.firsts = [torch.zeros(4, dtype=torch.float64)]
+        agent.draw_controller()
+        seconds = []
+        for _ in range(10):
+            start = time.perf_counter()
+            agent.objective(agent.controller.theta.data)
+            seconds.append(time.perf_counter() - start)
+        print(f"{1e3 * sorted(seconds)[5]:10.1f} ms      {points} points")
+
+
+# --- main ---------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    check(args)
+    checkpoint.prepare(args.seed, args.threads)
+    if args.benchmark:
+        return benchmark()
+    if args.eval:
+        agent = load(args.eval)
+        agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
+        return finish(agent, Logger(args.eval, 0, tensorboard=False), "eval")
+
+    folder, saved = checkpoint.open_run(
+        "pilco", args, MAY_CHANGE, {"render_quality": usual_quality()}
+    )
+    envs = make_envs(args, 1, args.seed)
+    agent, trial, step = Agent(envs.spec, args), 0, 0
+    envs.close()
+    checkpoint.check_spec(agent.spec, saved, args.env_id)
+    total = args.random_rollouts + args.trials
+    logger = Logger(folder, total, args.tensorboard, quiet=True)
+    parts = dict(agent=agent, logger=logger)
+    if saved:
+        checkpoint.restore(saved, parts)
+        trial, step = saved["trial"], saved["step"]
+    print(f"{folder}: {f'resumes after {trial} rollouts' if saved else 'starts'}")
+
+    with Stop() as stop:
+        while trial < total:
+            random, metrics = trial < args.random_rollouts, {}
+            if not random:
+                metrics = agent.learn(lambda: stop.requested)
+            if stop.requested:  # an interrupted search is repeated
+                break
+            dream = None if random else agent.imagine(agent.best()).detach()
+            rows, actions = play(agent, trial, random)
+            costs = agent.cost.of(agent.state(rows)[1:])
+            agent.add(rows, actions)
+            trial, step = trial + 1, step + len(actions) * args.action_repeat
+            metrics |= {"episode/return": rows["reward"].sum().item(), "trial": trial,
+                        "episode/cost": costs.mean().item(),
+                        "episode/final_cost": costs[-10:].mean().item()}  # fmt: skip
+            report(metrics, step)
+            logger.write(step, **metrics)
+            if dream is not None:
+                picture = trial_plot(dream, costs, agent.state(rows))
+                logger.picture(f"trial_{trial:03}", picture)
+            rng = checkpoint.rng_state()
+            checkpoint.save(folder, **parts, trial=trial, step=step, rng=rng)
+    if trial >= total:
+        logger.write(step, **finish(agent, logger, "policy"))
+        print(f"learning curve: {plot_curve(folder)}")
+    print(f"all of it: {folder}" if trial >= total else "stopped; the same command resumes")
+    logger.close()
+
+
+if __name__ == "__main__":
+    checkpoint.run(main)

@@ -1,0 +1,675 @@
+"""pilco.py against the authors' MATLAB code, Monte Carlo, finite differences and known answers."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from botorch.fit import fit_gpytorch_mll
+from tensordict import TensorDict
+
+import pilco
+from pilco import (
+    Agent,
+    Args,
+    CurbedLikelihood,
+    ExponentialQuadraticCost,
+    Factors,
+    GPWorldModel,
+    ImaginedEnv,
+    LinearController,
+    RBFController,
+    bfgs,
+    certain,
+    exact,
+    fitc,
+    moment_matching,
+    search,
+    sine_moments,
+    squash,
+    with_angles,
+)
+
+torch.set_num_threads(1)
+VECTORS = Path(__file__).parent / "pilco_matlab.npz"
+GOLDEN = {key: torch.tensor(value) for key, value in np.load(VECTORS).items()}
+
+
+def case(name):
+    """Inputs and outputs of the authors' code, {field: tensor}."""
+    found = [{}, {}]
+    for key, value in GOLDEN.items():
+        where, kind, field = key.split("/")
+        if where == name:
+            found[kind == "out"][field] = value
+    return found
+
+
+def error(found, expected):
+    """Relative, Frobenius."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return ((found - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+
+
+def column(x):
+    """(k, 1) or (1, k) -> (k)."""
+    return x.flatten()
+
+
+def unvec(jacobian, output, argument):
+    """Columns and rows in MATLAB's order -> (*output, *argument)."""
+    return torch.tensor(np.reshape(jacobian.numpy(), (*output, *argument), order="F"))
+
+
+def either(x):
+    """The part that is symmetric in the last two axes: what a covariance's gradient means."""
+    return (x + x.mT) / 2
+
+
+def hyper(hyp):
+    """MATLAB's columns [log l; log sf; log sn] -> lengthscales (E, I), signal (E), noise (E)."""
+    return hyp[:-2].T.contiguous(), hyp[-2], hyp[-1]
+
+
+def moments(name):
+    """A case of gp0: function of mean (I) and covariance (I, I), its inputs and outputs."""
+    given, out = case(name)
+    factors = exact(given["inputs"], given["targets"], hyper(given["hyp"]))
+
+    def function(mean, cov):
+        return tuple(x[0] for x in moment_matching(mean[None], cov[None], factors))
+
+    return function, given, out, factors
+
+
+# --- moment matching ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gp0_basic", "gp0_cartpole", "gp0_zeroS"])
+def test_gp_moments(name):
+    function, given, out, _ = moments(name)
+    mean, cov = column(given["m"]), given["s"]
+    found = function(mean, cov)
+    for value, key, limit in zip(found, "MSV", (1e-11, 1e-8, 1e-11), strict=True):
+        assert error(value, column(out[key]) if key == "M" else out[key]) < limit
+    jacobians = torch.autograd.functional.jacobian(function, (mean, cov))
+    width, outputs = given["hyp"].shape[0] - 2, given["hyp"].shape[1]
+    shapes = {"M": (outputs,), "S": (outputs, outputs), "V": (width, outputs)}
+    for (key, shape), (by_mean, by_cov) in zip(shapes.items(), jacobians, strict=True):
+        assert error(by_mean, unvec(out[f"d{key}dm"], shape, (width,))) < 1e-8
+        expected = unvec(out[f"d{key}ds"], shape, (width, width))
+        assert error(either(by_cov), either(expected)) < 1e-8
+
+
+def test_fitc():
+    given, out = case("gp1_shared")
+    inducing = given["induce"].clone().requires_grad_()
+    nlml, factors = fitc(given["inputs"], given["targets"], inducing, hyper(given["hyp"]))
+    assert error(nlml.sum(), out["fitc_nlml"].squeeze()) < 1e-11
+    grad = torch.autograd.grad(nlml.sum(), inducing)[0]
+    assert error(grad, out["fitc_dnlml"]) < 1e-9
+    factors = Factors(*(value.detach() for value in factors))
+    found = moment_matching(column(given["m"])[None], given["s"][None], factors)
+    for value, key in zip(found, ("M", "S", "V"), strict=True):
+        assert error(value[0], column(out[key]) if key == "M" else out[key]) < 1e-10
+    whole = exact(given["inputs"], given["targets"], hyper(given["hyp"]))
+    _, same = fitc(given["inputs"], given["targets"], given["inputs"], hyper(given["hyp"]))
+    wanted = moment_matching(column(given["m"])[None], given["s"][None], whole)
+    found = moment_matching(column(given["m"])[None], given["s"][None], same)
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b) < 1e-2, "with all points as inducing inputs: the GP, but for the ridge"
+
+
+def test_a_point_has_the_posterior_of_the_gp():
+    """Without input uncertainty: mean and variance of GP regression, by numpy, no covariance."""
+    function, given, _, _ = moments("gp0_basic")
+    x, y = given["inputs"].numpy(), given["targets"].numpy()
+    point, hyp = column(given["m"]).numpy(), given["hyp"].numpy()
+    mean, cov, _ = function(column(given["m"]), torch.zeros(3, 3, dtype=torch.float64))
+    for a in range(2):
+        scale, signal, noise = np.exp(hyp[:3, a]), np.exp(2 * hyp[3, a]), np.exp(2 * hyp[4, a])
+        distance = (((x[:, None] - x[None]) / scale) ** 2).sum(-1)
+        gram = signal * np.exp(-0.5 * distance) + noise * np.eye(len(x))
+        near = signal * np.exp(-0.5 * (((x - point) / scale) ** 2).sum(-1))
+        np.testing.assert_allclose(mean[a], near @ np.linalg.solve(gram, y[:, a]), rtol=1e-9)
+        variance = signal - near @ np.linalg.solve(gram, near)
+        np.testing.assert_allclose(cov[a, a], variance, rtol=1e-7)
+    assert abs(cov[0, 1]) < 1e-12
+
+
+def test_gp_moments_by_monte_carlo():
+    function, given, _, factors = moments("gp0_basic")
+    mean, cov = column(given["m"]), given["s"]
+    generator = torch.Generator().manual_seed(0)
+    root, n = torch.linalg.cholesky(cov), 1_000_000
+    x = mean + torch.randn(n, 3, generator=generator, dtype=torch.float64) @ root.T
+    values, variances = [], []
+    for part in x.split(50_000):
+        near = pilco.kernel(part, factors.inputs, *factors[1:3])  # (E, n, points)
+        values.append((near @ factors.beta[..., None])[..., 0].T)
+        inner = ((near @ factors.inverse) * near).sum(-1).T
+        variances.append(torch.exp(2 * factors.log_signal) - inner)
+    values, variances = torch.cat(values), torch.cat(variances)
+    found = function(mean, cov)
+    expected = values.T.cov() + torch.diag(variances.mean(0))
+    assert error(found[0], values.mean(0)) < 5e-3
+    assert error(found[1], expected) < 1e-2
+    cross = (x - mean).T @ (values - values.mean(0)) / n
+    assert error(cov @ found[2], cross) < 1e-2
+
+
+def test_data_points_without_weight_and_order():
+    """Points of weight 0 change nothing, nor does the order of the data."""
+    function, given, _, factors = moments("gp0_cartpole")
+    mean, cov = column(given["m"]), given["s"]
+    wanted = function(mean, cov)
+    pad = torch.nn.functional.pad
+    padded = Factors(
+        torch.cat([factors.inputs, torch.randn(7, factors.inputs.shape[1]).double()]),
+        *factors[1:3],
+        pad(factors.beta, (0, 7)),
+        pad(factors.inverse, (0, 7, 0, 7)),
+        pad(factors.weight, (0, 7, 0, 7)),
+    )
+    for a, b in zip(moment_matching(mean[None], cov[None], padded), wanted, strict=True):
+        assert error(a[0], b) < 1e-12
+    order = torch.randperm(len(given["inputs"]))
+    other = exact(given["inputs"][order], given["targets"][order], hyper(given["hyp"]))
+    for a, b in zip(moment_matching(mean[None], cov[None], other), wanted, strict=True):
+        assert error(a[0], b) < 1e-9
+
+
+def test_beliefs_side_by_side():
+    _, given, _, factors = moments("gp0_cartpole")
+    mean = column(given["m"]) + 0.3 * torch.randn(5, 6, dtype=torch.float64)
+    scale = torch.rand(5, 1, 1, dtype=torch.float64)
+    together = moment_matching(mean, given["s"] * scale, factors)
+    for i in range(5):
+        alone = moment_matching(mean[i : i + 1], given["s"][None] * scale[i], factors)
+        for a, b in zip(together, alone, strict=True):
+            assert error(a[i], b[0]) < 1e-11
+
+
+@pytest.mark.parametrize("spread", [1e-8, 1e-2, 1.0])
+def test_variances_stay_positive(spread):
+    """300 points at a signal-to-noise ratio of 1,000: a plain difference of sums goes below 0."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 5, dtype=torch.float64)
+    y = torch.stack([torch.sin(x @ torch.randn(5).double()) for _ in range(4)], -1)
+    scale = torch.log(torch.rand(4, 5, dtype=torch.float64) * 2 + 2)
+    signal = torch.zeros(4, dtype=torch.float64)
+    factors = exact(x, y, (scale, signal, signal - math.log(1000)))
+    mean = torch.randn(20, 5, dtype=torch.float64)
+    cov = spread * torch.eye(5, dtype=torch.float64).expand(20, 5, 5)
+    for factors_ in (factors, factors._replace(inverse=None, weight=None)):
+        found, variance, gain = moment_matching(mean, cov, factors_)
+        assert found.isfinite().all() and gain.isfinite().all()
+        assert torch.equal(variance, variance.mT)
+        eigenvalues = torch.linalg.eigvalsh(variance)
+        assert (eigenvalues > 0).all()
+    if spread == 1e-8:
+        near = pilco.kernel(mean, x, scale, signal)
+        alone = torch.exp(2 * signal) - ((near @ factors.inverse) * near).sum(-1).T
+        found = moment_matching(mean, 1e-6 * cov, factors)[1].diagonal(dim1=-2, dim2=-1)
+        assert ((found - alone) / alone).abs().max() < 1e-2
+
+
+# --- sines --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gSin", "gSat"])
+def test_squash(name):
+    given, out = case(name)
+    index = [int(i) - 1 for i in column(given["i"])]
+    mean, cov, amplitude = (
+        column(given["m"])[index],
+        given["v"][index][:, index],
+        column(given["e"]),
+    )
+    gain = torch.eye(4, dtype=torch.float64)[:, index]
+    found = squash(mean[None], cov[None], gain[None], name)
+    assert error(amplitude * found[0][0], column(out["M"])) < 1e-13
+    assert error(amplitude[:, None] * found[1][0] * amplitude, out["V"]) < 1e-13
+    assert error(found[2][0] * amplitude, out["C"]) < 1e-13
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1_000_000, 2, generator=generator, dtype=torch.float64)
+    u = mean + noise @ torch.linalg.cholesky(cov).T
+    action = torch.sin(u) if name == "gSin" else (9 * torch.sin(u) + torch.sin(3 * u)) / 8
+    assert action.abs().max() <= 1 + 1e-12 and found[0].abs().max() <= 1
+    assert (found[0][0] - action.mean(0)).abs().max() < 5e-3
+    assert (found[1][0] - action.T.cov()).abs().max() < 5e-3
+
+
+def test_angles():
+    given, out = case("gTrig")
+    angles = [int(i) - 1 for i in column(given["i"])]
+    mean, cov = with_angles(column(given["m"])[None], given["v"][None], angles)
+    assert error(mean[0, 4:], column(out["M"])) < 1e-13
+    assert error(cov[0, 4:, 4:], out["V"]) < 1e-13
+    assert error(cov[0, :4, 4:], given["v"] @ out["C"]) < 1e-13
+    assert torch.equal(mean[0, :4], column(given["m"])) and torch.equal(cov[0, :4, :4], given["v"])
+    sure, none = with_angles(*certain(column(given["m"])[None]), angles)
+    theta = column(given["m"])[angles]
+    near = torch.stack([theta.sin(), theta.cos()], -1).flatten()
+    assert error(sure[0, 4:], near) < 1e-14 and none.abs().max() < 1e-15
+
+
+def test_sine_moments_of_known_numbers():
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+    mean, cov, slope = sine_moments(zero, zero[None] + 0.5, torch.ones(1).double())
+    assert mean == 0 and slope.item() == pytest.approx(math.exp(-0.25))
+    assert cov.item() == pytest.approx((1 - math.exp(-1)) / 2)  # E sin^2 = (1 - E cos 2x) / 2
+
+
+# --- controllers --------------------------------------------------------------------------------
+
+
+def rbf_of(given, bound="gSat"):
+    """The authors' policy as an RBFController."""
+    centres, actions = given["inputs"].shape[0], given["targets"].shape[1]
+    controller = RBFController(given["inputs"].shape[1], actions, centres=centres, bound=bound)
+    parts = pilco.unpack(controller.theta.data, controller.sizes)
+    parts["centres"].copy_(given["inputs"])
+    parts["targets"].copy_(given["targets"])
+    parts["log_lengthscale"].copy_(given["hyp"][:-2].T)
+    return controller
+
+
+def matlab_columns(sizes, hyp_rows):
+    """Where each of our parameters is in MATLAB's [vec(hyp), vec(inputs), vec(targets)]."""
+    (points, inputs), (_, actions) = sizes["centres"], sizes["targets"]
+    whole = torch.arange(hyp_rows * actions + points * (inputs + actions))
+    hyp, centres, targets = whole.split([hyp_rows * actions, points * inputs, points * actions])
+    scale = hyp.view(actions, hyp_rows)[:, :inputs]  # (A, I)
+    parts = centres.view(inputs, points).T, targets.view(actions, points).T, scale
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_rbf_controller():
+    given, out = case("congp")
+    controller = rbf_of(given)
+    state = column(given["m"])[None], given["s"][None]
+
+    def function(theta):
+        found = moment_matching(*state, controller.prepare(theta[None]))
+        return tuple(x[0] for x in found)
+
+    theta = controller.theta.data[0]
+    keys = {"M": (2,), "S": (2, 2), "C": (4, 2)}
+    index = matlab_columns(controller.sizes, 6)
+    jacobians = torch.autograd.functional.jacobian(function, theta)
+    for value, jacobian, (key, shape) in zip(function(theta), jacobians, keys.items(), strict=True):
+        assert error(value, out[key].view(shape)) < 1e-11
+        assert error(jacobian, unvec(out[f"d{key}dp"], shape, (72,))[..., index]) < 1e-8
+    given, out = case("conCat_congp_gSat")
+    controller, most = rbf_of(given), column(given["maxU"])
+    mean, cov, gain = controller(column(given["m"])[None], given["s"][None])
+    assert error(most * mean[0], column(out["M"])) < 1e-12
+    assert error(most[:, None] * cov[0] * most, out["S"]) < 1e-12
+    assert error(gain[0] * most, out["C"]) < 1e-12
+    given, out = case("policy_deterministic")
+    controller, most = rbf_of(given), column(given["maxU"])
+    action, _, _ = controller(*certain(column(given["m"])[None]))
+    assert error(most * action[0], column(out["u"])) < 1e-12
+
+
+def test_linear_controller():
+    given, out = case("conlin")
+    controller = LinearController(4, 2, bound="none")
+    parts = pilco.unpack(controller.theta.data, controller.sizes)
+    parts["weight"].copy_(given["w"])
+    parts["bias"].copy_(column(given["b"]))
+    squashed, pilco.squash = pilco.squash, lambda mean, cov, gain, bound: (mean, cov, gain)
+    try:
+        found = controller(column(given["m"])[None], given["s"][None])
+    finally:
+        pilco.squash = squashed
+    for value, key in zip(found, ("M", "S", "C"), strict=True):
+        assert error(value[0], out[key].view(value[0].shape)) < 1e-13
+
+
+# --- cost ---------------------------------------------------------------------------------------
+
+
+def test_saturating_cost():
+    given, out = case("lossSat")
+    cost = ExponentialQuadraticCost(column(given["z"]), given["W"])
+    mean, cov = column(given["m"]), given["s"]
+
+    def function(mean, cov):
+        return tuple(x[0] for x in cost(mean[None], cov[None]))
+
+    value, variance = function(mean, cov)
+    assert error(value, out["L"].squeeze()) < 1e-12 and error(variance, out["S"].squeeze()) < 1e-12
+    (by_mean, by_cov), (var_mean, var_cov) = torch.autograd.functional.jacobian(
+        function, (mean, cov)
+    )
+    assert error(by_mean, column(out["dLdm"])) < 1e-12
+    assert error(either(by_cov), either(out["dLds"])) < 1e-12
+    assert error(var_mean, column(out["dSdm"])) < 1e-10
+    assert error(either(var_cov), either(out["dSds"])) < 1e-10
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1_000_000, 4, generator=generator, dtype=torch.float64)
+    found = cost.of(mean + noise @ torch.linalg.cholesky(cov).T)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert abs(found.mean() - value) < 3e-3 and abs(found.var() - variance) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["loss_pendulum_1", "loss_cp_2"])
+def test_cost_of_the_scenarios(name):
+    given, out = case(name)
+    preset = pilco.PRESETS["pendulum" if "pendulum" in name else "cart_pole"]
+    size = len(given["m"]) + 2
+    cost = ExponentialQuadraticCost(
+        preset["target"],
+        torch.tensor(preset["weights"], dtype=torch.float64).view(size, size),
+        widths=preset["widths"],
+        angles=preset["angles"],
+    )
+    assert preset["widths"] == (given["width"].item(),)
+    state = with_angles(column(given["m"])[None], given["s"][None], preset["angles"])
+    value, variance = cost(*state)
+    assert error(value[0], out["L"].squeeze()) < 1e-12
+    assert error(variance[0], out["S2"].squeeze()) < 1e-12
+
+
+def test_widths_and_exploration():
+    given, _ = case("lossSat")
+    state = column(given["m"])[None], given["s"][None]
+    one, two = (
+        ExponentialQuadraticCost(column(given["z"]), given["W"], widths=[w])(*state)
+        for w in (0.5, 2.0)
+    )
+    cost = ExponentialQuadraticCost(
+        column(given["z"]), given["W"], widths=[0.5, 2.0], exploration=-0.3
+    )
+    expected = (one[0] + two[0] - 0.3 * (one[1].sqrt() + two[1].sqrt())) / 2
+    assert error(cost(*state)[0], expected) < 1e-12
+    assert error(cost(*state)[1], (one[1] + two[1]) / 2) < 1e-12
+    assert ExponentialQuadraticCost(target=torch.zeros(4), weights=torch.eye(4)).of(
+        torch.zeros(2, 4)
+    ).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="weights must be square, of 6 features"):
+        ExponentialQuadraticCost(torch.zeros(4), torch.eye(4), angles=[1])
+
+
+# --- world model --------------------------------------------------------------------------------
+
+
+def model_of(given, names=("inputs", "targets", "hyp")):
+    x, y, hyp = (given[name] for name in names)
+    model = GPWorldModel(y.shape[1], 0)
+    model.hyper = hyper(hyp)
+    return model, x, y
+
+
+def test_likelihood_and_penalty():
+    given, out = case("train_hyp")
+    for k in "12":
+        model, x, y = model_of(given, ("inputs", "targets", f"lh{k}"))
+        mll = CurbedLikelihood(model.build(x, y), column(given["std"]))
+        gps = mll.model.train()
+        value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
+        assert error(value.detach(), out[f"curb{k}"].squeeze()) < 1e-12
+        value.backward()
+        covar, noise = gps.covar_module, gps.likelihood.noise_covar.raw_noise
+        grads = (
+            covar.base_kernel.raw_lengthscale.grad.flatten(),
+            2 * covar.raw_outputscale.grad,  # of log variances
+            2 * noise.grad.flatten(),
+        )
+        assert error(torch.cat(grads), column(out[f"dcurb{k}"])) < 1e-12
+    assert (out["curb2"] - out["nlml2"]).abs() > 1e3, "the second one is behind the wall"
+
+
+def test_hyperparameters_are_those_of_the_authors():
+    given, out = case("train_hyp")
+    model, x, y = model_of(given | {"lh0": out["lh0"]}, ("inputs", "targets", "lh0"))
+    mll = CurbedLikelihood(model.build(x, y), column(given["std"]))
+    fit_gpytorch_mll(mll)
+    gps = mll.model.train()
+    value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
+    assert value.item() == pytest.approx(out["trained_fX"][-1].item(), abs=1e-3)
+    found = torch.cat([part.flatten() for part in gps.log_hyperparameters()])
+    assert error(found, column(out["trained_hyp"])) < 1e-3
+
+
+def transitions(n=60, seed=0):
+    """A damped oscillator with an angle that has no meaning: td[n], noise 0.01."""
+    torch.manual_seed(seed)
+    x, u = torch.randn(n, 2, dtype=torch.float64), torch.rand(n, 1, dtype=torch.float64) * 2 - 1
+    speed = x[:, 1] - 0.3 * torch.sin(x[:, 0]) + 0.4 * u[:, 0]
+    after = torch.stack([x[:, 0] + 0.3 * x[:, 1], speed], -1)
+    after = after + 0.01 * torch.randn(n, 2, dtype=torch.float64)
+    td = TensorDict(observation=x, action=u, batch_size=[n])
+    td["next", "observation"] = after
+    return td
+
+
+def test_fit_from_tensordicts():
+    model = GPWorldModel(obs_dim=2, action_dim=1, angles=[0]).fit(transitions())
+    test = transitions(200, seed=1)
+    inputs, targets = model.dataset(test)
+    mean, cov, _ = model(*certain(inputs))
+    assert (mean - targets).square().mean().sqrt() < 0.02
+    assert (model.hyper[2].exp() - 0.01).abs().max() < 0.005
+    small = 1e-10 * torch.eye(4, dtype=torch.float64).expand(200, 4, 4)
+    for a, b in zip(model(inputs, small)[:2], (mean, cov), strict=True):
+        assert error(a, b) < 1e-5, "certain and almost certain inputs agree"
+    spread = ((mean - targets) / (cov.diagonal(dim1=-2, dim2=-1) + 0.01**2).sqrt()).std()
+    assert 0.8 < spread < 1.25, "the errors are as large as the model says"
+    before = model.hyper
+    model.fit(transitions())
+    assert all((a - b).abs().max() < 0.1 for a, b in zip(model.hyper, before, strict=True))
+    with pytest.raises(ValueError, match="made for 3 state variables"):
+        GPWorldModel(obs_dim=3, action_dim=1).fit(transitions())
+
+
+def test_inducing_inputs():
+    torch.manual_seed(0)
+    whole = GPWorldModel(2, 1).fit(transitions(120))
+    sparse = GPWorldModel(2, 1, max_inducing=40).fit(transitions(120))
+    assert sparse.factors.inputs.shape == (40, 3) and whole.factors.inputs.shape == (120, 3)
+    inputs, _ = whole.dataset(transitions(50, seed=1))
+    assert error(sparse(*certain(inputs))[0], whole(*certain(inputs))[0]) < 0.05
+    x, y = whole.dataset(transitions(120))
+    start = fitc(x, y, x[torch.randperm(120)[:40]], sparse.hyper)[0].sum()
+    assert fitc(x, y, sparse.inducing, sparse.hyper)[0].sum() < start
+
+
+# --- imagination --------------------------------------------------------------------------------
+
+
+def scenario():
+    """The authors' cart-pole belief: environment, controller, its inputs and outputs."""
+    given, out = case("propagate_cartpole")
+    most, (scale, signal, noise) = given["maxU"].item(), hyper(given["dyn_hyp"])
+    model = GPWorldModel(4, 1, angles=[3])
+    assert [i + 1 for i in model.features] == column(given["dyni"]).int().tolist()
+    inputs = torch.cat([given["dyn_inputs"][:, :-1], given["dyn_inputs"][:, -1:] / most], -1)
+    scale[:, -1] -= math.log(most)  # actions are within [-1, 1] here
+    model.hyper = scale, signal, noise
+    model.factorise(inputs, given["dyn_targets"])
+    controller = rbf_of({key[4:]: value for key, value in given.items() if key.startswith("pol_")})
+    preset = pilco.PRESETS["cart_pole"]
+    weights = torch.tensor(preset["weights"], dtype=torch.float64).view(6, 6)
+    cost = ExponentialQuadraticCost(preset["target"], weights, widths=[0.25], angles=[3])
+    return ImaginedEnv(model, cost), controller, given, out
+
+
+def test_one_step_of_the_belief():
+    env, controller, given, out = scenario()
+
+    def function(mean, cov, theta):
+        start = env.belief(mean[None], cov[None])
+        policy = env.policy(controller, controller.prepare(theta[None]))
+        after = env.rollout(1, policy, start, auto_reset=False)["next"][0, 0]
+        return after["mean"][:4], after["covariance"][:4, :4]
+
+    arguments = column(given["m"]), given["s"], controller.theta.data[0]
+    found, jacobians = function(*arguments), torch.autograd.functional.jacobian(function, arguments)
+    index = matlab_columns(controller.sizes, 7)
+    for value, by, key, shape in zip(found, jacobians, ("M", "S"), ((4,), (4, 4)), strict=True):
+        assert error(value, out[f"{key}next"].view(shape)) < 1e-10
+        assert error(by[0], unvec(out[f"d{key}dm"], shape, (4,))) < 1e-7
+        assert error(either(by[1]), either(unvec(out[f"d{key}ds"], shape, (4, 4)))) < 1e-7
+        assert error(by[2], unvec(out[f"d{key}dp"], shape, (67,))[..., index]) < 1e-7
+    assert torch.equal(found[1], found[1].T)
+
+
+def test_rollout_and_noise():
+    env, controller, given, _ = scenario()
+    start = env.belief(column(given["mu0"])[None], given["S0"][None])
+    policy = env.policy(controller, controller.prepare())
+    dream = env.rollout(12, policy, start, auto_reset=False)
+    assert dream.shape == (1, 12) and torch.equal(dream["next", "reward"], -dream["next", "cost"])
+    assert torch.equal(dream["next", "mean"][:, :-1], dream["mean"][:, 1:])
+    assert torch.equal(dream["mean"][:, 0], start["mean"]), "x_0 has no cost"
+    costs, variance = env.cost(dream["next", "mean"][0], dream["next", "covariance"][0])
+    assert error(dream["next", "cost"][0], costs) < 1e-12
+    assert error(dream["next", "cost_variance"][0], variance) < 1e-12
+    assert (torch.linalg.eigvalsh(dream["next", "covariance"][0, :, :4, :4]) > -1e-10).all()
+    noisy = ImaginedEnv(env.world_model, env.cost, noise="observed")
+    one = noisy.rollout(1, policy, start, auto_reset=False)["next", "covariance"][0, 0, :4, :4]
+    added = one - dream["next", "covariance"][0, 0, :4, :4]
+    assert error(added, torch.diag(torch.exp(2 * env.world_model.hyper[2]))) < 1e-8
+
+
+def tiny_agent(**changes):
+    options = pilco.PRESETS["debug"] | {"preset": "debug", "horizon": 5} | changes
+    agent = Agent({"shapes": {"observation": [2]}, "action_dim": 1, "classes": []}, Args(**options))
+    torch.manual_seed(0)
+    agent.data, agent.firsts = transitions(30), [torch.zeros(2, dtype=torch.float64)]
+    agent.world_model.fit(agent.data)
+    agent.draw_controller()
+    return agent
+
+
+@pytest.mark.parametrize("changes", [{}, {"controller": "linear"}, {"exploration": -0.5}])
+def test_gradient_of_the_expected_cost(changes):
+    agent = tiny_agent(restarts=2, gamma=0.9, **changes)
+    theta = agent.controller.theta.data + 0.3 * torch.randn_like(agent.controller.theta)
+    value, grad = agent.objective(theta)
+    dream = agent.imagine(agent.controller.prepare(theta), 2)["next", "cost"]
+    expected = sum(0.9 ** (t + 1) * dream[:, t] for t in range(5))
+    assert error(value, expected.detach()) < 1e-12
+    for i in torch.randperm(theta.shape[1])[:8].tolist():
+        step = torch.zeros_like(theta)
+        step[:, i] = 1e-5
+        slope = (agent.objective(theta + step)[0] - agent.objective(theta - step)[0]) / 2e-5
+        assert (slope - grad[:, i]).abs().max() < 5e-6 * grad.abs().max()
+    alone = agent.objective(theta[1:])
+    assert error(alone[0], value[1:]) < 1e-10 and error(alone[1], grad[1:]) < 1e-8
+
+
+def test_acting_is_the_mean_of_the_imagined_action():
+    agent = tiny_agent()
+    rows = TensorDict(observation=3 * torch.randn(50, 2), batch_size=[50])
+    action, _ = agent.act(rows)
+    index = agent.world_model.features
+    mean, cov = with_angles(*certain(rows["observation"].double()), agent.args.angles)
+    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index])
+    assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
+
+
+# --- policy search ------------------------------------------------------------------------------
+
+
+def rosenbrock(points):
+    x, y = points.unbind(-1)
+    points = torch.stack([x, y], -1).requires_grad_()
+    a, b = points.unbind(-1)
+    value = (1 - a) ** 2 + 100 * (b - a**2) ** 2
+    return value.detach(), torch.autograd.grad(value.sum(), points)[0]
+
+
+def test_search_finds_minima_side_by_side():
+    starts = torch.tensor([[-1.2, 1.0], [2.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+    best, value, used = search(rosenbrock, starts, 200, 200)
+    assert value < 1e-12 and (best - 1).abs().max() < 1e-5 and used < 100
+    alone = search(rosenbrock, starts[:1], 200, 200)
+    assert alone[1] < 1e-12
+
+
+def test_search_survives_what_is_not_a_number():
+    """A region without values is a step too long; the best point that was really seen is kept."""
+    seen = []
+
+    def cliff(points):
+        value, grad = rosenbrock(points)
+        bad = points[:, 0] > 0.5
+        value[bad] = torch.nan
+        grad[bad] = torch.nan
+        seen.extend(zip(value.tolist(), points.tolist(), strict=True))
+        return value, grad
+
+    start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
+    best, value, _ = search(cliff, start, 100, 300)
+    finite = [pair for pair in seen if not math.isnan(pair[0])]
+    assert len(finite) < len(seen), "it went there"
+    assert value == min(finite)[0] and best.tolist() == min(finite)[1]
+    assert 0.25 < value < 0.3, "the best of the part that has values: (1 - 0.5)^2"
+
+
+def test_search_keeps_to_its_budget():
+    start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
+    calls = []
+    search(lambda x: calls.append(0) or rosenbrock(x), start, 1000, 17)
+    assert len(calls) == 17
+    values = [search(rosenbrock, start, 1000, n)[1] for n in range(1, 30)]
+    assert values == sorted(values, reverse=True)
+    steps = bfgs(start[0], 3)
+    assert torch.equal(next(steps), start[0])
+
+
+# --- scenarios ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, rate", [("pendulum", pilco.pendulum), ("cp", pilco.cart_pole)])
+def test_equations_of_motion(name, rate):
+    given, out = case(f"dynamics_{name}")
+    z, u = given["z"].numpy(), given["u"].numpy()
+    np.testing.assert_allclose(rate(z, u), out["dz"].numpy(), rtol=1e-13, atol=1e-14)
+    after = pilco.runge_kutta(rate, z, u, given["dt"].item())
+    np.testing.assert_allclose(after, out["znext"].numpy(), atol=1e-6)
+
+
+def test_double_pendulum_keeps_its_energy():
+    def energy(z, m=0.5, length=0.5, g=9.82):
+        d1, d2, t1, t2 = z
+        speed2 = (length * d1) ** 2 + (length * d2 / 2) ** 2
+        speed2 += length**2 * d1 * d2 * np.cos(t1 - t2)
+        moving = 0.5 * m * ((length * d1 / 2) ** 2 + speed2)
+        moving += m * length**2 / 24 * (d1**2 + d2**2)
+        return moving + m * g * length * (1.5 * np.cos(t1) + 0.5 * np.cos(t2))
+
+    z, rng = np.array([1.0, -2.0, 2.0, 2.5]), np.random.default_rng(0)
+    later = pilco.runge_kutta(pilco.double_pendulum, z, np.zeros(2), 0.5, steps=2000)
+    assert energy(later) == pytest.approx(energy(z), abs=1e-9) and abs(later - z).max() > 0.5
+    for _ in range(5):  # the power of the torques is what energy changes by
+        z, u = rng.normal(size=4), rng.normal(size=2)
+        rate, h = pilco.double_pendulum(z, u), 1e-6
+        change = (energy(z + h * rate) - energy(z - h * rate)) / (2 * h)
+        assert change == pytest.approx(z[0] * u[0] + z[1] * u[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["pendulum", "cart_pole", "double_pendulum"])
+def test_plants_agree_with_their_costs(preset):
+    """The reward is minus the preset's cost of the true state; noise and start are as said."""
+    args = pilco.parse_args(["--preset", preset])
+    _, kwargs = pilco.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
+    width = len(kwargs["start"])
+    spec = {"shapes": {"observation": [width]}, "action_dim": len(kwargs["most"]), "classes": []}
+    agent, env = Agent(spec, args), pilco.gymnasium.make(args.env_id).unwrapped
+    assert kwargs["start"] == tuple(args.start) and kwargs["std"] == tuple(args.start_std)
+    rng, noise = np.random.default_rng(0), []
+    env.reset(seed=0)
+    for _ in range(200):
+        obs, reward, *_ = env.step(rng.uniform(-1, 1, len(kwargs["most"])))
+        assert reward == pytest.approx(-agent.cost.of(torch.tensor(env.z)[None]).item(), abs=1e-9)
+        noise.append(obs - env.z)
+    np.testing.assert_allclose(np.std(noise, 0), kwargs["noise"], rtol=0.2)
+    assert (agent.cost.of(torch.tensor([args.target], dtype=torch.float64)) < 1e-12).all()
+    starts = [env.reset(seed=i) and env.z for i in range(500)]
+    np.testing.assert_allclose(np.std(starts, 0), kwargs["std"], rtol=0.15)
