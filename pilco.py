@@ -202,18 +202,13 @@ class PairSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, p, a, b, q, weight=None):
-        left = torch.cat([p[..., None], p[..., None] * a], -1)
-        right = torch.cat([q[..., None], q[..., None] * b], -1)
         kernel = torch.expm1_(a @ b.mT)
-        if weight is None:  # the derivative of exp - 1 is exp: what is missing, without the sums
-            rest_a, rest_b = right.sum(-2, keepdim=True), left.sum(-2, keepdim=True)
-        else:
-            kernel.mul_(weight)
-            rest_a, rest_b = weight @ right, weight.mT @ left
-        rows, columns = kernel @ right, kernel.mT @ left
-        grad_p, grad_q = rows[..., 0], columns[..., 0]
-        grad_a = p[..., None] * (rows + rest_a)[..., 1:]
-        grad_b = q[..., None] * (columns + rest_b)[..., 1:]
+        kernel = kernel if weight is None else kernel.mul_(weight)
+        grad_p = (kernel @ q[..., None])[..., 0]
+        grad_q = (p[..., None, :] @ kernel)[..., 0, :]
+        kernel.add_(1.0 if weight is None else weight)  # the derivative of exp - 1 is exp
+        grad_a = p[..., None] * (kernel @ (q[..., None] * b))
+        grad_b = q[..., None] * (kernel.mT @ (p[..., None] * a))
         ctx.save_for_backward(grad_p, grad_a, grad_b, grad_q)
         return (p * grad_p).sum(-1)
 
@@ -224,19 +219,24 @@ class PairSum(torch.autograd.Function):
         return outer * grad_p, inner * grad_a, inner * grad_b, outer * grad_q, None
 
 
-def pairs(outputs: int) -> tuple[Tensor, Tensor]:
-    """Indices (a, b) of the pairs a <= b of outputs, those with a = b first."""
-    a, b = torch.triu_indices(outputs, outputs, 1)
-    own = torch.arange(outputs)
-    return torch.cat([own, a]), torch.cat([own, b])
+class Pairs:
+    """The P pairs a <= b of E outputs, those with a = b first: indices and constants."""
+
+    def __init__(self, outputs: int):
+        upper, own = torch.triu_indices(outputs, outputs, 1), torch.arange(outputs)
+        self.a, self.b = torch.cat([own, upper[0]]), torch.cat([own, upper[1]])
+        self.ends, self.others = torch.cat([self.a, self.b]), torch.cat([self.b, self.a])
+        self.matrix = torch.empty(outputs, outputs, dtype=torch.long)  # where a pair's number goes
+        self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = torch.arange(len(self.a))
+        # log-determinants (E + P) -> constants of log q (E) and of d_ij (2P, the second half zero)
+        eye, count = torch.eye(outputs, dtype=torch.float64), len(self.a)
+        self.constants = torch.zeros(outputs + count, outputs + 2 * count, dtype=torch.float64)
+        self.constants[:outputs, :outputs] = -0.5 * eye
+        self.constants[:outputs, outputs : outputs + count] = 0.5 * (eye[self.a] + eye[self.b]).T
+        self.constants[outputs:, outputs : outputs + count] = -0.5 * torch.eye(count)
 
 
-def symmetric(values: Tensor, outputs: int) -> Tensor:
-    """Numbers (..., P), one for each of `pairs`, -> symmetric matrices (..., E, E)."""
-    a, b = pairs(outputs)
-    index = torch.empty(outputs, outputs, dtype=torch.long)
-    index[a, b] = index[b, a] = torch.arange(len(a))
-    return values[..., index]
+pairs = functools.cache(Pairs)
 
 
 class Factors(NamedTuple):
@@ -261,6 +261,33 @@ def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) ->
     return torch.exp(2 * log_signal[..., None, None] - 0.5 * square)
 
 
+def exponents(cov: Tensor, f: Factors, pair: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Quadratic forms in nu_i = x_i - mean that the moments are sums of exponentials of.
+
+    theta (N, 1 + I^2, E + 2P): constant and matrix of log q_a and, for each pair, of the parts of
+    d_ij that depend on i and on j alone; cross (N, P, I, I): the rest, nu_i' cross nu_j; and
+    (cov + Lambda_a)^-1 (N, E, I, I).
+    """
+    outputs, width = f.log_lengthscale.shape[-2:]
+    count = len(pair.a)
+    own = torch.exp(-2 * f.log_lengthscale)  # (E, I)
+    ends, others = own[..., pair.ends, :], own[..., pair.others, :]  # (2P, I)
+    root = torch.cat([own, ends[..., :count, :] + others[..., :count, :]], -2).sqrt()  # (E + P, I)
+    outer = root[..., :, None] * root[..., None, :]
+    scaled = outer * cov[..., None, :, :]  # (N, E + P, I, I)
+    eye = torch.eye(width, dtype=cov.dtype, device=cov.device)
+    inverse, logdet = InverseAndLogdet.apply(eye + scaled)
+    slope = outer[..., :outputs, :, :] * inverse[..., :outputs, :, :]
+    spread = inverse @ scaled / outer  # (cov^-1 + precision)^-1
+    alone, both = spread[..., pair.ends, :, :], spread[..., outputs:, :, :]
+    cross = ends[..., :count, :, None] * both * ends[..., count:, None, :]
+    inner = alone @ (others[..., :, None] * torch.cat([both, both], -3))
+    parts = -0.5 * ends[..., :, None] * inner * ends[..., None, :]
+    matrices = torch.cat([-0.5 * slope, parts], -3).flatten(-2).mT
+    constant = (logdet @ pair.constants)[..., None, :]
+    return torch.cat([constant, matrices], -2), cross, slope
+
+
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of f(x) for x ~ N(mean, cov), eq. 14-23: mean (N, I), cov (N, I, I).
 
@@ -268,49 +295,31 @@ def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tens
     and f(x) is cov @ gain. With d_ij = log Q_ij - log q_i - log q_j, the covariance of posterior
     means is sum_ij p_i p_j (exp(d_ij) - 1), where the paper subtracts two sums of nearly that size.
     """
-    outputs, width = f.log_lengthscale.shape[-2:]
-    a, b = pairs(outputs)
-    own = torch.exp(-2 * f.log_lengthscale)  # (E, I)
-    precision = torch.cat([own, own[..., a, :] + own[..., b, :]], -2)  # (E + P, I)
-    root = precision.sqrt()
-    scaled = root[..., :, None] * cov[..., None, :, :]  # (N, E + P, I, I)
-    eye = torch.eye(width, dtype=cov.dtype, device=cov.device)
-    inverse, logdet = InverseAndLogdet.apply(eye + scaled * root[..., None, :])
-    single, double = logdet[..., :outputs], logdet[..., outputs:]
-
-    nu = (f.inputs - mean[..., None, :])[..., None, :, :]  # (N, 1, n, I)
-    first = root[..., :outputs, :]
-    slope = nu @ (first[..., :, None] * inverse[..., :outputs, :, :] * first[..., None, :])
-    log_q = 2 * f.log_signal - 0.5 * single
-    q = torch.exp(log_q[..., None] - 0.5 * (slope * nu).sum(-1))  # (N, E, n)
+    e = f.log_lengthscale.shape[-2]
+    pair = pairs(e)
+    count = len(pair.a)
+    theta, cross, slope = exponents(cov, f, pair)
+    nu = f.inputs - mean[..., None, :]  # (N, n, I)
+    one = torch.ones_like(nu[..., :1])
+    design = torch.cat([one, (nu[..., :, None] * nu[..., None, :]).flatten(-2)], -1)
+    log_q, of_i, of_j = (design @ theta).mT.split([e, count, count], -2)
+    q = torch.exp(2 * f.log_signal[..., None] + log_q)  # (N, E, n)
     p = f.beta * q
-    gain = (p[..., None, :] @ slope)[..., 0, :].mT
+    gain = (slope @ (p @ nu)[..., None])[..., 0].mT
 
-    spread = (inverse @ scaled) / root[..., :, None]  # (cov^-1 + precision)^-1
-    alone, pair = spread[..., :outputs, :, :], spread[..., outputs:, :, :]
-    of_a, of_b = own[..., a, None, :], own[..., b, None, :]  # (P, 1, I)
-    at_a, at_b = nu * of_a, nu * of_b  # (N, P, n, I)
-    cross, back = at_a @ pair, at_b @ pair
-    rest_a = 0.5 * (single[..., a] + single[..., b] - double)[..., None]
-    rest_a = rest_a - 0.5 * (cross * of_b @ alone[..., a, :, :] * at_a).sum(-1)
-    rest_b = -0.5 * (back * of_a @ alone[..., b, :, :] * at_b).sum(-1)
-    one = torch.ones_like(rest_b)[..., None]
-    left = torch.cat([cross, rest_a[..., None], one], -1)
-    right = torch.cat([at_b, one, rest_b[..., None]], -1)  # d_ij = left_i . right_j
-
+    turned = nu @ cross.transpose(-3, -2).flatten(-2)  # (N, n, P * I)
+    turned = turned.unflatten(-1, (count, -1)).transpose(-3, -2)
+    one = one[..., None, :, :].expand(*turned.shape[:-1], 1)
+    left = torch.cat([turned, of_i[..., None], one], -1)
+    right = torch.cat([nu[..., None, :, :].expand_as(turned), one, of_j[..., None]], -1)
     if f.inverse is None:
-        sums = PairSum.apply(p[..., a, :], left, right, p[..., b, :])
-        return p.sum(-1), symmetric(sums, outputs) + JITTER * eye[:outputs, :outputs], gain
-    e, a, b = outputs, a[outputs:], b[outputs:]
-    ends = left[..., :e, :, :], right[..., :e, :, :], left[..., e:, :, :], right[..., e:, :, :]
-    within = PairSum.apply(q, *ends[:2], q, f.weight)
-    within = (
-        within
-        + torch.exp(2 * f.log_signal)
-        - (q * (q[..., None, :] @ f.inverse)[..., 0, :]).sum(-1)
-    )
-    across = PairSum.apply(p[..., a, :], *ends[2:], p[..., b, :])
-    return p.sum(-1), symmetric(torch.cat([within, across], -1), outputs), gain
+        sums = PairSum.apply(p[..., pair.a, :], left, right, p[..., pair.b, :])
+        return p.sum(-1), sums[..., pair.matrix] + JITTER * torch.eye(e).to(cov), gain
+    within = PairSum.apply(q, left[..., :e, :, :], right[..., :e, :, :], q, f.weight)
+    within = within + torch.exp(2 * f.log_signal)
+    within = within - (q * (q[..., None, :] @ f.inverse)[..., 0, :]).sum(-1)
+    ends = p[..., pair.a[e:], :], left[..., e:, :, :], right[..., e:, :, :], p[..., pair.b[e:], :]
+    return p.sum(-1), torch.cat([within, PairSum.apply(*ends)], -1)[..., pair.matrix], gain
 
 
 def sine_moments(mean: Tensor, cov: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
