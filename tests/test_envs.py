@@ -523,6 +523,16 @@ def test_gymnasium_mujoco_pixels_and_videos():
     envs.close()
 
 
+def without_gl_choice():
+    """The environment variables, but those which choose MuJoCo's OpenGL."""
+    return {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
+
+
+def in_process(code, environment):
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
 @needs_dmc
 def test_without_opengl_libraries():
     """Pixels name the fixes; vectors do without."""
@@ -545,11 +555,7 @@ warnings.simplefilter("ignore")
 envs = Envs("dm_control/walker-walk-v0", frames=32)
 assert not envs.can_render and envs.step(None)["is_first"].all()
 """
-    environment = {
-        k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")
-    }
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = in_process(code, without_gl_choice())
     assert done.returncode == 0, done.stderr
 
 
@@ -570,14 +576,10 @@ except RuntimeError as error:
 else:
     raise SystemExit("it rendered")
 """
-    environment = {k: v for k, v in os.environ.items() if k != "PYOPENGL_PLATFORM"}
-    environment["__EGL_VENDOR_LIBRARY_DIRS"] = "/nonexistent"
-    del environment["MUJOCO_GL"]
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    environment = without_gl_choice() | {"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
+    done = in_process(code, environment)
     assert done.returncode == 0, done.stderr
-    environment["MUJOCO_GL"] = "egl"  # the user's wish
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = in_process(code, environment | {"MUJOCO_GL": "egl"})  # the user's wish
     assert "cannot be made" in done.stderr and "libegl1" in done.stderr, done.stderr
 
 
