@@ -973,12 +973,12 @@ def main(argv: list[str] | None = None):
                     counts = {"updates": updates, "crashes": envs.crashes}
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
-                bursts, begun = due["train"](step), step >= args.prefill
-                found = len(replay.episodes(args.pcont)) or (replay.whole and not updates)
-                pending = bursts * args.train_steps if begun and found else 0
-                pending += args.pretrain - args.train_steps if pending and not updates else 0
-                if not found and 0 <= step - args.prefill < args.num_envs * args.action_repeat:
-                    logger.note("no update before an episode of --batch-length rows has ended")
+                if (bursts := due["train"](step)) and step >= args.prefill:
+                    found = len(replay.episodes(args.pcont)) or (replay.whole and not updates)
+                    pending = bursts * args.train_steps if found else 0
+                    pending += args.pretrain - args.train_steps if pending and not updates else 0
+                    if not found and step - args.prefill < args.train_every:
+                        logger.note("no update before an episode of --batch-length rows has ended")
             while pending and not stop.requested:
                 batch = replay.sample_episodes(args.batch_size, last=args.pcont)
                 metrics = agent.update(agent.unpack(batch))

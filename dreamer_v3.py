@@ -190,10 +190,8 @@ def check(args: Args) -> torch.device:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))
     rows = min(rows, args.replay_size // args.num_envs)  # of each environment
-    windows, needed = (
-        args.num_envs * (rows - args.batch_length),
-        args.batch_size * args.batch_length,
-    )
+    windows = args.num_envs * (rows - args.batch_length)
+    needed = args.batch_size * args.batch_length
     if args.train_ratio and windows < needed and not (args.benchmark or args.eval):
         text = f"the first update waits for {needed:,} windows, --batch-size x --batch-length; "
         text += f"--steps and --replay-size give {max(0, windows):,}"
