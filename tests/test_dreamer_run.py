@@ -347,3 +347,12 @@ def test_presets():
 def test_no_episode_is_long_enough(inside):  # noqa: F811
     with pytest.raises(checkpoint.RunError, match="no whole episode of 31 rows or more.*--prefill"):
         inside(*SMALL, "--env-id", "test_run:Long-v0", "--batch-length", 30, "--prefill", 50)
+
+
+def test_a_run_without_updates_says_so(start, tmp_path):  # noqa: F811
+    argv = [*SMALL, "--env-id", "test_run:Long-v0", "--prefill", 10, "--train-every", 5]
+    text = start(
+        *argv, "--steps", 15, "--run", tmp_path / "run"
+    ).done()  # its first episode ends with row 21
+    assert text.count("no update before an episode of --batch-length rows has ended") == 1
+    assert "no updates: no episode of --batch-length rows or more has ended" in text
