@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from common import checkpoint
 from common.checkpoint import RunError, Stop
 from common.envs import make_envs, usual_quality
-from common.evaluation import evaluate
+from common.evaluation import score
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, plot_curve
 
@@ -425,6 +425,7 @@ def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors
 
 
 def factors(x: Tensor, hyper: tuple, beta: Tensor, inverse: Tensor) -> Factors:
+    """Factors with the weight that follows from them."""
     return Factors(x, *hyper[:2], beta, inverse, beta[:, :, None] * beta[:, None] - inverse)
 
 
@@ -621,6 +622,7 @@ class RBFController(nn.Module):
 
 
 def zeros(sizes: dict, restarts: int) -> nn.Parameter:
+    """Room for the parameters of these sizes: (R, P)."""
     count = sum(map(math.prod, sizes.values()))
     return nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
 
@@ -1017,7 +1019,7 @@ class Agent:
         self.controller.draw(mean, cov, scale.double())
 
     def learn(self, stop: Callable = lambda: False) -> dict:
-        """Fit the GPs to all data, then improve the policy: what the README's glossary explains."""
+        """Fit the GPs to all data, then improve the policy; returns metrics of both."""
         started = time.monotonic()
         self.world_model.fit(self.data)
         fitted = time.monotonic()
@@ -1081,17 +1083,6 @@ def play(agent: Agent, trial: int, random: bool = False) -> tuple[TensorDict, Te
         rows.append(envs.step(actions[-1]))
     envs.close()
     return torch.cat(rows), torch.cat(actions)
-
-
-def finish(agent: Agent, logger: Logger, name: str) -> dict:
-    """Play and film whole episodes, print where it lies; returns the scores."""
-    args = agent.args
-    returns, frames, _ = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
-    if frames:
-        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps=10)}")
-    return {"eval/return": mean, "eval/return_std": std}
 
 
 def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
@@ -1172,7 +1163,7 @@ def main(argv: list[str] | None = None):
     if args.eval:
         agent = load(args.eval)
         agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        return finish(agent, Logger(args.eval, 0, tensorboard=False), "eval")
+        return score(agent, Logger(args.eval, 0, tensorboard=False), "eval", fps=10)
 
     folder, saved = checkpoint.open_run(
         "pilco", args, MAY_CHANGE, {"render_quality": usual_quality()}
@@ -1212,7 +1203,7 @@ def main(argv: list[str] | None = None):
             rng = checkpoint.rng_state()
             checkpoint.save(folder, **parts, trial=trial, step=step, rng=rng)
     if trial >= total:
-        logger.write(step, **finish(agent, logger, "policy"))
+        logger.write(step, **score(agent, logger, "policy", fps=10)[0])
         print(f"learning curve: {plot_curve(folder)}")
     print(f"all of it: {folder}" if trial >= total else "stopped; the same command resumes")
     logger.close()

@@ -48,20 +48,26 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
     return returns, frames, torch.stack(first, 1)
 
 
-def finish(agent, logger: Logger, name: str) -> dict:
-    """Play, film, dream, and print where it all lies; returns the scores."""
+def score(agent, logger: Logger, name: str, fps: int = 30) -> tuple[dict, TensorDict]:
+    """Play and film, print where it lies; returns the scores and rows of the first episode."""
     args = agent.args
     returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
     mean, std = float(np.mean(returns)), float(np.std(returns))
     print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns))
     if frames:
-        print(f"video of the first episode: {logger.video(name, np.stack(frames))}")
+        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
     else:
         print(f"no video: {args.env_id} has no pictures to give")
+    return {"eval/return": mean, "eval/return_std": std}, rows
+
+
+def finish(agent, logger: Logger, name: str) -> dict:
+    """Play, film, dream, and print where it all lies; returns the scores."""
+    scores, rows = score(agent, logger, name)
     if rows.shape[1] > 8:
         print(f"dreams: {draw_dreams(agent, logger, rows, f'{name}_dream')}")
-    return {"eval/return": mean, "eval/return_std": std}
+    return scores
 
 
 def show(agent, run: str, episodes: int) -> None:

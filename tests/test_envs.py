@@ -523,6 +523,21 @@ def test_gymnasium_mujoco_pixels_and_videos():
     envs.close()
 
 
+PIXELS_AND_VECTORS = """
+import warnings
+from common.envs import Envs
+try:
+    Envs("dm_control/walker-walk-v0", obs="pixels")
+except RuntimeError as error:
+    assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
+else:
+    raise SystemExit("it rendered")
+warnings.simplefilter("ignore")
+envs = Envs("dm_control/walker-walk-v0", frames=32)
+assert not envs.can_render and envs.step(None)["is_first"].all()
+"""
+
+
 def without_gl_choice():
     """The environment variables, but those which choose MuJoCo's OpenGL."""
     return {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
@@ -537,25 +552,15 @@ def in_process(code, environment):
 def test_without_opengl_libraries():
     """Pixels name the fixes; vectors do without."""
     code = """
-import ctypes, warnings
+import ctypes
 load = ctypes.CDLL.__init__
 def fail(self, name=None, *args, **kwargs):
     if any(library in str(name) for library in ("EGL", "OSMesa")):
         raise OSError("no such library")
     load(self, name, *args, **kwargs)
 ctypes.CDLL.__init__ = fail
-from common.envs import Envs
-try:
-    Envs("dm_control/walker-walk-v0", obs="pixels")
-except RuntimeError as error:
-    assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
-else:
-    raise SystemExit("it rendered")
-warnings.simplefilter("ignore")
-envs = Envs("dm_control/walker-walk-v0", frames=32)
-assert not envs.can_render and envs.step(None)["is_first"].all()
 """
-    done = in_process(code, without_gl_choice())
+    done = in_process(code + PIXELS_AND_VECTORS, without_gl_choice())
     assert done.returncode == 0, done.stderr
 
 
@@ -563,23 +568,10 @@ assert not envs.can_render and envs.step(None)["is_first"].all()
 @needs_dmc
 def test_opengl_without_a_device():
     """A container may have the library and no device: vectors do without, pixels name the fixes."""
-    code = """
-import warnings
-from common.envs import Envs
-warnings.simplefilter("ignore")
-envs = Envs("dm_control/walker-walk-v0", frames=32)
-assert not envs.can_render and envs.step(None)["is_first"].all()
-try:
-    Envs("dm_control/walker-walk-v0", obs="pixels")
-except RuntimeError as error:
-    assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
-else:
-    raise SystemExit("it rendered")
-"""
     environment = without_gl_choice() | {"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
-    done = in_process(code, environment)
+    done = in_process(PIXELS_AND_VECTORS, environment)
     assert done.returncode == 0, done.stderr
-    done = in_process(code, environment | {"MUJOCO_GL": "egl"})  # the user's wish
+    done = in_process(PIXELS_AND_VECTORS, environment | {"MUJOCO_GL": "egl"})  # the user's wish
     assert "cannot be made" in done.stderr and "libegl1" in done.stderr, done.stderr
 
 
