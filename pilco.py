@@ -47,6 +47,7 @@ from PIL import Image, ImageDraw
 from scipy.optimize import minimize
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from common import checkpoint
 from common.checkpoint import RunError, Stop
@@ -55,6 +56,7 @@ from common.evaluation import score
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, plot_curve
 
+BLOCK = 2**17  # numbers of a kernel worked on at a time: they stay in a core's cache
 JITTER = 1e-6  # variance of a deterministic GP, and ridge of the inducing inputs, as the authors'
 MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
 
@@ -174,84 +176,76 @@ def check(args: Args):
 # --- maths --------------------------------------------------------------------------------------
 
 
-class InverseAndLogdet(torch.autograd.Function):
-    """Positive definite (..., D, D) -> inverse and log-determinant by one factorisation.
-
-    Where that fails the log-determinant is NaN.
-    """
-
-    @staticmethod
-    def forward(ctx, matrix):
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        inverse = torch.cholesky_inverse(factor)
-        ctx.save_for_backward(inverse)
-        logdet = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return inverse, torch.where(failed == 0, logdet, torch.nan)
-
-    @staticmethod
-    def backward(ctx, grad_inverse, grad_logdet):
-        (inverse,) = ctx.saved_tensors
-        return grad_logdet[..., None, None] * inverse - inverse @ grad_inverse @ inverse
-
-
-class PairSum(torch.autograd.Function):
-    """sum_ij W_ij p_i q_j (exp(a_i . b_j) - 1): p, q (..., n), a, b (..., n, K), W (..., n, n).
-
-    W is a constant, ones if None. The gradient is taken at once: nothing of size n x n is kept.
-    """
-
-    @staticmethod
-    def forward(ctx, p, a, b, q, weight=None):
-        kernel = torch.expm1_(a @ b.mT)
-        kernel = kernel if weight is None else kernel.mul_(weight)
-        grad_p = (kernel @ q[..., None])[..., 0]
-        grad_q = (p[..., None, :] @ kernel)[..., 0, :]
-        kernel.add_(1.0 if weight is None else weight)  # the derivative of exp - 1 is exp
-        grad_a = p[..., None] * (kernel @ (q[..., None] * b))
-        grad_b = q[..., None] * (kernel.mT @ (p[..., None] * a))
-        ctx.save_for_backward(grad_p, grad_a, grad_b, grad_q)
-        return (p * grad_p).sum(-1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_p, grad_a, grad_b, grad_q = ctx.saved_tensors
-        outer, inner = grad[..., None], grad[..., None, None]
-        return outer * grad_p, inner * grad_a, inner * grad_b, outer * grad_q, None
+def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive definite (..., K, K) -> inverse and half the log-determinant, NaN if it is not."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    logdet = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return torch.cholesky_inverse(root), logdet.masked_fill_(failed > 0, math.nan)
 
 
 class Pairs:
-    """The P pairs a <= b of E outputs, those with a = b first: indices and constants."""
+    """Indices and constants of the P pairs a <= b of E functions, those with a = b first.
 
-    def __init__(self, outputs: int):
+    The Gaussians of `Moments` have 2I variables each: nu_i alone, filled up with an independent
+    standard normal, for every function; then nu_i and nu_j for every pair.
+    """
+
+    def __init__(self, outputs: int, width: int):
         upper, own = torch.triu_indices(outputs, outputs, 1), torch.arange(outputs)
         self.a, self.b = torch.cat([own, upper[0]]), torch.cat([own, upper[1]])
+        self.count = count = len(self.a)
         self.ends, self.others = torch.cat([self.a, self.b]), torch.cat([self.b, self.a])
-        self.matrix = torch.empty(outputs, outputs, dtype=torch.long)  # where a pair's number goes
-        self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = torch.arange(len(self.a))
-        # log-determinants (E + P) -> constants of log q (E) and of d_ij (2P, the second half zero)
-        eye, count = torch.eye(outputs, dtype=torch.float64), len(self.a)
+        self.twice = torch.arange(count).repeat(2)
+        self.number = self.a * outputs + self.b  # in a flat matrix
+        self.matrix = torch.empty(outputs, outputs, dtype=torch.long)
+        self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = torch.arange(count)
+        self.matrix = self.matrix.flatten()
+        self.once = torch.where(self.a == self.b, 0.5, 1.0).double()
+        self.weights = self.ends + outputs * (self.ends != self.others)  # of a GP, in [q; p]
+        self.mask = torch.ones(outputs + count, 2 * width, 2 * width, dtype=torch.float64)
+        self.mask[:outputs] = 0
+        self.mask[:outputs, :width, :width] = 1
+        # half log-determinants (E + P) -> constants of log q (E) and of d_ij (2P, half of them 0)
+        eye = torch.eye(outputs, dtype=torch.float64)
         self.constants = torch.zeros(outputs + count, outputs + 2 * count, dtype=torch.float64)
-        self.constants[:outputs, :outputs] = -0.5 * eye
-        self.constants[:outputs, outputs : outputs + count] = 0.5 * (eye[self.a] + eye[self.b]).T
-        self.constants[outputs:, outputs : outputs + count] = -0.5 * torch.eye(count)
+        self.constants[:outputs, :outputs] = -eye
+        self.constants[:outputs, outputs : outputs + count] = (eye[self.a] + eye[self.b]).T
+        self.constants[outputs:, outputs : outputs + count] = -torch.eye(count)
 
 
 pairs = functools.cache(Pairs)
 
 
 class Factors(NamedTuple):
-    """What the moments of E functions f_a(x) = sum_i beta_ai k_a(x_i, x) depend on.
+    """What the moments of E functions f_a(x) = sum_i beta_ai k_a(x_i, x) depend on; `factors`.
 
-    inputs (n, I), log_lengthscale (E, I), log_signal (E), beta (E, n); for GPs, whose functions are
-    uncertain, also inverse (E, n, n) of the kernel matrix and weight = beta beta^T - inverse.
+    For GPs, whose functions are uncertain, also their prior `variance` (E), the `inverse` (E, n, n)
+    of the kernel matrix and weight = beta beta' - inverse.
     """
 
-    inputs: Tensor
-    log_lengthscale: Tensor
-    log_signal: Tensor
-    beta: Tensor
+    inputs: Tensor  # (n, I)
+    lambdas: Tensor  # (E + P, 2I, 2I): squared lengthscales, the diagonals of Moments' Gaussians
+    log_scale: Tensor  # (E + 2P): log signal^2 sqrt(det Lambda), and zeros
+    beta: Tensor  # (E, n)
+    variance: Tensor  # (E): the prior's, or a ridge
     inverse: Tensor | None = None
     weight: Tensor | None = None
+
+
+def factors(inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor, beta: Tensor) -> Factors:
+    """Factors of functions that are certain: (n, I), (E, I), (E), (E, n), or batches of them."""
+    pair, scale = pairs(*log_lengthscale.shape[-2:]), torch.exp(2 * log_lengthscale)
+    alone = torch.cat([scale, torch.ones_like(scale)], -1)
+    both = torch.cat([scale[..., pair.a, :], scale[..., pair.b, :]], -1)
+    log_scale = F.pad(2 * log_signal + log_lengthscale.sum(-1), (0, 2 * pair.count))
+    lambdas = torch.diag_embed(torch.cat([alone, both], -2))
+    return Factors(inputs, lambdas, log_scale, beta, torch.full_like(log_signal, JITTER))
+
+
+def gp_factors(inputs: Tensor, hyper: tuple, beta: Tensor, inverse: Tensor) -> Factors:
+    """Factors of GPs with these hyperparameters."""
+    known, weight = factors(inputs, *hyper[:2], beta), beta[:, :, None] * beta[:, None] - inverse
+    return known._replace(variance=torch.exp(2 * hyper[1]), inverse=inverse, weight=weight)
 
 
 def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) -> Tensor:
@@ -261,31 +255,141 @@ def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) ->
     return torch.exp(2 * log_signal[..., None, None] - 0.5 * square)
 
 
-def exponents(cov: Tensor, f: Factors, pair: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Quadratic forms in nu_i = x_i - mean that the moments are sums of exponentials of.
+def pair_sums(left, right, first, second, inverse, weight) -> tuple[Tensor, Tensor]:
+    """k second (N, P, n, I + 1) and first' k (N, P, I + 1, n), k_ij = exp(left_i . right_j) - 1.
 
-    theta (N, 1 + I^2, E + 2P): constant and matrix of log q_a and, for each pair, of the parts of
-    d_ij that depend on i and on j alone; cross (N, P, I, I): the rest, nu_i' cross nu_j; and
-    (cov + Lambda_a)^-1 (N, E, I, I).
+    The first pairs' k is weight * k - inverse where those are given. A few pairs at a time: what is
+    of size n x n stays in the cache and is not kept.
     """
-    outputs, width = f.log_lengthscale.shape[-2:]
-    count = len(pair.a)
-    own = torch.exp(-2 * f.log_lengthscale)  # (E, I)
-    ends, others = own[..., pair.ends, :], own[..., pair.others, :]  # (2P, I)
-    root = torch.cat([own, ends[..., :count, :] + others[..., :count, :]], -2).sqrt()  # (E + P, I)
-    outer = root[..., :, None] * root[..., None, :]
-    scaled = outer * cov[..., None, :, :]  # (N, E + P, I, I)
-    eye = torch.eye(width, dtype=cov.dtype, device=cov.device)
-    inverse, logdet = InverseAndLogdet.apply(eye + scaled)
-    slope = outer[..., :outputs, :, :] * inverse[..., :outputs, :, :]
-    spread = inverse @ scaled / outer  # (cov^-1 + precision)^-1
-    alone, both = spread[..., pair.ends, :, :], spread[..., outputs:, :, :]
-    cross = ends[..., :count, :, None] * both * ends[..., count:, None, :]
-    inner = alone @ (others[..., :, None] * torch.cat([both, both], -3))
-    parts = -0.5 * ends[..., :, None] * inner * ends[..., None, :]
-    matrices = torch.cat([-0.5 * slope, parts], -3).flatten(-2).mT
-    constant = (logdet @ pair.constants)[..., None, :]
-    return torch.cat([constant, matrices], -2), cross, slope
+    batch, count, n, _ = left.shape
+    rows = (x.transpose(0, 1).flatten(0, 1) for x in (left, right.mT, first.mT, second))
+    left, right, first, second = rows  # (P N, ...)
+    over_j, over_i = torch.empty_like(second), torch.empty_like(first)
+    size = min(count, max(1, BLOCK // (batch * n**2)))
+    room = left.new_empty(batch * size, n, n)
+    for start in range(0, count, size):
+        part = slice(batch * start, batch * (start + size))
+        k = torch.bmm(left[part], right[part], out=room[: batch * (count - start)])
+        np.expm1(k.numpy(), out=k.numpy())  # twice as fast as torch's
+        if inverse is not None and start < len(inverse):
+            own = slice(start, min(start + size, len(inverse)))
+            gp = k[: batch * (own.stop - start)].unflatten(0, (-1, batch))
+            gp.mul_(weight[own, None]).sub_(inverse[own, None])
+        torch.bmm(k, second[part], out=over_j[part])
+        torch.bmm(first[part], k, out=over_i[part])
+    over_j, over_i = (x.unflatten(0, (count, batch)).transpose(0, 1) for x in (over_j, over_i))
+    return over_j, over_i
+
+
+class Moments(torch.autograd.Function):
+    """Mean (N, E), covariance (N, E, E), slope (N, E, I) of moment_matching, and their gradients.
+
+    The integrals of eq. 14-23 are Gaussian densities: q_ai that of nu_i = x_i - mean, with the
+    covariance cov + Lambda_a, Q_ij that of (nu_i, nu_j), with [[cov + Lambda_a, cov], [cov, cov +
+    Lambda_b]]. One rule makes all gradients: by its covariance C the logarithm of a density at z
+    has the derivative (u u' - C^-1) / 2, u = C^-1 z, and by z it has -u.
+    """
+
+    @staticmethod
+    def forward(ctx, mean, cov, inputs, lambdas, log_scale, beta, variance, inverse, weight):
+        outputs, width = beta.shape[-2], mean.shape[-1]
+        pair = pairs(outputs, width)
+        count, last = pair.count, outputs + pair.count
+        wide = torch.cat([cov, cov], -1)
+        covs = torch.addcmul(lambdas, pair.mask, torch.cat([wide, wide], -2)[:, None])
+        precision, logdet = invert(covs)  # (N, E + P, 2I, 2I), (N, E + P)
+        alone, both = precision[:, :outputs, :width, :width], precision[:, outputs:]
+        phi = F.pad(inputs - mean[:, None], (0, 1), value=1.0)  # (N, n, I + 1): nu and 1
+        design = (phi[..., None] * phi[..., None, :]).flatten(-2)
+        # log q_a (E) and the parts of d_ij = log Q_ij - log q_i - log q_j of i (P) and of j (P)
+        own = torch.cat([both[..., :width, :width], both[..., width:, width:]], 1)
+        forms = torch.cat([alone, own - alone.index_select(1, pair.ends)], 1)
+        forms = F.pad(forms, (0, 1, 0, 1)).flatten(-2)
+        constant = (log_scale + logdet @ pair.constants)[..., None]
+        rows = torch.baddbmm(constant, forms, design.mT, alpha=-0.5)  # (N, E + 2P, n)
+        q = torch.exp(rows[:, :outputs])
+        p = beta * q
+        total = p @ phi  # (N, E, I + 1): sums of p nu and of p
+
+        if inverse is None:
+            ends = p.index_select(1, pair.ends)  # (N, 2P, n)
+        else:
+            ends = torch.cat([q, p], 1).index_select(1, pair.weights)
+        wide, row = phi[:, None].expand(-1, count, -1, -1), rows[..., None]
+        turned = wide[..., :width] @ -both[..., :width, width:]
+        left = torch.cat([turned, row[:, outputs:last], wide[..., width:]], -1)
+        right = torch.cat([wide, row[:, last:]], -1)
+        sides = ends[..., None] * phi[:, None]
+        sums = pair_sums(left, right, sides[:, :count], sides[:, count:], inverse, weight)
+        points = torch.cat([sums[0], sums[1].mT], 1)  # (N, 2P, n, I + 1): sums over the other end
+        sums = (ends[:, :count] * points[:, :count, :, width]).sum(-1)
+        sums[:, :outputs] += variance
+        slope = alone @ total[..., :width, None]  # (N, E, I, 1)
+        saved = precision, phi, design, q, p, total, slope, ends, sides, points, beta
+        ctx.save_for_backward(*saved)
+        spread = sums.index_select(1, pair.matrix).unflatten(1, (outputs, outputs))
+        return total[..., width], spread, slope[..., 0]
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_cov, grad_slope):
+        precision, phi, design, q, p, total, slope, ends, sides, points, beta = ctx.saved_tensors
+        outputs, width = p.shape[1], phi.shape[-1] - 1
+        pair = pairs(outputs, width)
+        count, mean, alone = pair.count, total[..., width:], precision[:, :outputs, :width, :width]
+        grad_cov = grad_cov + grad_cov.mT
+        scale = (grad_cov.flatten(1).index_select(1, pair.number) * pair.once)[
+            ..., None, None
+        ]  # (N, P, 1, 1)
+        # the covariance is sum_ij p_i p_j exp(d_ij) - mean mean': the last part joins grad_mean
+        by_mean = torch.baddbmm(grad_mean[..., None], grad_cov, mean, alpha=-1)
+        lifted = alone @ grad_slope[..., None]  # (N, E, I, 1)
+        w = torch.cat([lifted[..., 0], by_mean], -1) @ phi.mT  # (N, E, n): the gradient by p
+
+        # weighted sums of z z', z = (nu_i, 1, nu_j, 1): (N, E + P, 2I + 2, 2I + 2)
+        weights = torch.cat([p * w, p, ends * points[..., width]], 1)
+        once, plain, own = (
+            (weights @ design)
+            .unflatten(-1, (width + 1, -1))
+            .split([outputs, outputs, 2 * count], 1)
+        )
+        other = mean.index_select(1, pair.others)[..., None]
+        own = torch.addcmul(own, plain.index_select(1, pair.ends), other)
+        near, far = total.index_select(1, pair.ends)[..., None].split(count, 1)
+        cross = sides[:, :count].mT @ points[:, :count] + near * far.mT
+        upper = torch.cat([own[:, :count], cross], -1)
+        both = torch.cat([upper, torch.cat([cross.mT, own[:, count:]], -1)], -2)
+        moments = torch.cat([F.pad(once, (0, width + 1, 0, width + 1)), scale * both], 1)
+
+        lift = F.pad(precision.unflatten(-1, (2, width)), (0, 1)).flatten(-2)  # z -> u
+        u = lift @ moments
+        amount = moments[..., width, width, None, None]
+        by_lambdas = torch.addcmul(u @ lift.mT, precision, amount, value=-1).mul_(0.5)
+        turn = 0.5 * slope @ lifted.mT
+        by_lambdas[:, :outputs, :width, :width] -= turn + turn.mT
+        by_cov = (by_lambdas * pair.mask).sum(1).unflatten(-1, (2, width)).unflatten(1, (2, width))
+        by_x = (
+            u[..., width].unflatten(-1, (2, width)).sum((1, 2)) - (mean.mT @ lifted[..., 0])[:, 0]
+        )
+        if not ctx.needs_input_grad[2]:
+            return by_x, by_cov.sum((1, 3)), *[None] * 7
+        scale, opposite = scale[:, pair.twice], total.index_select(1, pair.others)[:, :, None]
+        ends = ends[..., None]
+        by_p = (w + grad_mean[..., None] - by_mean).index_add(
+            1, pair.ends, (scale * points)[..., width]
+        )
+        mine = (ends * (points[..., width:] + opposite[..., width:])) * phi[:, None]
+        theirs = ends * (points + opposite)
+        near = (
+            torch.cat([mine[:, :count], theirs[:, count:]], 1),
+            torch.cat([theirs[:, :count], mine[:, count:]], 1),
+        )
+        rows = lift[:, outputs:].unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)
+        by_nu = (scale * (torch.cat(near, -1) @ rows.mT)).sum(1)
+        by_nu = by_nu + (((p * w)[..., None] * phi[:, None, :, :width]) @ alone).sum(1)
+        by_inputs = p.mT @ lifted[..., 0] - by_nu
+        by_beta = q * by_p
+        by_scale = F.pad((by_beta * beta).sum(-1), (0, 2 * count))
+        return by_x, by_cov.sum((1, 3)), by_inputs, by_lambdas, by_scale, by_beta, None, None, None
 
 
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,64 +399,81 @@ def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tens
     and f(x) is cov @ gain. With d_ij = log Q_ij - log q_i - log q_j, the covariance of posterior
     means is sum_ij p_i p_j (exp(d_ij) - 1), where the paper subtracts two sums of nearly that size.
     """
-    e = f.log_lengthscale.shape[-2]
-    pair = pairs(e)
-    count = len(pair.a)
-    theta, cross, slope = exponents(cov, f, pair)
-    nu = f.inputs - mean[..., None, :]  # (N, n, I)
-    one = torch.ones_like(nu[..., :1])
-    design = torch.cat([one, (nu[..., :, None] * nu[..., None, :]).flatten(-2)], -1)
-    log_q, of_i, of_j = (design @ theta).mT.split([e, count, count], -2)
-    q = torch.exp(2 * f.log_signal[..., None] + log_q)  # (N, E, n)
-    p = f.beta * q
-    gain = (slope @ (p @ nu)[..., None])[..., 0].mT
+    value, spread, slope = Moments.apply(mean, cov, *f)
+    return value, spread, slope.mT
 
-    turned = nu @ cross.transpose(-3, -2).flatten(-2)  # (N, n, P * I)
-    turned = turned.unflatten(-1, (count, -1)).transpose(-3, -2)
-    one = one[..., None, :, :].expand(*turned.shape[:-1], 1)
-    left = torch.cat([turned, of_i[..., None], one], -1)
-    right = torch.cat([nu[..., None, :, :].expand_as(turned), one, of_j[..., None]], -1)
-    if f.inverse is None:
-        sums = PairSum.apply(p[..., pair.a, :], left, right, p[..., pair.b, :])
-        return p.sum(-1), sums[..., pair.matrix] + JITTER * torch.eye(e).to(cov), gain
-    within = PairSum.apply(q, left[..., :e, :, :], right[..., :e, :, :], q, f.weight)
-    within = within + torch.exp(2 * f.log_signal)
-    within = within - (q * (q[..., None, :] @ f.inverse)[..., 0, :]).sum(-1)
-    ends = p[..., pair.a[e:], :], left[..., e:, :, :], right[..., e:, :, :], p[..., pair.b[e:], :]
-    return p.sum(-1), torch.cat([within, PairSum.apply(*ends)], -1)[..., pair.matrix], gain
+
+class Sines(torch.autograd.Function):
+    """Mean (N, K), covariance (N, K, K) and slope (N, K) of sine_moments, and their gradients."""
+
+    @staticmethod
+    def forward(ctx, mean, cov, amplitude):
+        decay = amplitude * torch.exp(-0.5 * cov.diagonal(dim1=-2, dim2=-1))
+        sine, cosine = decay * mean.sin(), decay * mean.cos()
+        odd, even = cov.sinh(), (0.5 * cov).sinh().square_().mul_(2)  # sinh and cosh - 1
+        sines = sine[..., :, None] * sine[..., None, :]
+        cosines = cosine[..., :, None] * cosine[..., None, :]
+        ctx.save_for_backward(sine, cosine, odd, even, sines, cosines)
+        return sine, odd * cosines + even * sines, cosine
+
+    @staticmethod
+    def backward(ctx, by_sine, by_cov, by_cosine):
+        sine, cosine, odd, even, sines, cosines = ctx.saved_tensors
+        both = by_cov + by_cov.mT
+        by_sine = by_sine + ((both * even) @ sine[..., None])[..., 0]
+        by_cosine = by_cosine + ((both * odd) @ cosine[..., None])[..., 0]
+        by_cov = by_cov * (cosines + even * cosines + odd * sines)
+        by_cov.diagonal(dim1=-2, dim2=-1).sub_(0.5 * (by_sine * sine + by_cosine * cosine))
+        return by_sine * cosine - by_cosine * sine, by_cov, None
 
 
 def sine_moments(mean: Tensor, cov: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of amplitude * sin(x) for x ~ N(mean, cov): (N, K), (N, K, K), amplitude (K).
 
-    Returns mean (N, K), covariance (N, K, K) and the diagonal (N, K) of the gain.
+    Returns mean (N, K), covariance (N, K, K) and the diagonal (N, K) of the gain. With these, m and
+    c, the covariance is sinh(cov) c c' + (cosh(cov) - 1) m m', element by element.
     """
-    decay = amplitude * torch.exp(-0.5 * cov.diagonal(dim1=-2, dim2=-1))
-    near, far = mean[..., :, None] - mean[..., None, :], mean[..., :, None] + mean[..., None, :]
-    product = torch.expm1(cov) * near.cos() - torch.expm1(-cov) * far.cos()
-    cov = 0.5 * decay[..., :, None] * decay[..., None, :] * product
-    return decay * mean.sin(), cov, decay * mean.cos()
+    return Sines.apply(mean, cov, amplitude)
 
 
-def join(mean, cov, index, more_mean, more_cov, gain) -> tuple[Tensor, Tensor]:
+def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of x[index]: (N, D), (N, D, D) -> (N, K), (N, K, K)."""
+    return mean.index_select(-1, index), cov.index_select(-1, index).index_select(-2, index)
+
+
+def join(mean, cov, index: Tensor, more_mean, more_cov, gain) -> tuple[Tensor, Tensor]:
     """The joint Gaussian of x ~ N(mean, cov) and y, whose gain is that of x[index].
 
     (N, D), (N, D, D) and (N, K), (N, K, K), gain (N, len(index), K) -> (N, D + K) and so on.
     """
-    cross = cov[..., index] @ gain
+    cross = cov.index_select(-1, index).bmm(gain)
     rows = torch.cat([cov, cross], -1), torch.cat([cross.mT, more_cov], -1)
     return torch.cat([mean, more_mean], -1), torch.cat(rows, -2)
+
+
+@functools.cache
+def phases(angles: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Each angle twice, its phases (cos x = sin(x + pi / 2)) and amplitudes: (2K) each."""
+    phase = torch.tensor([0, math.pi / 2] * len(angles), dtype=torch.float64)
+    return torch.tensor([i for i in angles for _ in range(2)]), phase, torch.ones_like(phase)
 
 
 def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Append sin and cos of each angle to x: (N, D), (N, D, D) -> (N, D + 2K), ..."""
     if not angles:
         return mean, cov
-    twice = [i for i in angles for _ in range(2)]
-    phase = mean.new_tensor([0, math.pi / 2] * len(angles))  # cos x = sin(x + pi / 2)
-    inner = cov[..., twice, :][..., twice]
-    mean_s, cov_s, gain = sine_moments(mean[..., twice] + phase, inner, torch.ones_like(phase))
-    return join(mean, cov, twice, mean_s, cov_s, torch.diag_embed(gain))
+    twice, phase, amplitude = phases(tuple(angles))
+    inner_mean, inner_cov = select(mean, cov, twice)
+    sine, sine_cov, slope = sine_moments(inner_mean + phase, inner_cov, amplitude)
+    return join(mean, cov, twice, sine, sine_cov, torch.diag_embed(slope))
+
+
+@functools.cache
+def harmonics(actions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """gSat as sines: (A, 2A) from u to (u, 3u), back, and the amplitudes (2A)."""
+    eye = torch.eye(actions, dtype=torch.float64)
+    amplitude = torch.tensor([9 / 8, 1 / 8], dtype=torch.float64).repeat_interleave(actions)
+    return torch.cat([eye, 3 * eye], 1), torch.cat([eye, eye]), amplitude
 
 
 def squash(mean, cov, gain, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -360,14 +481,9 @@ def squash(mean, cov, gain, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     if kind == "gSin":
         mean, cov, slope = sine_moments(mean, cov, torch.ones_like(mean[0]))
         return mean, cov, gain * slope[..., None, :]
-    factor, n = mean.new_tensor([1.0, 3.0]), mean.shape[-1]
-    amplitude = mean.new_tensor([9 / 8, 1 / 8]).repeat_interleave(n)
-    both = (factor[:, None] * mean[..., None, :]).flatten(-2)
-    wide = torch.kron(factor[:, None] * factor, torch.ones_like(cov[0])) * cov.tile(2, 2)
-    mean, cov, slope = sine_moments(both, wide, amplitude)
-    slope = (factor[:, None] * slope.unflatten(-1, (2, n))).sum(-2)
-    cov = cov.unflatten(-1, (2, n)).unflatten(-3, (2, n)).sum((-4, -2))
-    return mean.unflatten(-1, (2, n)).sum(-2), cov, gain * slope[..., None, :]
+    apart, together, amplitude = harmonics(mean.shape[-1])
+    mean, cov, slope = sine_moments(mean @ apart, apart.T @ cov @ apart, amplitude)
+    return mean @ together, together.T @ cov @ together, gain * (slope @ apart.T)[..., None, :]
 
 
 def certain(mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -421,12 +537,7 @@ def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors
     gram.diagonal(dim1=-2, dim2=-1).add_(torch.exp(2 * hyper[2])[:, None])
     root = torch.linalg.cholesky(gram)
     beta = torch.cholesky_solve(y.T[..., None], root)[..., 0]
-    return factors(x, hyper, beta, torch.cholesky_inverse(root))
-
-
-def factors(x: Tensor, hyper: tuple, beta: Tensor, inverse: Tensor) -> Factors:
-    """Factors with the weight that follows from them."""
-    return Factors(x, *hyper[:2], beta, inverse, beta[:, :, None] * beta[:, None] - inverse)
+    return gp_factors(x, hyper, beta, torch.cholesky_inverse(root))
 
 
 def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple) -> tuple[Tensor, Factors]:
@@ -448,7 +559,7 @@ def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple) -> tuple[Tensor, Factors
     both = root @ inner
     beta = torch.linalg.solve_triangular(both.mT, half, upper=True)[..., 0]
     inverse = torch.cholesky_inverse(root) - torch.cholesky_inverse(both)
-    return nlml, factors(z, hyper, beta, inverse)
+    return nlml, gp_factors(z, hyper, beta, inverse)
 
 
 class GPWorldModel(nn.Module):
@@ -464,7 +575,8 @@ class GPWorldModel(nn.Module):
         self.obs_dim, self.action_dim, self.angles = obs_dim, action_dim, tuple(angles)
         self.max_inducing, self.fit_steps = max_inducing, fit_steps
         straight = [i for i in range(obs_dim) if i not in self.angles]
-        self.features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
+        features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
+        self.register_buffer("features", torch.tensor(features))
         self.hyper = self.factors = self.inducing = None
 
     def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
@@ -614,7 +726,7 @@ class RBFController(nn.Module):
         gram = kernel(centres, centres, scale, signal)
         gram = gram + 0.01**2 * torch.eye(gram.shape[-1]).to(gram)
         beta = torch.linalg.solve(gram, parts["targets"].mT[..., None])[..., 0]
-        return Factors(centres, scale, signal, beta)
+        return factors(centres, scale, signal, beta)
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
         prepared = self.prepare() if prepared is None else prepared
@@ -637,6 +749,28 @@ def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
 # --- cost ---------------------------------------------------------------------------------------
 
 
+class Saturation(torch.autograd.Function):
+    """E exp(-s |z|^2 / 2), eq. 25: z ~ N(mean (N, r), cov (N, r, r)) and scales s (K) -> (N, K)."""
+
+    @staticmethod
+    def forward(ctx, mean, cov, scales):
+        scales = scales[:, None, None]
+        inner = torch.eye(cov.shape[-1], dtype=cov.dtype) + scales * cov[:, None]  # (N, K, r, r)
+        inverse, logdet = invert(inner)
+        inverse = scales * inverse
+        u = inverse @ mean[:, None, :, None]  # (N, K, r, 1)
+        value = torch.exp(-0.5 * (u[..., 0] * mean[:, None]).sum(-1) - logdet)
+        ctx.save_for_backward(value, u, inverse)
+        return value
+
+    @staticmethod
+    def backward(ctx, grad):
+        value, u, inverse = ctx.saved_tensors
+        grad = (grad * value)[..., None, None]
+        by_cov = 0.5 * (grad * (u @ u.mT - inverse)).sum(1)
+        return -(grad * u).sum(1)[..., 0], by_cov, None
+
+
 class ExponentialQuadraticCost(nn.Module):
     """1 - exp(-(x - target)' weights (x - target) / (2 width^2)), mean over `widths`, eq. 24-25.
 
@@ -654,32 +788,36 @@ class ExponentialQuadraticCost(nn.Module):
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (len(self.target),) * 2:
             raise ValueError(f"weights must be square, of {len(self.target)} features")
-        widths = torch.as_tensor(widths, dtype=torch.float64)
-        self.register_buffer("precision", weights / widths[:, None, None].square())  # (K, F, F)
+        values, vectors = torch.linalg.eigh(weights)
+        if values[0] < -1e-12 * values[-1] or not torch.equal(weights, weights.T):
+            raise ValueError("weights must be symmetric and positive semi-definite")
+        root = (vectors * values.clamp(min=0).sqrt())[:, values > 1e-12 * values[-1]]
+        self.register_buffer("root", root.T.contiguous())  # (r, F): weights = root' root
+        once = 1 / torch.as_tensor(widths, dtype=torch.float64).square()
+        self.register_buffer("scales", torch.cat([once, 2 * once]))  # of 1 - cost and its square
 
     def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
         """Features N(mean (N, F), cov (N, F, F)) -> expected cost and its variance (N).
 
         The variance is the mean over the widths, as the authors', not that of the mean cost.
         """
-        once, twice = self.expect(mean, cov, 1), self.expect(mean, cov, 2)  # (N, K)
+        root = self.root.expand(len(mean), -1, -1)
+        spread = root.bmm(cov).bmm(root.mT)
+        once, twice = Saturation.apply(
+            (mean - self.target) @ self.root.T, spread, self.scales
+        ).chunk(2, -1)
         variance = (twice - once.square()).clamp(min=0)
         cost = 1 - once
         if self.exploration:
             cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
         return cost.mean(-1), variance.mean(-1)
 
-    def expect(self, mean: Tensor, cov: Tensor, power: float) -> Tensor:
-        """E[(1 - cost)^power] for each width: (N, K)."""
-        weights, off = power * self.precision, (mean - self.target)[:, None, :, None]
-        matrix = torch.eye(mean.shape[-1]).to(cov) + cov[:, None] @ weights  # (N, K, F, F)
-        square = (off.mT @ weights @ torch.linalg.solve(matrix, off))[..., 0, 0]
-        return torch.exp(-0.5 * (square + torch.linalg.slogdet(matrix)[1]))
-
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
         state = with_angles(*certain(observation.double().flatten(0, -2)), self.angles)
-        return (1 - self.expect(*state, 1)).mean(-1).view(observation.shape[:-1])
+        off = (state[0] - self.target) @ self.root.T
+        once = torch.exp(-0.5 * self.scales.chunk(2)[0] * off.square().sum(-1, keepdim=True))
+        return (1 - once).mean(-1).view(observation.shape[:-1])
 
 
 # --- imagination environment --------------------------------------------------------------------
@@ -695,6 +833,10 @@ class ImaginedEnv(ModelBasedEnvBase):
     def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
         super().__init__(world_model, ("mean", "covariance"))
         self.cost, self.noise = cost, noise
+        actions = (
+            world_model.obs_dim + 2 * len(world_model.angles) + torch.arange(world_model.action_dim)
+        )
+        self.register_buffer("inputs", torch.cat([world_model.features, actions]))
 
     def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
         """The start N(mean (N, D), cov (N, D, D)) of a rollout."""
@@ -706,23 +848,22 @@ class ImaginedEnv(ModelBasedEnvBase):
         names, index = ("action", "action_covariance", "action_gain"), self.world_model.features
 
         def act(td: TensorDict) -> TensorDict:
-            state = td["mean"][..., index], td["covariance"][..., index, :][..., index]
+            state = select(td["mean"], td["covariance"], index)
             return td.update(dict(zip(names, controller(*state, prepared), strict=True)))
 
         return act
 
     def _step(self, td: TensorDict) -> TensorDict:
         """One step of the belief, `cost` and `cost_variance` there; reward = -cost."""
-        model, size = self.world_model, td["mean"].shape[-1]
+        model, d = self.world_model, self.world_model.obs_dim
         action = td["action"], td["action_covariance"], td["action_gain"]
         mean, cov = join(td["mean"], td["covariance"], model.features, *action)
-        inputs, d = [*model.features, *range(size, mean.shape[-1])], model.obs_dim
-        change, spread, gain = model(mean[..., inputs], cov[..., inputs, :][..., inputs])
-        cross = cov[..., :d, inputs] @ gain
-        cov = cov[..., :d, :d] + spread + cross + cross.mT
+        change, spread, gain = model(*select(mean, cov, self.inputs))
+        cross = cov[..., :d, :].index_select(-1, self.inputs).bmm(gain)
+        cov = cov[..., :d, :d] + spread + (cross + cross.mT)
         if self.noise == "observed":
             cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
-        after = self.belief(mean[..., :d] + change, (cov + cov.mT) / 2)
+        after = self.belief(mean[..., :d] + change, cov)
         cost, variance = self.cost(after["mean"], after["covariance"])
         return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
 

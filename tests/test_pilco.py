@@ -146,10 +146,10 @@ def test_gp_moments_by_monte_carlo():
     x = mean + torch.randn(n, 3, generator=generator, dtype=torch.float64) @ root.T
     values, variances = [], []
     for part in x.split(50_000):
-        near = pilco.kernel(part, factors.inputs, *factors[1:3])  # (E, n, points)
+        near = pilco.kernel(part, factors.inputs, *hyper(given["hyp"])[:2])  # (E, points, n)
         values.append((near @ factors.beta[..., None])[..., 0].T)
         inner = ((near @ factors.inverse) * near).sum(-1).T
-        variances.append(torch.exp(2 * factors.log_signal) - inner)
+        variances.append(factors.variance - inner)
     values, variances = torch.cat(values), torch.cat(variances)
     found = function(mean, cov)
     expected = values.T.cov() + torch.diag(variances.mean(0))
@@ -165,12 +165,11 @@ def test_data_points_without_weight_and_order():
     mean, cov = column(given["m"]), given["s"]
     wanted = function(mean, cov)
     pad = torch.nn.functional.pad
-    padded = Factors(
-        torch.cat([factors.inputs, torch.randn(7, factors.inputs.shape[1]).double()]),
-        *factors[1:3],
-        pad(factors.beta, (0, 7)),
-        pad(factors.inverse, (0, 7, 0, 7)),
-        pad(factors.weight, (0, 7, 0, 7)),
+    padded = factors._replace(
+        inputs=torch.cat([factors.inputs, torch.randn(7, factors.inputs.shape[1]).double()]),
+        beta=pad(factors.beta, (0, 7)),
+        inverse=pad(factors.inverse, (0, 7, 0, 7)),
+        weight=pad(factors.weight, (0, 7, 0, 7)),
     )
     for a, b in zip(moment_matching(mean[None], cov[None], padded), wanted, strict=True):
         assert error(a[0], b) < 1e-12
@@ -202,12 +201,13 @@ def test_variances_stay_positive(spread):
     factors = exact(x, y, (scale, signal, signal - math.log(1000)))
     mean = torch.randn(20, 5, dtype=torch.float64)
     cov = spread * torch.eye(5, dtype=torch.float64).expand(20, 5, 5)
-    for factors_ in (factors, factors._replace(inverse=None, weight=None)):
+    certain_ = pilco.factors(x, scale, signal, factors.beta)
+    for factors_ in (factors, certain_, certain_._replace(variance=0 * signal)):
         found, variance, gain = moment_matching(mean, cov, factors_)
         assert found.isfinite().all() and gain.isfinite().all()
         assert torch.equal(variance, variance.mT)
         eigenvalues = torch.linalg.eigvalsh(variance)
-        assert (eigenvalues > 0).all()
+        assert (eigenvalues > -1e-12 * eigenvalues[:, -1:]).all()
     if spread == 1e-8:
         near = pilco.kernel(mean, x, scale, signal)
         alone = torch.exp(2 * signal) - ((near @ factors.inverse) * near).sum(-1).T
