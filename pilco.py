@@ -44,7 +44,6 @@ import tyro
 from botorch.fit import fit_gpytorch_mll
 from botorch.models.gpytorch import GPyTorchModel
 from PIL import Image, ImageDraw
-from scipy.optimize import minimize
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,7 +194,6 @@ class Pairs:
         self.a, self.b = torch.cat([own, upper[0]]), torch.cat([own, upper[1]])
         self.count = count = len(self.a)
         self.ends, self.others = torch.cat([self.a, self.b]), torch.cat([self.b, self.a])
-        self.twice = torch.arange(count).repeat(2)
         self.number = self.a * outputs + self.b  # in a flat matrix
         self.matrix = torch.empty(outputs, outputs, dtype=torch.long)
         self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = torch.arange(count)
@@ -251,8 +249,8 @@ def gp_factors(inputs: Tensor, hyper: tuple, beta: Tensor, inverse: Tensor) -> F
 def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) -> Tensor:
     """Squared exponential kernel, eq. 6: x (..., n, I), y (..., m, I) -> (..., E, n, m)."""
     x, y = (z[..., None, :, :] * torch.exp(-log_lengthscale)[..., None, :] for z in (x, y))
-    square = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
-    return torch.exp(2 * log_signal[..., None, None] - 0.5 * square)
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.exp(2 * log_signal[..., None, None] - 0.5 * distance.square())
 
 
 def pair_sums(left, right, first, second, inverse, weight) -> tuple[Tensor, Tensor]:
@@ -331,65 +329,63 @@ class Moments(torch.autograd.Function):
         return total[..., width], spread, slope[..., 0]
 
     @staticmethod
-    def backward(ctx, grad_mean, grad_cov, grad_slope):
+    def backward(ctx, by_value, by_spread, by_slope):
         precision, phi, design, q, p, total, slope, ends, sides, points, beta = ctx.saved_tensors
         outputs, width = p.shape[1], phi.shape[-1] - 1
         pair = pairs(outputs, width)
-        count, mean, alone = pair.count, total[..., width:], precision[:, :outputs, :width, :width]
-        grad_cov = grad_cov + grad_cov.mT
-        scale = (grad_cov.flatten(1).index_select(1, pair.number) * pair.once)[
-            ..., None, None
-        ]  # (N, P, 1, 1)
-        # the covariance is sum_ij p_i p_j exp(d_ij) - mean mean': the last part joins grad_mean
-        by_mean = torch.baddbmm(grad_mean[..., None], grad_cov, mean, alpha=-1)
-        lifted = alone @ grad_slope[..., None]  # (N, E, I, 1)
-        w = torch.cat([lifted[..., 0], by_mean], -1) @ phi.mT  # (N, E, n): the gradient by p
+        count, value, alone = pair.count, total[..., width:], precision[:, :outputs, :width, :width]
+        by_spread = by_spread + by_spread.mT
+        scale = by_spread.flatten(1).index_select(1, pair.number) * pair.once  # (N, P)
+        scale = scale[..., None, None]
+        # spread is sum_ij p_i p_j exp(d_ij) - value value': of the last term the gradient by value
+        drop = by_spread @ value  # (N, E, 1)
+        raised = alone @ by_slope[..., None]  # (N, E, I, 1)
+        w = torch.cat([raised[..., 0], by_value[..., None] - drop], -1) @ phi.mT  # by p: (N, E, n)
 
-        # weighted sums of z z', z = (nu_i, 1, nu_j, 1): (N, E + P, 2I + 2, 2I + 2)
-        weights = torch.cat([p * w, p, ends * points[..., width]], 1)
-        once, plain, own = (
-            (weights @ design)
-            .unflatten(-1, (width + 1, -1))
-            .split([outputs, outputs, 2 * count], 1)
-        )
-        other = mean.index_select(1, pair.others)[..., None]
+        # sums of z z', z = (nu_i, 1) alone and (nu_i, 1, nu_j, 1) in pairs: (N, E + P, 2I + 2, ..)
+        weights = torch.cat([p * w, p, ends * points[..., width]], 1) @ design
+        weights = weights.unflatten(-1, (width + 1, -1))
+        single, plain, own = weights.split([outputs, outputs, 2 * count], 1)
+        other = value.index_select(1, pair.others)[..., None]
         own = torch.addcmul(own, plain.index_select(1, pair.ends), other)
         near, far = total.index_select(1, pair.ends)[..., None].split(count, 1)
         cross = sides[:, :count].mT @ points[:, :count] + near * far.mT
-        upper = torch.cat([own[:, :count], cross], -1)
-        both = torch.cat([upper, torch.cat([cross.mT, own[:, count:]], -1)], -2)
-        moments = torch.cat([F.pad(once, (0, width + 1, 0, width + 1)), scale * both], 1)
+        upper, lower = (
+            torch.cat([own[:, :count], cross], -1),
+            torch.cat([cross.mT, own[:, count:]], -1),
+        )
+        both = scale * torch.cat([upper, lower], -2)
+        sums = torch.cat([F.pad(single, (0, width + 1, 0, width + 1)), both], 1)
 
         lift = F.pad(precision.unflatten(-1, (2, width)), (0, 1)).flatten(-2)  # z -> u
-        u = lift @ moments
-        amount = moments[..., width, width, None, None]
+        u, amount = lift @ sums, sums[..., width, width, None, None]
         by_lambdas = torch.addcmul(u @ lift.mT, precision, amount, value=-1).mul_(0.5)
-        turn = 0.5 * slope @ lifted.mT
+        turn = 0.5 * slope @ raised.mT
         by_lambdas[:, :outputs, :width, :width] -= turn + turn.mT
         by_cov = (by_lambdas * pair.mask).sum(1).unflatten(-1, (2, width)).unflatten(1, (2, width))
-        by_x = (
-            u[..., width].unflatten(-1, (2, width)).sum((1, 2)) - (mean.mT @ lifted[..., 0])[:, 0]
+        by_mean = (
+            u[..., width].unflatten(-1, (2, width)).sum((1, 2))
+            - (raised * value[..., None]).sum(1)[..., 0]
         )
-        if not ctx.needs_input_grad[2]:
-            return by_x, by_cov.sum((1, 3)), *[None] * 7
-        scale, opposite = scale[:, pair.twice], total.index_select(1, pair.others)[:, :, None]
-        ends = ends[..., None]
-        by_p = (w + grad_mean[..., None] - by_mean).index_add(
-            1, pair.ends, (scale * points)[..., width]
+        if not ctx.needs_input_grad[2]:  # a GP, which is given
+            return by_mean, by_cov.sum((1, 3)), *[None] * 7
+
+        twice = torch.cat([scale, scale], 1)
+        by_p = (w + drop).index_add(1, pair.ends, (twice * points)[..., width])
+        mine = ends[..., None] * (points + total.index_select(1, pair.others)[:, :, None])
+        own = mine[..., width:] * phi[:, None]  # of z, the part at the same end
+        z = (
+            torch.cat([own[:, :count], mine[:, :count]], -1),
+            torch.cat([mine[:, count:], own[:, count:]], -1),
         )
-        mine = (ends * (points[..., width:] + opposite[..., width:])) * phi[:, None]
-        theirs = ends * (points + opposite)
-        near = (
-            torch.cat([mine[:, :count], theirs[:, count:]], 1),
-            torch.cat([theirs[:, :count], mine[:, count:]], 1),
-        )
-        rows = lift[:, outputs:].unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)
-        by_nu = (scale * (torch.cat(near, -1) @ rows.mT)).sum(1)
-        by_nu = by_nu + (((p * w)[..., None] * phi[:, None, :, :width]) @ alone).sum(1)
-        by_inputs = p.mT @ lifted[..., 0] - by_nu
+        lift = lift[:, outputs:].unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)
+        by_nu = -(twice * (torch.cat(z, 1) @ lift.mT)).sum(1)
+        by_nu += (p.mT @ raised[..., 0]) - (
+            ((p * w)[..., None] * phi[:, None, :, :width]) @ alone
+        ).sum(1)
         by_beta = q * by_p
         by_scale = F.pad((by_beta * beta).sum(-1), (0, 2 * count))
-        return by_x, by_cov.sum((1, 3)), by_inputs, by_lambdas, by_scale, by_beta, None, None, None
+        return by_mean, by_cov.sum((1, 3)), by_nu, by_lambdas, by_scale, by_beta, *[None] * 3
 
 
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -540,26 +536,38 @@ def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors
     return gp_factors(x, hyper, beta, torch.cholesky_inverse(root))
 
 
-def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple) -> tuple[Tensor, Factors]:
-    """FITC (Snelson & Ghahramani, 2006) with inducing inputs z (m, I).
+def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors:
+    """Factors of the GPs with data x (n, I), y (n, E) through inducing inputs z (m, I): FITC.
 
-    Negative log marginal likelihood (E), and the factors, in which `inverse` is the difference of
-    the inverse kernel matrix and that of the posterior.
+    Snelson & Ghahramani (2006). Here `inverse` is the inverse kernel matrix of z minus that of the
+    posterior.
     """
     eye = torch.eye(len(z)).to(z)
     root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + JITTER * eye)  # (E, m, m)
     v = torch.linalg.solve_triangular(root, kernel(z, x, *hyper[:2]), upper=False)
     noise = (torch.exp(2 * hyper[1]) + torch.exp(2 * hyper[2]))[:, None] - v.square().sum(-2)
-    inner = torch.linalg.cholesky(eye + v / noise[:, None] @ v.mT)
-    scaled = y.T / noise  # (E, n)
-    half = torch.linalg.solve_triangular(inner, v @ scaled[..., None], upper=False)
-    square = (y.T * scaled).sum(-1) - half.square().sum((-2, -1))
-    logdet = noise.log().sum(-1) + 2 * inner.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    nlml = 0.5 * (square + logdet + len(x) * math.log(2 * math.pi))
-    both = root @ inner
-    beta = torch.linalg.solve_triangular(both.mT, half, upper=True)[..., 0]
-    inverse = torch.cholesky_inverse(root) - torch.cholesky_inverse(both)
-    return nlml, gp_factors(z, hyper, beta, inverse)
+    v, both = v / noise[:, None], root @ torch.linalg.cholesky(eye + v / noise[:, None] @ v.mT)
+    beta = torch.cholesky_solve(root @ (v @ y.T[..., None]), both)[..., 0]
+    return gp_factors(z, hyper, beta, torch.cholesky_inverse(root) - torch.cholesky_inverse(both))
+
+
+def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) -> Tensor:
+    """Rows of x (n, I) as inducing inputs (count, I): always the one least known from the others.
+
+    The greedy choice of Burt et al. (2020), by the variances of all outputs given the inputs
+    chosen before, each in units of its noise.
+    """
+    variance = torch.exp(2 * hyper[1])[:, None].expand(-1, len(x)).clone()  # (E, n)
+    root, chosen = x.new_zeros(len(variance), count, len(x)), []  # a pivoted Cholesky factor
+    for i in range(count):
+        best = (variance * torch.exp(-2 * hyper[2])[:, None]).sum(0).argmax()
+        row = kernel(x[best, None], x, *hyper[:2])[:, 0]
+        row = row - (root[:, :i, best, None] * root[:, :i]).sum(1)
+        root[:, i] = row / (variance[:, best, None] + JITTER).sqrt()
+        variance = (variance - root[:, i].square()).clamp(min=0)
+        variance[:, best] = 0
+        chosen.append(best)
+    return x[torch.stack(chosen)]
 
 
 class GPWorldModel(nn.Module):
@@ -577,7 +585,7 @@ class GPWorldModel(nn.Module):
         straight = [i for i in range(obs_dim) if i not in self.angles]
         features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
         self.register_buffer("features", torch.tensor(features))
-        self.hyper = self.factors = self.inducing = None
+        self.hyper = self.factors = None
 
     def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
         """Transitions td[n] -> inputs (n, I), targets (n, E); ValueError for other widths."""
@@ -604,7 +612,6 @@ class GPWorldModel(nn.Module):
             warnings.simplefilter("ignore")
             fit_gpytorch_mll(mll, optimizer_kwargs=options)
         self.hyper = tuple(value.detach() for value in mll.model.log_hyperparameters())
-        self.inducing = self.induce(x, y) if len(x) > self.max_inducing else None
         self.factorise(x, y)
         return self
 
@@ -630,32 +637,13 @@ class GPWorldModel(nn.Module):
         likelihood.noise = noise.square()[:, None]
         return model
 
-    def induce(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inducing inputs (m, I): from the last ones, or a random subset at first, by L-BFGS."""
-        start = self.inducing
-        if start is None:
-            start = x[torch.randperm(len(x))[: self.max_inducing]]
-
-        def objective(flat):
-            z = torch.as_tensor(flat).view_as(start).requires_grad_()
-            try:
-                value = fitc(x, y, z, self.hyper)[0].sum()
-            except torch.linalg.LinAlgError:
-                return math.inf, np.zeros_like(flat)
-            return value.item(), torch.autograd.grad(value, z)[0].flatten().numpy()
-
-        options = {"maxiter": self.fit_steps // 3 if self.inducing is not None else self.fit_steps}
-        found = minimize(
-            objective, start.flatten().numpy(), jac=True, method="L-BFGS-B", options=options
-        )
-        return torch.as_tensor(found.x).view_as(start)
-
     def factorise(self, x: Tensor, y: Tensor):
         """Compute once what every prediction needs."""
-        if self.inducing is None:
+        if len(x) <= self.max_inducing:
             self.factors = exact(x, y, self.hyper)
         else:
-            self.factors = fitc(x, y, self.inducing, self.hyper)[1]
+            inducing = most_uncertain(x, self.hyper, self.max_inducing)
+            self.factors = fitc(x, y, inducing, self.hyper)
 
     def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs N(mean (N, I), cov (N, I, I)) -> moments of the difference, as moment_matching."""
@@ -871,11 +859,32 @@ class ImaginedEnv(ModelBasedEnvBase):
 # --- policy search ------------------------------------------------------------------------------
 
 
+def cubic(a, b) -> float:
+    """Where the cubic through two points (step, value, slope) is least; NaN if it has no minimum."""
+    (x, f, df), (y, g, dg) = a, b
+    if not math.isfinite(g):
+        return math.nan
+    bend = df + dg - 3 * (g - f) / (y - x)
+    root = math.sqrt(max(bend**2 - df * dg, 0.0)) * math.copysign(1, y - x)
+    return y - (y - x) * (dg + root - bend) / ((dg - df + 2 * root) or math.nan)
+
+
+def next_step(last, low, high) -> float:
+    """The step to try: within the bracket (low, high), or beyond low if there is no high yet."""
+    if high is None:
+        guess, least, most = cubic(last, low), 1.5 * low[0], 5 * low[0]
+        return min(max(guess, least), most) if guess > low[0] else most
+    guess, margin = cubic(low, high), 0.1 * (high[0] - low[0])
+    middle = (low[0] + high[0]) / 2
+    return min(max(guess, low[0] + margin), high[0] - margin) if guess == guess else middle
+
+
 def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple, None]:
     """BFGS that yields points (P) and is sent the value and gradient (P) there.
 
-    The line search is that of Lewis & Overton (2013), bisection to the weak Wolfe conditions: a
-    value that is not a number is a step too long, so a failed factorisation costs one evaluation.
+    The line search brackets a step that satisfies the weak Wolfe conditions, by cubic
+    interpolation. A value that is not a number is a step too long, and the bracket is halved: a
+    failed factorisation costs one evaluation.
     """
     value, grad = yield x
     fresh = True  # the inverse Hessian is the identity
@@ -885,17 +894,19 @@ def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple
         if fresh:
             inverse = torch.eye(len(x)).to(x)
         direction = -(inverse @ grad)
-        slope, low, high = grad @ direction, 0.0, math.inf
-        step = min(1.0, 1 / grad.norm().item()) if fresh else 1.0
+        slope = (grad @ direction).item()
+        last = low = (0.0, value.item(), slope)  # step, value, slope
+        high, step = None, min(1.0, 1 / grad.norm().item()) if fresh else 1.0
         for _ in range(tries):
             new_value, new_grad = yield x + step * direction
-            if not new_value <= value + 1e-4 * step * slope:
-                high = step
-            elif new_grad @ direction < 0.9 * slope:
-                low = step
+            tried = (step, new_value.item(), (new_grad @ direction).item())
+            if not tried[1] <= value + 1e-4 * step * slope:
+                high = tried
+            elif tried[2] < 0.9 * slope:
+                last, low = low, tried
             else:
                 break
-            step = (low + high) / 2 if high < math.inf else 2 * step
+            step = next_step(last, low, high)
         else:
             if fresh:
                 return  # not even the gradient leads down
@@ -1189,12 +1200,12 @@ class Agent:
         return {
             "spec": self.spec, "args": dataclasses.asdict(self.args), "drawn": self.drawn,
             "theta": self.controller.theta.detach(), "hyper": model.hyper, "firsts": self.firsts,
-            "inducing": model.inducing, "data": None if self.data is None else self.data.to_dict(),
+            "data": None if self.data is None else self.data.to_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
         model = self.world_model
-        model.hyper, model.inducing = state["hyper"], state["inducing"]
+        model.hyper = state["hyper"]
         self.firsts, self.drawn = list(state["firsts"]), state["drawn"]
         self.controller.theta.data.copy_(state["theta"])
         if state["data"] is not None:
