@@ -29,6 +29,7 @@ points, H horizon. Equations are numbered as in the ICML paper.
 import dataclasses
 import functools
 import math
+import resource
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -68,7 +69,7 @@ class Args:
         "cart_pole"  # a scenario; other flags override it
     )
     env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    trials: int = 15  # rollouts of a policy; each one is learned anew before
+    trials: int = 10  # rollouts of a policy, each improved before it
     seed: int = 0  # of networks, noise and environments
 
     # the run
@@ -86,6 +87,7 @@ class Args:
     horizon: int = 40  # actions in a rollout, real or imagined
     random_rollouts: int = 1  # before the first trial
     action_repeat: int = 1  # environment steps per action
+    dt: float = 0.1  # seconds that an environment step lasts, for the log
     camera: int = -1  # of MuJoCo; -1: the usual one
     render_quality: Literal["auto", "fast", "full"] = "auto"  # fast: no shadows, no antialiasing
 
@@ -118,7 +120,7 @@ class Args:
     # policy search
 
     iterations: int = 150  # line searches of BFGS
-    evaluations: int = 300  # of the expected cost and its gradient, at most
+    evaluations: int = 200  # of the expected cost and its gradient, at most
     restarts: int = 1  # policies improved side by side: the last one and new ones
 
 
@@ -136,7 +138,7 @@ PRESETS = {
         angles=(3,), start=(0, 0, 0, 0), start_std=(0.1,) * 4, target=(0, 0, 0, math.pi),
         weights=tip(6, {0: 1, 4: 0.5}, {5: 0.5}), widths=(0.25,)),
     "pendulum": dict(  # dtheta, theta
-        env_id="PILCO/Pendulum-v0", trials=10, angles=(1,), start=(0, 0), start_std=(0.1, 0.1),
+        env_id="PILCO/Pendulum-v0", angles=(1,), start=(0, 0), start_std=(0.1, 0.1),
         target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), widths=(0.5,), centres=20,
         iterations=75),
     "double_pendulum": dict(  # dtheta1, dtheta2, theta1, theta2
@@ -144,7 +146,7 @@ PRESETS = {
         start=(0, 0, math.pi, math.pi), start_std=(0.1, 0.1, 0.01, 0.01), target=(0, 0, 0, 0),
         weights=tip(8, {4: 0.5, 6: 0.5}, {5: 0.5, 7: 0.5}), widths=(0.5,), centres=100),
     "inverted_pendulum": dict(  # position, angle and their speeds: balance, from near the top
-        env_id="InvertedPendulum-v5", trials=5, random_rollouts=5, iterations=50),
+        env_id="InvertedPendulum-v5", dt=0.04, trials=3, random_rollouts=5, iterations=50),
     "debug": dict(
         env_id="PILCO/Pendulum-v0", trials=2, horizon=8, angles=(1,), start=(0, 0),
         start_std=(0.1, 0.1), target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), centres=4,
@@ -330,7 +332,7 @@ class Moments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, by_value, by_spread, by_slope):
-        precision, phi, design, q, p, total, slope, ends, sides, points, beta = ctx.saved_tensors
+        precision, phi, _, q, p, total, slope, _, _, points, beta = ctx.saved_tensors
         outputs, width = p.shape[1], phi.shape[-1] - 1
         pair = pairs(outputs, width)
         count, value, alone = pair.count, total[..., width:], precision[:, :outputs, :width, :width]
@@ -342,50 +344,58 @@ class Moments(torch.autograd.Function):
         raised = alone @ by_slope[..., None]  # (N, E, I, 1)
         w = torch.cat([raised[..., 0], by_value[..., None] - drop], -1) @ phi.mT  # by p: (N, E, n)
 
-        # sums of z z', z = (nu_i, 1) alone and (nu_i, 1, nu_j, 1) in pairs: (N, E + P, 2I + 2, ..)
-        weights = torch.cat([p * w, p, ends * points[..., width]], 1) @ design
-        weights = weights.unflatten(-1, (width + 1, -1))
-        single, plain, own = weights.split([outputs, outputs, 2 * count], 1)
-        other = value.index_select(1, pair.others)[..., None]
-        own = torch.addcmul(own, plain.index_select(1, pair.ends), other)
-        near, far = total.index_select(1, pair.ends)[..., None].split(count, 1)
-        cross = sides[:, :count].mT @ points[:, :count] + near * far.mT
-        upper, lower = (
-            torch.cat([own[:, :count], cross], -1),
-            torch.cat([cross.mT, own[:, count:]], -1),
-        )
-        both = scale * torch.cat([upper, lower], -2)
-        sums = torch.cat([F.pad(single, (0, width + 1, 0, width + 1)), both], 1)
-
+        sums = Moments.second_moments(ctx, pair, w)
+        both = scale * sums[:, outputs:]
         lift = F.pad(precision.unflatten(-1, (2, width)), (0, 1)).flatten(-2)  # z -> u
+        sums = torch.cat([sums[:, :outputs], both], 1)
         u, amount = lift @ sums, sums[..., width, width, None, None]
         by_lambdas = torch.addcmul(u @ lift.mT, precision, amount, value=-1).mul_(0.5)
         turn = 0.5 * slope @ raised.mT
         by_lambdas[:, :outputs, :width, :width] -= turn + turn.mT
         by_cov = (by_lambdas * pair.mask).sum(1).unflatten(-1, (2, width)).unflatten(1, (2, width))
-        by_mean = (
-            u[..., width].unflatten(-1, (2, width)).sum((1, 2))
-            - (raised * value[..., None]).sum(1)[..., 0]
-        )
+        by_cov, by_mean = by_cov.sum((1, 3)), u[..., width].unflatten(-1, (2, width)).sum((1, 2))
+        by_mean = by_mean - (raised * value[..., None]).sum(1)[..., 0]
         if not ctx.needs_input_grad[2]:  # a GP, which is given
-            return by_mean, by_cov.sum((1, 3)), *[None] * 7
-
-        twice = torch.cat([scale, scale], 1)
-        by_p = (w + drop).index_add(1, pair.ends, (twice * points)[..., width])
-        mine = ends[..., None] * (points + total.index_select(1, pair.others)[:, :, None])
-        own = mine[..., width:] * phi[:, None]  # of z, the part at the same end
-        z = (
-            torch.cat([own[:, :count], mine[:, :count]], -1),
-            torch.cat([mine[:, count:], own[:, count:]], -1),
-        )
-        lift = lift[:, outputs:].unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)
-        by_nu = -(twice * (torch.cat(z, 1) @ lift.mT)).sum(1)
-        by_nu += (p.mT @ raised[..., 0]) - (
-            ((p * w)[..., None] * phi[:, None, :, :width]) @ alone
-        ).sum(1)
-        by_beta = q * by_p
+            return by_mean, by_cov, *[None] * 7
+        by_inputs = p.mT @ raised[..., 0] + Moments.by_nu(ctx, pair, w, scale, lift[:, outputs:])
+        scale = torch.cat([scale, scale], 1)
+        by_beta = q * (w + drop).index_add(1, pair.ends, (scale * points)[..., width])
         by_scale = F.pad((by_beta * beta).sum(-1), (0, 2 * count))
-        return by_mean, by_cov.sum((1, 3)), by_nu, by_lambdas, by_scale, by_beta, *[None] * 3
+        return by_mean, by_cov, by_inputs, by_lambdas, by_scale, by_beta, *[None] * 3
+
+    @staticmethod
+    def second_moments(ctx, pair: Pairs, w: Tensor) -> Tensor:
+        """Weighted sums of z z': z = (nu_i, 1, nu_j, 1), (nu_i, 1, 0, 0) for the functions.
+
+        (N, E + P, 2I + 2, 2I + 2); the weights are p w and p_i p_j exp(d_ij).
+        """
+        _, phi, design, _, p, total, _, ends, sides, points, _ = ctx.saved_tensors
+        outputs, count, size = p.shape[1], pair.count, phi.shape[-1]
+        value, weights = total[..., size - 1 :], ends * points[..., size - 1]
+        sums = (torch.cat([p * w, p, weights], 1) @ design).unflatten(-1, (size, size))
+        alone, plain, own = sums.split([outputs, outputs, 2 * count], 1)
+        # exp = (exp - 1) + 1: the sums of the 1 are products
+        product = value.index_select(1, pair.others)[..., None]
+        own = torch.addcmul(own, plain.index_select(1, pair.ends), product)
+        i, j = own.split(count, 1)
+        total_i, total_j = total.index_select(1, pair.ends)[..., None].split(count, 1)
+        cross = sides[:, :count].mT @ points[:, :count] + total_i * total_j.mT
+        rows = torch.cat([i, cross], -1), torch.cat([cross.mT, j], -1)
+        return torch.cat([F.pad(alone, (0, size, 0, size)), torch.cat(rows, -2)], 1)
+
+    @staticmethod
+    def by_nu(ctx, pair: Pairs, w: Tensor, scale: Tensor, lift: Tensor) -> Tensor:
+        """The gradient by each nu_i (N, n, I) through its densities: the sum of -u."""
+        precision, phi, _, _, p, total, _, ends, _, points, _ = ctx.saved_tensors
+        count, width = pair.count, phi.shape[-1] - 1
+        there = ends[..., None] * (points + total.index_select(1, pair.others)[:, :, None])
+        here = there[..., width:] * phi[:, None]
+        z = torch.cat([here[:, :count], there[:, :count]], -1)  # the sums of z over j
+        z = torch.cat([z, torch.cat([there[:, count:], here[:, count:]], -1)], 1)
+        lift = lift.unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)  # (N, 2P, I, 2I + 2)
+        alone = (p * w)[..., None] * phi[:, None, :, :width]
+        u = (alone @ precision[:, : p.shape[1], :width, :width]).sum(1)
+        return -u - (torch.cat([scale, scale], 1) * (z @ lift.mT)).sum(1)
 
 
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -570,6 +580,19 @@ def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) 
     return x[torch.stack(chosen)]
 
 
+def check_data(x: Tensor, y: Tensor):
+    """RunError unless these inputs (n, I) and targets (n, E) can be fitted."""
+    if len(x) < 2:
+        raise RunError(f"a Gaussian process needs at least two transitions, not {len(x)}")
+    for name, values in (("observations or actions", x), ("changes of the observation", y)):
+        if not values.isfinite().all():
+            bad = (~values.isfinite()).any(0).nonzero()[:, 0].tolist()
+            raise RunError(f"{name} {bad}: NaN or infinity")
+    if (y == y[0]).all(0).any():
+        still = (y == y[0]).all(0).nonzero()[:, 0].tolist()
+        raise RunError(f"numbers {still} of the observation always change alike: leave them out")
+
+
 class GPWorldModel(nn.Module):
     """p(x' | x, u): a GP for each state variable's difference, eq. 2-8, in the units of the data.
 
@@ -589,19 +612,24 @@ class GPWorldModel(nn.Module):
 
     def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
         """Transitions td[n] -> inputs (n, I), targets (n, E); ValueError for other widths."""
-        x, after = td["observation"].double(), td["next", "observation"].double()
-        if (x.shape[-1], td["action"].shape[-1]) != (self.obs_dim, self.action_dim):
+        parts = td["observation"], td["next", "observation"], td["action"]
+        if any(part.dtype != torch.float64 for part in parts):
+            warnings.warn("PILCO computes in float64: the transitions are converted", stacklevel=3)
+        x, after, action = (part.double() for part in parts)
+        if (x.shape[-1], action.shape[-1]) != (self.obs_dim, self.action_dim):
             have = f"made for {self.obs_dim} state variables and {self.action_dim} actions"
-            raise ValueError(f"{have}, not {x.shape[-1]} and {td['action'].shape[-1]}")
+            raise ValueError(f"{have}, not {x.shape[-1]} and {action.shape[-1]}")
         inputs = with_angles(*certain(x), self.angles)[0][:, self.features]
-        return torch.cat([inputs, td["action"].double()], -1), after - x
+        return torch.cat([inputs, action], -1), after - x
 
     def fit(self, td: TensorDict) -> "GPWorldModel":
         """Learn from transitions td[n] with `observation`, `action` and ("next", "observation").
 
-        Hyperparameters start from those of the last fit.
+        Hyperparameters start from those of the last fit. RunError for data that no GP can be
+        fitted to.
         """
         x, y = self.dataset(td)
+        check_data(x, y)
         std = x.std(0).clamp(min=1e-6)
         if self.hyper is None:
             signal = y.std(0).clamp(min=1e-6).log()
@@ -827,7 +855,13 @@ class ImaginedEnv(ModelBasedEnvBase):
         self.register_buffer("inputs", torch.cat([world_model.features, actions]))
 
     def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
-        """The start N(mean (N, D), cov (N, D, D)) of a rollout."""
+        """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError if cov is not one."""
+        values = torch.linalg.eigvalsh(cov)
+        if not torch.equal(cov, cov.mT) or (values < -1e-9 * values.abs().amax()).any():
+            raise ValueError("a covariance must be symmetric and positive semi-definite")
+        return self._belief(mean, cov)
+
+    def _belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
         mean, cov = with_angles(mean, cov, self.world_model.angles)
         return TensorDict(mean=mean, covariance=cov, batch_size=mean.shape[:1])
 
@@ -851,7 +885,7 @@ class ImaginedEnv(ModelBasedEnvBase):
         cov = cov[..., :d, :d] + spread + (cross + cross.mT)
         if self.noise == "observed":
             cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
-        after = self.belief(mean[..., :d] + change, cov)
+        after = self._belief(mean[..., :d] + change, cov)
         cost, variance = self.cost(after["mean"], after["covariance"])
         return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
 
@@ -860,7 +894,7 @@ class ImaginedEnv(ModelBasedEnvBase):
 
 
 def cubic(a, b) -> float:
-    """Where the cubic through two points (step, value, slope) is least; NaN if it has no minimum."""
+    """Where the cubic through two points (step, value, slope) is least, or NaN."""
     (x, f, df), (y, g, dg) = a, b
     if not math.isfinite(g):
         return math.nan
@@ -876,7 +910,7 @@ def next_step(last, low, high) -> float:
         return min(max(guess, least), most) if guess > low[0] else most
     guess, margin = cubic(low, high), 0.1 * (high[0] - low[0])
     middle = (low[0] + high[0]) / 2
-    return min(max(guess, low[0] + margin), high[0] - margin) if guess == guess else middle
+    return min(max(guess, low[0] + margin), high[0] - margin) if math.isfinite(guess) else middle
 
 
 def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple, None]:
@@ -1187,11 +1221,11 @@ class Agent:
         if theta is None:
             raise RunError("the expected cost is not a number: look at the scale of observations")
         self.controller.theta.data[:1] = theta
-        _, signal, noise = self.world_model.hyper
+        _, signal, noise = (value.exp() for value in self.world_model.hyper)
+        ratios = (signal / noise).tolist()
         return {
             "search/cost": cost / args.horizon, "search/evaluations": used,
-            "model/snr_max": (signal - noise).exp().max().item(),
-            "model/noise_min": noise.exp().min().item(),
+            **{f"model/snr_{i}": ratio for i, ratio in enumerate(ratios)},
             "time/fit": fitted - started, "time/search": time.monotonic() - fitted,
         }  # fmt: skip
 
@@ -1263,18 +1297,18 @@ def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
     return figure
 
 
-def report(metrics: dict, step: int):
+def report(metrics: dict):
     """One line for each trial."""
-    text = "random"
-    if "search/cost" in metrics:
-        text = (
-            f"predicted cost {metrics['search/cost']:.3f}, "
-            f"SNR up to {metrics['model/snr_max']:.0f}, "
-            f"{metrics['search/evaluations']} evaluations, "
-            f"fit {metrics['time/fit']:.1f} s, search {metrics['time/search']:.1f} s"
-        )
     cost = f"cost {metrics['episode/cost']:.3f}, at the end {metrics['episode/final_cost']:.3f}"
-    print(f"rollout {metrics['trial']}, {step} steps: {cost}; {text}", flush=True)
+    text = f"rollout {metrics['trial']}, {metrics['seconds']:.1f} s: {cost}"
+    if "search/cost" in metrics:
+        ratios = " ".join(f"{v:.0f}" for k, v in metrics.items() if k.startswith("model/snr"))
+        text += (
+            f"; predicted {metrics['search/cost']:.3f} "
+            f"({metrics['search/evaluations']} evaluations), "
+            f"SNR {ratios}, fit {metrics['time/fit']:.1f} s, search {metrics['time/search']:.1f} s"
+        )
+    print(text, flush=True)
 
 
 def benchmark():
@@ -1300,7 +1334,8 @@ def benchmark():
             start = time.perf_counter()
             agent.objective(agent.controller.theta.data)
             seconds.append(time.perf_counter() - start)
-        print(f"{1e3 * sorted(seconds)[5]:10.1f} ms      {points} points")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{1e3 * sorted(seconds)[5]:10.1f} ms      {points} points, {memory:.2f} GB at most")
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1345,9 +1380,9 @@ def main(argv: list[str] | None = None):
             agent.add(rows, actions)
             trial, step = trial + 1, step + len(actions) * args.action_repeat
             metrics |= {"episode/return": rows["reward"].sum().item(), "trial": trial,
-                        "episode/cost": costs.mean().item(),
+                        "episode/cost": costs.mean().item(), "seconds": step * args.dt,
                         "episode/final_cost": costs[-10:].mean().item()}  # fmt: skip
-            report(metrics, step)
+            report(metrics)
             logger.write(step, **metrics)
             if dream is not None:
                 picture = trial_plot(dream, costs, agent.state(rows))

@@ -26,11 +26,11 @@ DEBUG = ["--preset", "debug", "--no-tensorboard"]
 def test_debug_as_it_is(start, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     text = start("--preset", "debug", "--run", folder, prepare="all_pictures").done()
-    assert "rollout 1, 8 steps: cost" in text and "rollout 3, 24 steps" in text
+    assert "rollout 1, 0.8 s: cost" in text and "rollout 3, 2.4 s" in text
     rows = lines_of(folder)
     assert [row["step"] for row in rows] == [8, 16, 24, 24]
     assert all(0 <= row["episode/cost"] <= 1 for row in rows[:3])
-    assert [row["search/evaluations"] for row in rows[1:3]] == [6, 6]
+    assert all(1 < row["search/evaluations"] <= 6 for row in rows[1:3])
     names = {path.name for path in folder.iterdir()}
     wanted = {"policy.mp4", "learning_curve.png", "trial_002.png", "trial_003.png", "tensorboard"}
     assert wanted < names
@@ -87,10 +87,11 @@ def test_eval_load_and_act(start, tmp_path):  # noqa: F811
     envs.close()
 
 
-@pytest.mark.parametrize("env_id", ["Pendulum-v1", "test_run:Long-v0"])
-def test_other_environments(start, tmp_path, env_id):  # noqa: F811
+@pytest.mark.parametrize(
+    "env_id, width", [("Pendulum-v1", 3), ("dm_control/cartpole-swingup-v0", 5)]
+)
+def test_other_environments(start, tmp_path, env_id, width):  # noqa: F811
     argv = [*DEBUG, "--env-id", env_id, "--run", tmp_path / "run", "--trials", 1]
-    width = {"Pendulum-v1": 3, "test_run:Long-v0": 2}[env_id]
     argv += ["--angles", "--start", "--start-std", "--target", *["0"] * width, "--weights"]
     start(*argv).done()
     assert checkpoint.load(tmp_path / "run")["agent"]["data"]["observation"].shape == (16, width)
@@ -104,6 +105,8 @@ def test_wrong_flags_and_environments(start, tmp_path):  # noqa: F811
         ("--angles 5", "--angles must be indices of the 2 numbers observed"),
         ("--env-id CartPole-v1", "PILCO needs at most 20 numbers and Box actions"),
         ("--widths 0", "--widths"),
+        ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
+        ("--weights 1 0 0 -1", "weights must be symmetric and positive semi-definite"),
     ):
         assert words in start(*DEBUG, *flags.split(), "--run", tmp_path / words[:12]).error()
     run = tmp_path / "run"
