@@ -491,6 +491,45 @@ def test_inducing_inputs_are_the_most_uncertain_ones():
     assert errors[0] < min(errors[1:])
 
 
+def test_data_that_cannot_be_fitted():
+    def changed(field, value):
+        td = transitions(20)
+        td[field] = value(td[field].clone())
+        return td
+
+    def spoil(x):
+        x[3, 1] = math.nan
+        return x
+
+    cases = [
+        (transitions(1), "at least two transitions, not 1"),
+        (changed("observation", spoil), r"observations or actions \[1\]: NaN"),
+        (changed(("next", "observation"), spoil), r"changes of the observation \[1\]: NaN"),
+    ]
+    still = transitions(20)
+    still["next", "observation"][:, 0] = still["observation"][:, 0]
+    cases.append((still, r"numbers \[0\] of the observation always change alike"))
+    for td, words in cases:
+        with pytest.raises(pilco.RunError, match=words):
+            GPWorldModel(2, 1).fit(td)
+    with pytest.warns(UserWarning, match="float64: the transitions are converted"):
+        GPWorldModel(2, 1, fit_steps=3).fit(transitions(20).float())
+
+
+def test_beliefs_must_have_covariances():
+    env, _, given, _ = scenario()
+    mean = column(given["mu0"])[None]
+    cov = given["S0"][None].clone()
+    env.belief(mean, 0 * cov)
+    cov[0, 0, 0] = -1e-3
+    with pytest.raises(ValueError, match="positive semi-definite"):
+        env.belief(mean, cov)
+    lopsided = given["S0"][None].clone()
+    lopsided[0, 0, 1] += 1e-3
+    with pytest.raises(ValueError, match="symmetric"):
+        env.belief(mean, lopsided)
+
+
 # --- imagination --------------------------------------------------------------------------------
 
 
@@ -569,8 +608,8 @@ def test_gradient_of_the_expected_cost(changes):
     assert error(value, expected.detach()) < 1e-12
     for i in torch.randperm(theta.shape[1])[:8].tolist():
         step = torch.zeros_like(theta)
-        step[:, i] = 1e-5
-        slope = (agent.objective(theta + step)[0] - agent.objective(theta - step)[0]) / 2e-5
+        step[:, i] = 1e-4
+        slope = (agent.objective(theta + step)[0] - agent.objective(theta - step)[0]) / 2e-4
         assert (slope - grad[:, i]).abs().max() < 5e-6 * grad.abs().max()
     alone = agent.objective(theta[1:])
     assert error(alone[0], value[1:]) < 1e-10 and error(alone[1], grad[1:]) < 1e-8

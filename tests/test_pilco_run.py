@@ -1,13 +1,15 @@
 """pilco.py as its users run it: trials, resume, evaluation, kinds of environments, errors."""
 
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from test_run import (  # noqa: F401  fixtures: nursery, start
+from test_run import (  # noqa: F401  fixtures: inside, nursery, start
     REPO,
     count_lines,
+    inside,
     lines_of,
     nursery,
     same_leaves,
@@ -59,13 +61,13 @@ def test_resume_is_exact(start, tmp_path):  # noqa: F811
     same_leaves(*states)
 
 
-def test_the_seed_decides(start, tmp_path):  # noqa: F811
-    seeds = {"a": 1, "b": 1, "c": 2}
-    runs = [start(*DEBUG, "--run", tmp_path / k, "--seed", seed) for k, seed in seeds.items()]
-    for run in runs:
-        run.done()
-    a, b, c = (lines_of(tmp_path / k) for k in "abc")
-    assert a == b and a != c
+def test_the_seed_decides(inside, tmp_path):  # noqa: F811
+    rows = []
+    for seed in (1, 1, 2):
+        inside(*DEBUG, "--seed", seed)
+        rows.append(lines_of(tmp_path / "run"))
+        shutil.rmtree(tmp_path / "run")
+    assert rows[0] == rows[1] != rows[2]
 
 
 def test_eval_load_and_act(start, tmp_path):  # noqa: F811
@@ -88,27 +90,125 @@ def test_eval_load_and_act(start, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "env_id, width", [("Pendulum-v1", 3), ("dm_control/cartpole-swingup-v0", 5)]
+    ("env_id", "width"), [("Pendulum-v1", 3), ("dm_control/cartpole-swingup-v0", 5)]
 )
-def test_other_environments(start, tmp_path, env_id, width):  # noqa: F811
-    argv = [*DEBUG, "--env-id", env_id, "--run", tmp_path / "run", "--trials", 1]
-    argv += ["--angles", "--start", "--start-std", "--target", *["0"] * width, "--weights"]
-    start(*argv).done()
+def test_other_environments(inside, tmp_path, env_id, width):  # noqa: F811
+    inside(*DEBUG, "--env-id", env_id, "--trials", 1, *plain(width))
     assert checkpoint.load(tmp_path / "run")["agent"]["data"]["observation"].shape == (16, width)
 
 
-def test_wrong_flags_and_environments(start, tmp_path):  # noqa: F811
-    for flags, words in (
+def plain(width):
+    """Nothing of the preset's scenario: no angles, start from the data, all targets zero."""
+    return ["--angles", "--start", "--start-std", "--target", *["0"] * width, "--weights"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
         ("--horizon 0", "--horizon must be at least 1"),
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
+        ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
         ("--angles 5", "--angles must be indices of the 2 numbers observed"),
         ("--env-id CartPole-v1", "PILCO needs at most 20 numbers and Box actions"),
         ("--widths 0", "--widths"),
-        ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
-        ("--weights 1 0 0 -1", "weights must be symmetric and positive semi-definite"),
-    ):
-        assert words in start(*DEBUG, *flags.split(), "--run", tmp_path / words[:12]).error()
+        ("--angles --target 0 0 --weights 1 0 0 -1", "--weights: weights must be symmetric"),
+    ],
+)
+def test_wrong_flags_and_environments(inside, flags, words):  # noqa: F811
+    with pytest.raises(checkpoint.RunError, match=words):
+        inside(*DEBUG, *flags.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--preset cart_pole --controller linear --bound gSin --noise observed",
+        "--preset pendulum --widths 0.5 1 --exploration -0.2 --gamma 0.98 --restarts 3",
+        "--preset double_pendulum",
+        "--preset inverted_pendulum",
+    ],
+)
+def test_presets_begin(inside, tmp_path, capsys, flags):  # noqa: F811
+    tiny = ["--trials", 1, "--horizon", 6, "--evaluations", 3, "--no-tensorboard"]
+    inside(*flags.split(), *tiny)
+    text = capsys.readouterr().out
+    assert "predicted" in text and "SNR" in text
+    rows = [row for row in lines_of(tmp_path / "run") if "search/cost" in row]
+    assert rows[0]["search/evaluations"] == 3 and 0 <= rows[0]["episode/cost"] <= 1
+
+
+def test_presets_are_the_authors_scenarios():
+    args = pilco.parse_args([])
+    expected = dict(
+        preset="cart_pole", horizon=40, random_rollouts=1, controller="rbf", centres=10,
+        bound="gSat", widths=(0.25,), gamma=1.0, exploration=0.0, max_inducing=300, iterations=150,
+        noise="latent", angles=(3,), target=(0, 0, 0, np.pi), start_std=(0.1,) * 4,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    args = pilco.parse_args(["--preset", "pendulum", "--centres", "7"])
+    assert (args.centres, args.iterations, args.horizon, args.widths) == (7, 75, 40, (0.5,))
+    args = pilco.parse_args(["--preset", "double_pendulum"])
+    assert (args.centres, args.horizon, args.trials) == (100, 30, 20)
+
+
+def test_benchmark(inside, capsys):  # noqa: F811
+    inside("--benchmark")
+    text = capsys.readouterr().out
+    assert "100 points" in text and "300 points" in text and "GB" in text
+
+
+def test_a_longer_run_equals_one_in_one_go(inside, tmp_path):  # noqa: F811
+    inside(*DEBUG, "--trials", 3)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    inside(*DEBUG, "--trials", 1)
+    inside(*DEBUG, "--trials", 3)
+    rows = [[row for row in lines_of(tmp_path / x) if "trial" in row] for x in ("run", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == 4
+    same_leaves(*(checkpoint.load(tmp_path / x)["agent"]["theta"] for x in ("run", "whole")))
+
+
+def test_nothing_is_lost(inside, tmp_path, capsys):  # noqa: F811
     run = tmp_path / "run"
-    start(*DEBUG, "--run", run).done()
-    assert "centres: 4 -> 5" in start(*DEBUG, "--run", run, "--centres", 5).error()
+    inside(*DEBUG)
+    before = lines_of(run)
+    inside(*DEBUG)
+    assert "resumes after 3 rollouts" in capsys.readouterr().out
+    assert lines_of(run) == before and checkpoint.load(run)["trial"] == 3
+    saved = (run / "checkpoint.pt").read_bytes()
+    for flags, words in (("--centres 5", "centres: 4 -> 5"), ("--env-id A-v0", "env_id: ")):
+        with pytest.raises(checkpoint.RunError, match=words):
+            inside(*DEBUG, *flags.split())
+    with pytest.raises(checkpoint.RunError, match=r"was written by pilco\.py"):
+        checkpoint.load(run, "dreamer")
+    assert (run / "checkpoint.pt").read_bytes() == saved
+    inside(*DEBUG, "--fresh")
+    assert "resumes" not in capsys.readouterr().out and lines_of(run) == before
+
+
+def test_data_that_cannot_be_used(inside, tmp_path):  # noqa: F811
+    """The rollouts before it stay in the run folder."""
+    argv = [*DEBUG, "--horizon", 15, *plain(2)]
+    with pytest.raises(checkpoint.RunError, match="not finite"):
+        inside(*argv, "--env-id", "test_run:Spoiled-v0", "--random-rollouts", 9)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(checkpoint.RunError, match="always change alike: leave them out"):
+        inside(*argv, "--env-id", "test_run:Long-v0")
+    assert checkpoint.load(tmp_path / "run")["trial"] == 1
+
+
+def test_a_search_without_a_value_is_an_error(inside, monkeypatch):  # noqa: F811
+    def broken(agent, theta):
+        return theta[:, 0] * np.nan, theta * np.nan
+
+    monkeypatch.setattr(pilco.Agent, "objective", broken)
+    with pytest.raises(checkpoint.RunError, match="expected cost is not a number"):
+        inside(*DEBUG)
+
+
+def test_the_pendulum_is_learned(inside, tmp_path):  # noqa: F811
+    """Swing-up within three policies: the last ten steps cost less than 0.1, not 1."""
+    flags = "--preset pendulum --trials 3 --evaluations 80"
+    inside(*flags.split(), "--no-tensorboard")
+    costs = [row["episode/final_cost"] for row in lines_of(tmp_path / "run") if "trial" in row]
+    assert costs[0] > 0.5 and min(costs) < 0.1

@@ -634,8 +634,9 @@ def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
     threads, denormal = torch.get_num_threads(), np.float32(1e-42) * np.float32(1) != 0
-    monkeypatch.setattr(script, "finish", lambda *_: {})
-    monkeypatch.setattr(script, "plot_curve", lambda *_: None)
+    for name, result in (("finish", {}), ("score", ({}, None)), ("plot_curve", None)):
+        if hasattr(script, name):
+            monkeypatch.setattr(script, name, lambda *_, result=result, **__: result)
     yield lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
     torch.set_num_threads(threads)
     torch.set_flush_denormal(not denormal)
