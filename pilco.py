@@ -45,6 +45,7 @@ import gymnasium
 import numpy as np
 import torch
 import tyro
+from botorch.exceptions import ModelFittingError
 from botorch.fit import fit_gpytorch_mll
 from botorch.models.gpytorch import GPyTorchModel
 from PIL import Image, ImageDraw
@@ -640,29 +641,23 @@ class GPWorldModel(nn.Module):
             self.hyper = std.log().expand(self.obs_dim, -1).clone(), signal, signal - math.log(10)
         mll = CurbedLikelihood(self.build(x, y), std)
         options = {"options": {"maxiter": self.fit_steps}}
-        with warnings.catch_warnings():  # that it stopped at maxiter
-            warnings.simplefilter("ignore")
-            fit_gpytorch_mll(mll, optimizer_kwargs=options)
+        try:
+            with warnings.catch_warnings():  # that it stopped at maxiter
+                warnings.simplefilter("ignore")
+                fit_gpytorch_mll(mll, optimizer_kwargs=options)
+        except ModelFittingError as error:
+            raise RunError(f"the Gaussian processes could not be fitted: {error}") from None
         self.hyper = tuple(value.detach() for value in mll.model.log_hyperparameters())
         self.factorise(x, y)
         return self
 
     def build(self, x: Tensor, y: Tensor) -> IndependentGPs:
         """GPyTorch's model of the data at the present hyperparameters."""
-        batch, scale = (
-            torch.Size([self.obs_dim]),
-            dict(transform=torch.exp, inv_transform=torch.log),
-        )
-        positive = functools.partial(gpytorch.constraints.Positive, **scale)
-        base = gpytorch.kernels.RBFKernel(
-            ard_num_dims=x.shape[-1], batch_shape=batch, lengthscale_constraint=positive()
-        )
-        covar = gpytorch.kernels.ScaleKernel(
-            base, batch_shape=batch, outputscale_constraint=positive()
-        )
-        likelihood = gpytorch.likelihoods.GaussianLikelihood(
-            batch_shape=batch, noise_constraint=positive()
-        )
+        batch = {"batch_shape": torch.Size([self.obs_dim])}
+        logs = gpytorch.constraints.Positive(torch.exp, torch.log)  # what the fit moves
+        base = gpytorch.kernels.RBFKernel(x.shape[-1], lengthscale_constraint=logs, **batch)
+        covar = gpytorch.kernels.ScaleKernel(base, outputscale_constraint=logs, **batch)
+        likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=logs, **batch)
         model = IndependentGPs(x.expand(self.obs_dim, *x.shape), y.mT, likelihood, covar).to(x)
         lengthscale, signal, noise = (value.exp() for value in self.hyper)
         base.lengthscale, covar.outputscale = lengthscale[:, None], signal.square()

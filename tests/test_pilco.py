@@ -621,7 +621,7 @@ def test_acting_is_the_mean_of_the_imagined_action():
     action, _ = agent.act(rows)
     index = agent.world_model.features
     mean, cov = with_angles(*certain(rows["observation"].double()), agent.args.angles)
-    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index])
+    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.best())
     assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
 
 

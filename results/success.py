@@ -1,0 +1,60 @@
+"""PILCO: how many seeds have solved their task after each trial, from results/pilco/*.csv.
+
+    python results/success.py
+
+Solved is the first rollout whose last ten steps cost less than 0.1 on average. Prints a table and
+writes results/pilco/success.png.
+"""
+
+import csv
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+FOLDER, LIMIT = Path(__file__).parent / "pilco", 0.1
+TASKS = {"PILCO-Pendulum-v0": ("pendulum", "--"), "PILCO-CartPole-v0": ("cart-pole", "-")}
+
+
+def read(path: Path) -> list[dict]:
+    """Rows of a file of collect.py."""
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    return list(csv.DictReader(lines))
+
+
+def main():
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axis = figure.subplots()
+    print("| Task | seed | solved in trial | after s of experience | wall-clock until then, s |")
+    print("|---|---|---|---|---|")
+    for task, (name, style) in TASKS.items():
+        solved, trials, paths = [], 0, sorted(FOLDER.glob(f"{task}-seed*.csv"))
+        for path in paths:
+            rows = read(path)
+            trials = max(trials, len(rows) - 1)  # the first rollout is random
+            first = next(
+                (i for i, row in enumerate(rows) if float(row["final_cost"]) < LIMIT), None
+            )
+            cells = ["-"] * 3
+            if first is not None:
+                solved.append(first)
+                cells = [first, f"{int(rows[first]['step']) / 10:.0f}", rows[first]["seconds"]]
+            print("|", " | ".join(map(str, [name, path.stem.split("seed")[1], *cells])), "|")
+        share = [100 * sum(s <= k for s in solved) / max(len(paths), 1) for k in range(trials + 1)]
+        axis.step(
+            range(trials + 1),
+            share,
+            style,
+            where="post",
+            color="black",
+            label=f"{name}, {len(paths)} seeds",
+        )
+    axis.set_xlabel("trials (policies tried)")
+    axis.set_ylabel("seeds that have solved it, %")
+    axis.set_ylim(0, 103)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(FOLDER / "success.png", dpi=150)
+
+
+if __name__ == "__main__":
+    main()
