@@ -32,7 +32,6 @@ points, H horizon. Equations are numbered as in the ICML paper.
 import dataclasses
 import functools
 import math
-import resource
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -67,7 +66,7 @@ MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
 
 @dataclass
 class Args:
-    """Flags. What a preset does not set is the authors' setting."""
+    """Flags. The authors' settings, but for fewer trials and evaluations, and for --restarts."""
 
     preset: Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum", "debug"] = (
         "cart_pole"  # a scenario; other flags override it
@@ -83,7 +82,7 @@ class Args:
     eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes
     eval_episodes: int = 10  # played at the end, and by --eval
     benchmark: bool = False  # time the value and its gradient at 100 and 300 points
-    threads: int = 1  # of torch; these matrices are too small for more
+    threads: int = 1  # of torch; 0: its own choice; these matrices are too small for more
     tensorboard: bool = True  # mirror the metrics to TensorBoard
 
     # environment
@@ -172,20 +171,29 @@ def check(args: Args):
     for name in (*counts.split(), "centres", "iterations", "evaluations", "restarts"):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1")
-    if not (all(width > 0 for width in args.widths) and args.widths and args.gamma > 0):
-        raise RunError("--widths and --gamma must be positive")
-    if min(args.seed, args.threads) < 0:
-        raise RunError("--seed and --threads must not be negative")
+    if not (args.widths and all(width > 0 for width in args.widths)):
+        raise RunError("--widths must be positive numbers")
+    for name in ("gamma", "dt"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise RunError(f"--{name} must be a positive number")
+    if not math.isfinite(args.exploration):
+        raise RunError("--exploration must be a number")
+    if any(std < 0 for std in args.start_std):
+        raise RunError("--start-std must not be negative")
+    for name in ("seed", "threads"):
+        if getattr(args, name) < 0:
+            raise RunError(f"--{name} must not be negative")
 
 
 # --- maths --------------------------------------------------------------------------------------
 
 
 def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Positive definite (..., K, K) -> inverse and half the log-determinant, NaN if it is not."""
+    """Positive definite (..., K, K) -> inverse and half the log-determinant; NaN if it is not."""
     root, failed = torch.linalg.cholesky_ex(matrix)
-    logdet = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return torch.cholesky_inverse(root), logdet.masked_fill_(failed > 0, math.nan)
+    if failed.any():
+        root = torch.where(failed[..., None, None] > 0, torch.nan, root)
+    return torch.cholesky_inverse(root), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 class Pairs:
@@ -585,16 +593,17 @@ def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) 
     return x[torch.stack(chosen)]
 
 
-def check_data(x: Tensor, y: Tensor):
-    """RunError unless these inputs (n, I) and targets (n, E) can be fitted."""
-    if len(x) < 2:
-        raise RunError(f"a Gaussian process needs at least two transitions, not {len(x)}")
-    for name, values in (("observations or actions", x), ("changes of the observation", y)):
+def check_data(observation: Tensor, action: Tensor, after: Tensor):
+    """RunError unless a GP can be fitted to transitions: (n, D), (n, A), (n, D)."""
+    if len(observation) < 2:
+        raise RunError(f"a Gaussian process needs at least two transitions, not {len(observation)}")
+    parts = {"observation": observation, "action": action, "next observation": after}
+    for name, values in parts.items():
         if not values.isfinite().all():
             bad = (~values.isfinite()).any(0).nonzero()[:, 0].tolist()
-            raise RunError(f"{name} {bad}: NaN or infinity")
-    if (y == y[0]).all(0).any():
-        still = (y == y[0]).all(0).nonzero()[:, 0].tolist()
+            raise RunError(f"NaN or infinity in {name}, numbers {bad}")
+    still = (after - observation == (after - observation)[0]).all(0).nonzero()[:, 0].tolist()
+    if still:
         raise RunError(f"numbers {still} of the observation always change alike: leave them out")
 
 
@@ -633,8 +642,8 @@ class GPWorldModel(nn.Module):
         Hyperparameters start from those of the last fit. RunError for data that no GP can be
         fitted to.
         """
+        check_data(td["observation"], td["action"], td["next", "observation"])
         x, y = self.dataset(td)
-        check_data(x, y)
         std = x.std(0).clamp(min=1e-6)
         if self.hyper is None:
             signal = y.std(0).clamp(min=1e-6).log()
@@ -730,7 +739,8 @@ class RBFController(nn.Module):
         theta = torch.zeros_like(self.theta)
         parts = unpack(theta, self.sizes)
         for centres in parts["centres"]:
-            centres.copy_(points[torch.randperm(len(points))[: len(centres)]])
+            times = math.ceil(len(centres) / len(points))  # more centres than points: some twice
+            centres.copy_(points[torch.randperm(len(points)).repeat(times)[: len(centres)]])
         parts["targets"].normal_(0, targets)
         parts["log_lengthscale"].copy_(lengthscale.log().expand_as(parts["log_lengthscale"]))
         return theta
@@ -758,8 +768,8 @@ def zeros(sizes: dict, restarts: int) -> nn.Parameter:
 def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
     """Rows of parameters (R, P) -> {name: (R, *size)}, views of them."""
     parts = theta.split([math.prod(size) for size in sizes.values()], -1)
-    pairs = zip(parts, sizes.items(), strict=True)
-    return {name: part.unflatten(-1, size) for part, (name, size) in pairs}
+    named = zip(parts, sizes.items(), strict=True)
+    return {name: part.unflatten(-1, size) for part, (name, size) in named}
 
 
 # --- cost ---------------------------------------------------------------------------------------
@@ -857,7 +867,8 @@ class ImaginedEnv(ModelBasedEnvBase):
     def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
         """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError if cov is not one."""
         values = torch.linalg.eigvalsh(cov)
-        if not torch.equal(cov, cov.mT) or (values < -1e-9 * values.abs().amax()).any():
+        most = values.abs().amax(-1, keepdim=True)
+        if not torch.equal(cov, cov.mT) or (values < -1e-9 * most).any():
             raise ValueError("a covariance must be symmetric and positive semi-definite")
         return self._belief(mean, cov)
 
@@ -923,26 +934,29 @@ def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple
     value, grad = yield x
     fresh = True  # the inverse Hessian is the identity
     for _ in range(iterations):
-        if not grad.any():
-            return
         if fresh:
             inverse = torch.eye(len(x)).to(x)
         direction = -(inverse @ grad)
-        slope = (grad @ direction).item()
+        slope, reached = (grad @ direction).item(), None
+        if not slope < 0:  # no gradient, or not a number
+            return
         last = low = (0.0, value.item(), slope)  # step, value, slope
         high, step = None, min(1.0, 1 / grad.norm().item()) if fresh else 1.0
         for _ in range(tries):
             new_value, new_grad = yield x + step * direction
             tried = (step, new_value.item(), (new_grad @ direction).item())
-            if not tried[1] <= value + 1e-4 * step * slope:
+            if not (tried[1] <= value + 1e-4 * step * slope and math.isfinite(tried[2])):
                 high = tried
             elif tried[2] < 0.9 * slope:
                 last, low = low, tried
+                reached = x + step * direction, new_value, new_grad
             else:
                 break
             step = next_step(last, low, high)
         else:
-            if fresh:
+            if reached is not None:
+                x, value, grad = reached
+            elif fresh:
                 return  # not even the gradient leads down
             fresh = True
             continue
@@ -1107,11 +1121,13 @@ class Agent:
         self.keys = sorted(spec["shapes"])
         shapes = list(spec["shapes"].values())
         width, actions = sum(map(math.prod, shapes)), spec["action_dim"]
-        if any(len(shape) != 1 for shape in shapes) or width > 20 or spec["classes"]:
-            have = f"{spec['shapes']}, {'discrete ' if spec['classes'] else ''}actions ({actions})"
-            raise RunError(f"PILCO needs at most 20 numbers and Box actions; --env-id has {have}")
-        if args.angles and not 0 <= min(args.angles) <= max(args.angles) < width:
-            raise RunError(f"--angles must be indices of the {width} numbers observed")
+        if spec["classes"]:
+            raise RunError("PILCO needs Box actions: those of --env-id are discrete")
+        if width > 20:
+            why = "it has a Gaussian process for each, and the cost of a step grows with its square"
+            raise RunError(f"PILCO needs at most 20 numbers, --env-id observes {width}: {why}")
+        if not set(args.angles) <= set(range(width)) or len(set(args.angles)) < len(args.angles):
+            raise RunError(f"--angles must be different indices of the {width} numbers observed")
         self.world_model = GPWorldModel(
             width, actions, angles=args.angles, max_inducing=args.max_inducing,
             fit_steps=args.fit_steps,
@@ -1130,6 +1146,7 @@ class Agent:
             raise RunError(f"--weights: {error}") from None
         self.env = ImaginedEnv(self.world_model, self.cost, noise=args.noise)
         self.data, self.firsts, self.drawn = None, [], False
+        self.fps = max(1, round(1 / (args.dt * args.action_repeat)))
 
     def numbers(self, name: str, count: int, empty: float) -> Tensor:
         """A flag of `count` numbers; RunError for another count."""
@@ -1210,21 +1227,28 @@ class Agent:
         self.controller.theta.data = self.controller.draw(points, scale, 0.1)
 
     def learn(self, stop: Callable = lambda: False) -> dict:
-        """Fit the GPs to all data, then improve the policy; returns metrics of both."""
+        """Fit the GPs to all data, then improve the policy; returns metrics of both.
+
+        No metrics if stop() came before the search began.
+        """
         started = time.monotonic()
         self.world_model.fit(self.data)
         fitted = time.monotonic()
+        if stop():
+            return {}
         args = self.args
         if not self.drawn:
             self.draw_controller()
         elif args.restarts > 1:  # the authors have none; centres near the start find little now
             states = self.world_model.dataset(self.data)[0][:, : len(self.world_model.features)]
-            theta = self.controller.draw(states, states.std(0), 0.5)
+            theta = self.controller.draw(states, states.std(0).clamp(min=1e-6), 0.5)
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
         theta, cost, used = search(
             self.objective, self.controller.theta.data, args.iterations, args.evaluations, stop
         )
+        if theta is None and stop():
+            return {}
         if theta is None:
             raise RunError("the expected cost is not a number: look at the scale of observations")
         self.controller.theta.data[:1] = theta
@@ -1272,8 +1296,12 @@ def play(agent: Agent, trial: int, random: bool = False) -> tuple[TensorDict, Te
     envs = make_envs(agent.args, 1, agent.args.seed * 1000 + trial)
     rows, actions = [envs.step(None)], []
     while len(actions) < agent.args.horizon and not rows[-1]["is_last"].item():
-        actions.append(agent.act(rows[-1], random=random)[0])
-        rows.append(envs.step(actions[-1]))
+        action = agent.act(rows[-1], random=random)[0]
+        after = envs.step(action)
+        if after["is_first"].item():  # it crashed and was built again: no transition
+            break
+        actions.append(action)
+        rows.append(after)
     envs.close()
     return torch.cat(rows), torch.cat(actions)
 
@@ -1304,10 +1332,12 @@ def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
     return figure
 
 
-def report(metrics: dict):
+def report(metrics: dict, horizon: int):
     """One line for each trial."""
     cost = f"cost {metrics['episode/cost']:.3f}, at the end {metrics['episode/final_cost']:.3f}"
     text = f"rollout {metrics['trial']}, {metrics['seconds']:.1f} s: {cost}"
+    if metrics["episode/length"] < horizon:
+        text += f" (ended after {metrics['episode/length']} of {horizon} steps)"
     if "search/cost" in metrics:
         ratios = " ".join(f"{v:.0f}" for k, v in metrics.items() if k.startswith("model/snr"))
         text += (
@@ -1319,10 +1349,12 @@ def report(metrics: dict):
 
 
 def benchmark():
-    """Milliseconds of the expected cost and its gradient: 4 states, 1 action, horizon 40."""
+    """Milliseconds of a policy's expected cost and its gradient: 4 states, 1 action, 40 steps."""
+    import resource  # not on Windows
+
     for points in (100, 300):
         agent = Agent(
-            {"shapes": {"observation": [4]}, "action_dim": 1, "classes": []}, Args(centres=10)
+            {"shapes": {"observation": [4]}, "action_dim": 1, "classes": []}, Args(restarts=1)
         )
         x, model = torch.randn(points, 5, dtype=torch.float64), agent.world_model
         y = 0.1 * torch.sin(x @ torch.randn(5, 4, dtype=torch.float64)) + 0.002 * torch.randn(
@@ -1357,7 +1389,7 @@ def main(argv: list[str] | None = None):
     if args.eval:
         agent = load(args.eval)
         agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        return score(agent, Logger(args.eval, 0, tensorboard=False), "eval", fps=10)
+        return score(agent, Logger(args.eval, 0, tensorboard=False), "eval", agent.fps)
 
     folder, saved = checkpoint.open_run(
         "pilco", args, MAY_CHANGE, {"render_quality": usual_quality()}
@@ -1375,7 +1407,7 @@ def main(argv: list[str] | None = None):
     print(f"{folder}: {f'resumes after {trial} rollouts' if saved else 'starts'}")
 
     with Stop() as stop:
-        while trial < total:
+        while trial < total and not stop.requested:
             random, metrics = trial < args.random_rollouts, {}
             if not random:
                 metrics = agent.learn(lambda: stop.requested)
@@ -1387,9 +1419,10 @@ def main(argv: list[str] | None = None):
             agent.add(rows, actions)
             trial, step = trial + 1, step + len(actions) * args.action_repeat
             metrics |= {"episode/return": rows["reward"].sum().item(), "trial": trial,
+                        "episode/length": len(actions),
                         "episode/cost": costs.mean().item(), "seconds": step * args.dt,
                         "episode/final_cost": costs[-10:].mean().item()}  # fmt: skip
-            report(metrics)
+            report(metrics, args.horizon)
             logger.write(step, **metrics)
             if dream is not None:
                 picture = trial_plot(dream, costs, agent.state(rows))
@@ -1397,7 +1430,7 @@ def main(argv: list[str] | None = None):
             rng = checkpoint.rng_state()
             checkpoint.save(folder, **parts, trial=trial, step=step, rng=rng)
     if trial >= total:
-        logger.write(step, **score(agent, logger, "policy", fps=10)[0])
+        logger.write(step, **score(agent, logger, "policy", agent.fps)[0])
         print(f"learning curve: {plot_curve(folder)}")
     print(f"all of it: {folder}" if trial >= total else "stopped; the same command resumes")
     logger.close()

@@ -503,8 +503,11 @@ def test_data_that_cannot_be_fitted():
 
     cases = [
         (transitions(1), "at least two transitions, not 1"),
-        (changed("observation", spoil), r"observations or actions \[1\]: NaN"),
-        (changed(("next", "observation"), spoil), r"changes of the observation \[1\]: NaN"),
+        (changed("observation", spoil), r"NaN or infinity in observation, numbers \[1\]"),
+        (
+            changed(("next", "observation"), spoil),
+            r"NaN or infinity in next observation, numbers \[1\]",
+        ),
     ]
     still = transitions(20)
     still["next", "observation"][:, 0] = still["observation"][:, 0]
@@ -662,6 +665,30 @@ def test_search_survives_what_is_not_a_number():
     assert len(finite) < len(seen), "it went there"
     assert value == min(finite)[0] and best.tolist() == min(finite)[1]
     assert 0.25 < value < 0.3, "the best of the part that has values: (1 - 0.5)^2"
+
+
+def test_search_survives_gradients_that_are_not_numbers():
+    """A finite value whose gradient is not a number is no point to go on from."""
+
+    def objective(points):
+        value, grad = (points[:, 0] - 3).square(), 2 * (points - 3)
+        grad[(points[:, 0] > 0.5) & (points[:, 0] < 1.5)] = torch.nan
+        return value, grad
+
+    best, _, used = search(objective, torch.zeros(1, 1, dtype=torch.float64), 100, 200)
+    assert abs(best.item() - 3) < 1e-6 and used < 30
+    tiny = search(lambda x: (x[:, 0] * 0, x * 0 + 1e-200), torch.ones(1, 1).double(), 9, 9)
+    assert tiny[2] == 1, "nothing to go down"
+    falls = search(lambda x: (-x[:, 0], x * 0 - 1), torch.zeros(1, 1).double(), 5, 200)
+    assert falls[1] < -1e9, "it goes on where it got"
+
+
+def test_a_failed_factorisation_is_not_a_number():
+    bad = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    bad[1, 2, 2] = 0
+    inverse, logdet = pilco.invert(bad)
+    assert torch.equal(inverse[0], torch.eye(3).double()) and logdet[0] == 0
+    assert logdet[1].isnan()
 
 
 def test_search_keeps_to_its_budget():

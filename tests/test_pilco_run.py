@@ -1,5 +1,6 @@
 """pilco.py as its users run it: trials, resume, evaluation, kinds of environments, errors."""
 
+import os
 import shutil
 import signal
 
@@ -109,8 +110,11 @@ def plain(width):
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
         ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
-        ("--angles 5", "--angles must be indices of the 2 numbers observed"),
-        ("--env-id CartPole-v1", "PILCO needs at most 20 numbers and Box actions"),
+        ("--angles 5", "--angles must be different indices of the 2 numbers observed"),
+        ("--angles 1 1", "--angles must be different indices"),
+        ("--start-std 1 -1", "--start-std must not be negative"),
+        ("--gamma 0", "--gamma must be a positive number"),
+        ("--env-id CartPole-v1", "PILCO needs Box actions"),
         ("--widths 0", "--widths"),
         ("--angles --target 0 0 --weights 1 0 0 -1", "--weights: weights must be symmetric"),
     ],
@@ -130,7 +134,7 @@ def test_wrong_flags_and_environments(inside, flags, words):  # noqa: F811
     ],
 )
 def test_presets_begin(inside, tmp_path, capsys, flags):  # noqa: F811
-    tiny = ["--trials", 1, "--horizon", 6, "--evaluations", 3, "--no-tensorboard"]
+    tiny = ["--trials", 2, "--horizon", 6, "--evaluations", 3, "--no-tensorboard"]
     inside(*flags.split(), *tiny)
     text = capsys.readouterr().out
     assert "predicted" in text and "SNR" in text
@@ -204,6 +208,19 @@ def test_a_search_without_a_value_is_an_error(inside, monkeypatch):  # noqa: F81
     monkeypatch.setattr(pilco.Agent, "objective", broken)
     with pytest.raises(checkpoint.RunError, match="expected cost is not a number"):
         inside(*DEBUG)
+
+
+def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):  # noqa: F811
+    fit = pilco.GPWorldModel.fit
+
+    def signalled(model, td):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return fit(model, td)
+
+    monkeypatch.setattr(pilco.GPWorldModel, "fit", signalled)
+    inside(*DEBUG)
+    assert "stopped; the same command resumes" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run")["trial"] == 1
 
 
 def test_the_pendulum_is_learned(inside, tmp_path):  # noqa: F811
