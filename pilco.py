@@ -50,6 +50,7 @@ from botorch.models.gpytorch import GPyTorchModel
 from PIL import Image, ImageDraw
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from common import checkpoint
@@ -187,13 +188,29 @@ def check(args: Args):
 
 # --- maths --------------------------------------------------------------------------------------
 
+# The moments are many small products: in numpy, and with gradients written out, they take half the
+# time that they take torch's operations and autograd.
 
-def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
+
+def arrays(tensors: Sequence[Tensor | None]) -> list[np.ndarray | None]:
+    """The same numbers for numpy."""
+    return [None if x is None else x.detach().numpy() for x in tensors]
+
+
+def tensors(*results: np.ndarray) -> tuple[Tensor, ...]:
+    """The same numbers for torch."""
+    return tuple(map(torch.from_numpy, results))
+
+
+def invert(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positive definite (..., K, K) -> inverse and half the log-determinant; NaN if it is not."""
-    root, failed = torch.linalg.cholesky_ex(matrix)
-    if failed.any():
-        root = torch.where(failed[..., None, None] > 0, torch.nan, root)
-    return torch.cholesky_inverse(root), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    try:
+        root = np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:  # of one or more: torch tells which
+        root, failed = arrays(torch.linalg.cholesky_ex(torch.from_numpy(matrix)))
+        root[failed > 0] = np.nan
+    half = np.linalg.inv(root)
+    return half.mT @ half, np.log(root.diagonal(axis1=-2, axis2=-1)).sum(-1)
 
 
 class Pairs:
@@ -203,26 +220,26 @@ class Pairs:
     standard normal, for every function; then nu_i and nu_j for every pair.
     """
 
-    def __init__(self, outputs: int, width: int):
-        upper, own = torch.triu_indices(outputs, outputs, 1), torch.arange(outputs)
-        self.a, self.b = torch.cat([own, upper[0]]), torch.cat([own, upper[1]])
+    def __init__(self, outputs: int):
+        own, upper = np.arange(outputs), np.triu_indices(outputs, 1)
+        self.a, self.b = (np.concatenate([own, more]) for more in upper)
         self.count = count = len(self.a)
-        self.ends, self.others = torch.cat([self.a, self.b]), torch.cat([self.b, self.a])
+        self.ends, self.others = np.concatenate([self.a, self.b]), np.concatenate([self.b, self.a])
         self.number = self.a * outputs + self.b  # in a flat matrix
-        self.matrix = torch.empty(outputs, outputs, dtype=torch.long)
-        self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = torch.arange(count)
+        self.matrix = np.empty((outputs, outputs), int)
+        self.matrix[self.a, self.b] = self.matrix[self.b, self.a] = np.arange(count)
         self.matrix = self.matrix.flatten()
-        self.once = torch.where(self.a == self.b, 0.5, 1.0).double()
+        self.once = np.where(self.a == self.b, 0.5, 1.0)
         self.weights = self.ends + outputs * (self.ends != self.others)  # of a GP, in [q; p]
-        self.mask = torch.ones(outputs + count, 2 * width, 2 * width, dtype=torch.float64)
-        self.mask[:outputs] = 0
-        self.mask[:outputs, :width, :width] = 1
+        self.at_end = np.eye(outputs)[:, self.ends]  # (E, 2P)
+        self.blocks = np.ones((outputs + count, 2, 1, 2, 1))  # those that hold the covariance
+        self.blocks[:outputs, 1], self.blocks[:outputs, :, :, 1] = 0, 0
         # half log-determinants (E + P) -> constants of log q (E) and of d_ij (2P, half of them 0)
-        eye = torch.eye(outputs, dtype=torch.float64)
-        self.constants = torch.zeros(outputs + count, outputs + 2 * count, dtype=torch.float64)
+        eye = np.eye(outputs)
+        self.constants = np.zeros((outputs + count, outputs + 2 * count))
         self.constants[:outputs, :outputs] = -eye
         self.constants[:outputs, outputs : outputs + count] = (eye[self.a] + eye[self.b]).T
-        self.constants[outputs:, outputs : outputs + count] = -torch.eye(count)
+        self.constants[outputs:, outputs : outputs + count] = -np.eye(count)
 
 
 pairs = functools.cache(Pairs)
@@ -246,7 +263,7 @@ class Factors(NamedTuple):
 
 def factors(inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor, beta: Tensor) -> Factors:
     """Factors of functions that are certain: (n, I), (E, I), (E), (E, n), or batches of them."""
-    pair, scale = pairs(*log_lengthscale.shape[-2:]), torch.exp(2 * log_lengthscale)
+    pair, scale = pairs(log_lengthscale.shape[-2]), torch.exp(2 * log_lengthscale)
     alone = torch.cat([scale, torch.ones_like(scale)], -1)
     both = torch.cat([scale[..., pair.a, :], scale[..., pair.b, :]], -1)
     log_scale = F.pad(2 * log_signal + log_lengthscale.sum(-1), (0, 2 * pair.count))
@@ -267,30 +284,27 @@ def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) ->
     return torch.exp(2 * log_signal[..., None, None] - 0.5 * distance.square())
 
 
-def pair_sums(left, right, first, second, inverse, weight) -> tuple[Tensor, Tensor]:
+def pair_sums(left, right, first, second, inverse, weight) -> tuple[np.ndarray, np.ndarray]:
     """k second (N, P, n, I + 1) and first' k (N, P, I + 1, n), k_ij = exp(left_i . right_j) - 1.
 
     The first pairs' k is weight * k - inverse where those are given. A few pairs at a time: what is
     of size n x n stays in the cache and is not kept.
     """
-    batch, count, n, _ = left.shape
-    rows = (x.transpose(0, 1).flatten(0, 1) for x in (left, right.mT, first.mT, second))
-    left, right, first, second = rows  # (P N, ...)
-    over_j, over_i = torch.empty_like(second), torch.empty_like(first)
+    batch, count, n, width = second.shape
+    over_j, over_i = np.empty_like(second), np.empty((batch, count, width, n))
     size = min(count, max(1, BLOCK // (batch * n**2)))
-    room = left.new_empty(batch * size, n, n)
+    room = np.empty((batch, size, n, n))
     for start in range(0, count, size):
-        part = slice(batch * start, batch * (start + size))
-        k = torch.bmm(left[part], right[part], out=room[: batch * (count - start)])
-        with np.errstate(over="ignore"):
-            np.expm1(k.numpy(), out=k.numpy())  # twice as fast as torch's
+        part = slice(start, min(start + size, count))
+        k = np.matmul(left[:, part], right[:, part].mT, out=room[:, : part.stop - start])
+        np.expm1(k, out=k)
         if inverse is not None and start < len(inverse):
-            own = slice(start, min(start + size, len(inverse)))
-            gp = k[: batch * (own.stop - start)].unflatten(0, (-1, batch))
-            gp.mul_(weight[own, None]).sub_(inverse[own, None])
-        torch.bmm(k, second[part], out=over_j[part])
-        torch.bmm(first[part], k, out=over_i[part])
-    over_j, over_i = (x.unflatten(0, (count, batch)).transpose(0, 1) for x in (over_j, over_i))
+            own = slice(start, min(part.stop, len(inverse)))
+            gp = k[:, : own.stop - start]
+            gp *= weight[own]
+            gp -= inverse[own]
+        np.matmul(k, second[:, part], out=over_j[:, part])
+        np.matmul(first[:, part].mT, k, out=over_i[:, part])
     return over_j, over_i
 
 
@@ -304,111 +318,125 @@ class Moments(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, mean, cov, inputs, lambdas, log_scale, beta, variance, inverse, weight):
-        outputs, width = beta.shape[-2], mean.shape[-1]
-        pair = pairs(outputs, width)
+    @np.errstate(all="ignore")
+    def forward(ctx, *args):
+        mean, cov, inputs, lambdas, log_scale, beta, variance, inverse, weight = arrays(args)
+        (batch, width), (outputs, n) = mean.shape, beta.shape[-2:]
+        ctx.pair = pair = pairs(outputs)
         count, last = pair.count, outputs + pair.count
-        wide = torch.cat([cov, cov], -1)
-        covs = torch.addcmul(lambdas, pair.mask, torch.cat([wide, wide], -2)[:, None])
-        precision, logdet = invert(covs)  # (N, E + P, 2I, 2I), (N, E + P)
+        covs = (pair.blocks * cov[:, None, None, :, None]).reshape(batch, last, 2 * width, -1)
+        precision, logdet = invert(lambdas + covs)
         alone, both = precision[:, :outputs, :width, :width], precision[:, outputs:]
-        phi = F.pad(inputs - mean[:, None], (0, 1), value=1.0)  # (N, n, I + 1): nu and 1
-        design = (phi[..., None] * phi[..., None, :]).flatten(-2)
+        phi = np.ones((batch, n, width + 1))  # nu and 1
+        np.subtract(inputs, mean[:, None], out=phi[..., :width])
+        design = (phi[..., None] * phi[..., None, :]).reshape(batch, n, -1)
         # log q_a (E) and the parts of d_ij = log Q_ij - log q_i - log q_j of i (P) and of j (P)
-        own = torch.cat([both[..., :width, :width], both[..., width:, width:]], 1)
-        forms = torch.cat([alone, own - alone.index_select(1, pair.ends)], 1)
-        forms = F.pad(forms, (0, 1, 0, 1)).flatten(-2)
-        constant = (log_scale + logdet @ pair.constants)[..., None]
-        rows = torch.baddbmm(constant, forms, design.mT, alpha=-0.5)  # (N, E + 2P, n)
-        q = torch.exp(rows[:, :outputs])
+        forms = np.zeros((batch, last + count, width + 1, width + 1))
+        forms[:, :outputs, :-1, :-1] = alone
+        forms[:, outputs:last, :-1, :-1] = both[..., :width, :width] - alone[:, pair.a]
+        forms[:, last:, :-1, :-1] = both[..., width:, width:] - alone[:, pair.b]
+        rows = -0.5 * forms.reshape(batch, last + count, -1) @ design.mT  # (N, E + 2P, n)
+        rows += (log_scale + logdet @ pair.constants)[..., None]
+        q = np.exp(rows[:, :outputs])
         p = beta * q
         total = p @ phi  # (N, E, I + 1): sums of p nu and of p
 
-        if inverse is None:
-            ends = p.index_select(1, pair.ends)  # (N, 2P, n)
-        else:
-            ends = torch.cat([q, p], 1).index_select(1, pair.weights)
-        wide, row = phi[:, None].expand(-1, count, -1, -1), rows[..., None]
-        turned = wide[..., :width] @ -both[..., :width, width:]
-        left = torch.cat([turned, row[:, outputs:last], wide[..., width:]], -1)
-        right = torch.cat([wide, row[:, last:]], -1)
-        sides = ends[..., None] * phi[:, None]
-        sums = pair_sums(left, right, sides[:, :count], sides[:, count:], inverse, weight)
-        points = torch.cat([sums[0], sums[1].mT], 1)  # (N, 2P, n, I + 1): sums over the other end
-        sums = (ends[:, :count] * points[:, :count, :, width]).sum(-1)
-        sums[:, :outputs] += variance
+        weights = p[:, pair.ends] if inverse is None else np.hstack([q, p])[:, pair.weights]
+        left, right = np.empty((2, batch, count, n, width + 2))
+        np.matmul(phi[:, None, :, :width], -both[..., :width, width:], out=left[..., :width])
+        left[..., width], left[..., width + 1] = rows[:, outputs:last], 1
+        right[..., : width + 1], right[..., width + 1] = phi[:, None], rows[:, last:]
+        ends = weights[..., None] * phi[:, None]  # (N, 2P, n, I + 1)
+        over_j, over_i = pair_sums(left, right, ends[:, :count], ends[:, count:], inverse, weight)
+        spread = (weights[:, :count] * over_j[..., width]).sum(-1)
+        spread[:, :outputs] += variance
+        spread = spread[:, pair.matrix].reshape(batch, outputs, outputs)
         slope = alone @ total[..., :width, None]  # (N, E, I, 1)
-        saved = precision, phi, design, q, p, total, slope, ends, sides, points, beta
-        ctx.save_for_backward(*saved)
-        spread = sums.index_select(1, pair.matrix).unflatten(1, (outputs, outputs))
-        return total[..., width], spread, slope[..., 0]
+        ctx.precision, ctx.phi, ctx.design, ctx.slope = precision, phi, design, slope
+        ctx.q, ctx.p, ctx.total, ctx.beta, ctx.weights = q, p, total, beta, weights
+        ctx.ends, ctx.points = ends, np.hstack([over_j, over_i.mT])  # sums over the other end
+        return tensors(total[..., width].copy(), spread, slope[..., 0].copy())
 
     @staticmethod
-    def backward(ctx, by_value, by_spread, by_slope):
-        precision, phi, _, q, p, total, slope, _, _, points, beta = ctx.saved_tensors
-        outputs, width = p.shape[1], phi.shape[-1] - 1
-        pair = pairs(outputs, width)
-        count, value, alone = pair.count, total[..., width:], precision[:, :outputs, :width, :width]
+    @once_differentiable
+    @np.errstate(all="ignore")
+    def backward(ctx, *grads):
+        by_value, by_spread, by_slope = arrays(grads)
+        pair, p, total, (batch, _, size) = ctx.pair, ctx.p, ctx.total, ctx.phi.shape
+        outputs, width, value = p.shape[1], size - 1, total[..., size - 1 :]
+        alone = ctx.precision[:, :outputs, :width, :width]
         by_spread = by_spread + by_spread.mT
-        scale = by_spread.flatten(1).index_select(1, pair.number) * pair.once  # (N, P)
-        scale = scale[..., None, None]
+        scale = (by_spread.reshape(batch, -1)[:, pair.number] * pair.once)[..., None, None]
         # spread is sum_ij p_i p_j exp(d_ij) - value value': of the last term the gradient by value
         drop = by_spread @ value  # (N, E, 1)
         raised = alone @ by_slope[..., None]  # (N, E, I, 1)
-        w = torch.cat([raised[..., 0], by_value[..., None] - drop], -1) @ phi.mT  # by p: (N, E, n)
+        w = np.concatenate([raised[..., 0], by_value[..., None] - drop], -1) @ ctx.phi.mT  # by p
 
-        sums = Moments.second_moments(ctx, pair, w)
-        both = scale * sums[:, outputs:]
-        lift = F.pad(precision.unflatten(-1, (2, width)), (0, 1)).flatten(-2)  # z -> u
-        sums = torch.cat([sums[:, :outputs], both], 1)
-        u, amount = lift @ sums, sums[..., width, width, None, None]
-        by_lambdas = torch.addcmul(u @ lift.mT, precision, amount, value=-1).mul_(0.5)
-        turn = 0.5 * slope @ raised.mT
+        sums = second_moments(ctx, w)
+        sums[:, outputs:] *= scale
+        lift = np.zeros((*sums.shape[:2], 2 * width, 2, size))  # z -> u
+        lift[..., :width] = ctx.precision.reshape(*lift.shape[:-1], width)
+        lift = lift.reshape(*lift.shape[:-2], -1)
+        u = lift @ sums
+        by_lambdas = 0.5 * (u @ lift.mT - ctx.precision * sums[..., width, width, None, None])
+        turn = 0.5 * ctx.slope @ raised.mT
         by_lambdas[:, :outputs, :width, :width] -= turn + turn.mT
-        by_cov = (by_lambdas * pair.mask).sum(1).unflatten(-1, (2, width)).unflatten(1, (2, width))
-        by_cov, by_mean = by_cov.sum((1, 3)), u[..., width].unflatten(-1, (2, width)).sum((1, 2))
-        by_mean = by_mean - (raised * value[..., None]).sum(1)[..., 0]
+        by_cov = by_lambdas.reshape(batch, -1, 2, width, 2, width) * pair.blocks
+        by_mean = (
+            u[..., width].reshape(batch, -1, width).sum(1)
+            - (raised * value[..., None]).sum(1)[..., 0]
+        )
+        by_start = tensors(by_mean, by_cov.sum((1, 2, 4)))
         if not ctx.needs_input_grad[2]:  # a GP, which is given
-            return by_mean, by_cov, *[None] * 7
-        by_inputs = p.mT @ raised[..., 0] + Moments.by_nu(ctx, pair, w, scale, lift[:, outputs:])
-        scale = torch.cat([scale, scale], 1)
-        by_beta = q * (w + drop).index_add(1, pair.ends, (scale * points)[..., width])
-        by_scale = F.pad((by_beta * beta).sum(-1), (0, 2 * count))
-        return by_mean, by_cov, by_inputs, by_lambdas, by_scale, by_beta, *[None] * 3
+            return *by_start, *[None] * 7
+        by_inputs = p.mT @ raised[..., 0] + by_nu(ctx, w, scale, lift[:, outputs:])
+        by_ends = np.hstack([scale, scale])[..., 0] * ctx.points[..., width]
+        by_beta = ctx.q * (w + drop + pair.at_end @ by_ends)
+        by_scale = np.zeros((batch, outputs + 2 * pair.count))
+        by_scale[:, :outputs] = (by_beta * ctx.beta).sum(-1)
+        return *by_start, *tensors(by_inputs, by_lambdas, by_scale, by_beta), *[None] * 3
 
-    @staticmethod
-    def second_moments(ctx, pair: Pairs, w: Tensor) -> Tensor:
-        """Weighted sums of z z': z = (nu_i, 1, nu_j, 1), (nu_i, 1, 0, 0) for the functions.
 
-        (N, E + P, 2I + 2, 2I + 2); the weights are p w and p_i p_j exp(d_ij).
-        """
-        _, phi, design, _, p, total, _, ends, sides, points, _ = ctx.saved_tensors
-        outputs, count, size = p.shape[1], pair.count, phi.shape[-1]
-        value, weights = total[..., size - 1 :], ends * points[..., size - 1]
-        sums = (torch.cat([p * w, p, weights], 1) @ design).unflatten(-1, (size, size))
-        alone, plain, own = sums.split([outputs, outputs, 2 * count], 1)
-        # exp = (exp - 1) + 1: the sums of the 1 are products
-        product = value.index_select(1, pair.others)[..., None]
-        own = torch.addcmul(own, plain.index_select(1, pair.ends), product)
-        i, j = own.split(count, 1)
-        total_i, total_j = total.index_select(1, pair.ends)[..., None].split(count, 1)
-        cross = sides[:, :count].mT @ points[:, :count] + total_i * total_j.mT
-        rows = torch.cat([i, cross], -1), torch.cat([cross.mT, j], -1)
-        return torch.cat([F.pad(alone, (0, size, 0, size)), torch.cat(rows, -2)], 1)
+def second_moments(ctx, w: np.ndarray) -> np.ndarray:
+    """Weighted sums of z z': z = (nu_i, 1, nu_j, 1), (nu_i, 1, 0, 0) for the functions.
 
-    @staticmethod
-    def by_nu(ctx, pair: Pairs, w: Tensor, scale: Tensor, lift: Tensor) -> Tensor:
-        """The gradient by each nu_i (N, n, I) through its densities: the sum of -u."""
-        precision, phi, _, _, p, total, _, ends, _, points, _ = ctx.saved_tensors
-        count, width = pair.count, phi.shape[-1] - 1
-        there = ends[..., None] * (points + total.index_select(1, pair.others)[:, :, None])
-        here = there[..., width:] * phi[:, None]
-        z = torch.cat([here[:, :count], there[:, :count]], -1)  # the sums of z over j
-        z = torch.cat([z, torch.cat([there[:, count:], here[:, count:]], -1)], 1)
-        lift = lift.unflatten(-2, (2, width)).transpose(1, 2).flatten(1, 2)  # (N, 2P, I, 2I + 2)
-        alone = (p * w)[..., None] * phi[:, None, :, :width]
-        u = (alone @ precision[:, : p.shape[1], :width, :width]).sum(1)
-        return -u - (torch.cat([scale, scale], 1) * (z @ lift.mT)).sum(1)
+    (N, E + P, 2I + 2, 2I + 2); the weights are p w and p_i p_j exp(d_ij).
+    """
+    pair, p, total, (batch, _, size) = ctx.pair, ctx.p, ctx.total, ctx.phi.shape
+    outputs, count = p.shape[1], pair.count
+    rows = np.hstack([p * w, p, ctx.weights * ctx.points[..., size - 1]]) @ ctx.design
+    rows = rows.reshape(batch, -1, size, size)
+    # exp = (exp - 1) + 1: the sums of the 1 are products
+    product = total[:, pair.others, size - 1, None, None]
+    own = rows[:, 2 * outputs :] + rows[:, outputs + pair.ends] * product
+    cross = ctx.ends[:, :count].mT @ ctx.points[:, :count]
+    cross += total[:, pair.a, :, None] * total[:, pair.b, None, :]
+    sums = np.zeros((batch, outputs + count, 2 * size, 2 * size))
+    sums[:, :outputs, :size, :size] = rows[:, :outputs]
+    both = sums[:, outputs:]
+    both[..., :size, :size], both[..., :size, size:] = own[:, :count], cross
+    both[..., size:, :size], both[..., size:, size:] = cross.mT, own[:, count:]
+    return sums
+
+
+def by_nu(ctx, w: np.ndarray, scale: np.ndarray, lift: np.ndarray) -> np.ndarray:
+    """The gradient by each nu_i (N, n, I) through its densities: the sum of -u."""
+    pair, p, (batch, n, size) = ctx.pair, ctx.p, ctx.phi.shape
+    count, width = pair.count, size - 1
+    there = ctx.weights[..., None] * (ctx.points + ctx.total[:, pair.others, None])
+    z = np.empty((batch, 2, count, n, 2, size))  # its sums over j, then over i
+    z[:, 0, :, :, 0], z[:, 0, :, :, 1] = (
+        there[:, :count, :, width:] * ctx.phi[:, None],
+        there[:, :count],
+    )
+    z[:, 1, :, :, 1], z[:, 1, :, :, 0] = (
+        there[:, count:, :, width:] * ctx.phi[:, None],
+        there[:, count:],
+    )
+    lift = lift.reshape(batch, count, 2, width, -1).swapaxes(1, 2) * scale[:, None]
+    u = (z.reshape(batch, 2, count, n, -1) @ lift.mT).sum((1, 2))
+    alone = (p * w)[..., None] * ctx.phi[:, None, :, :width]
+    return -u - (alone @ ctx.precision[:, : p.shape[1], :width, :width]).sum(1)
 
 
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -422,37 +450,57 @@ def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tens
     return value, spread, slope.mT
 
 
+class Waves(NamedTuple):
+    """f(x) = amplitude' sin(frequency' x + phase): D numbers, K waves, M results."""
+
+    frequency: np.ndarray  # (D, K)
+    phase: np.ndarray  # (K)
+    amplitude: np.ndarray  # (K, M)
+
+
 class Sines(torch.autograd.Function):
-    """Mean (N, K), covariance (N, K, K) and slope (N, K) of sine_moments, and their gradients."""
+    """Mean (N, M), covariance (N, M, M) and gain (N, D, M) of sine_moments, and their gradients."""
 
     @staticmethod
-    def forward(ctx, mean, cov, amplitude):
-        decay = amplitude * torch.exp(-0.5 * cov.diagonal(dim1=-2, dim2=-1))
-        sine, cosine = decay * mean.sin(), decay * mean.cos()
-        odd, even = cov.sinh(), (0.5 * cov).sinh().square_().mul_(2)  # sinh and cosh - 1
+    @np.errstate(all="ignore")
+    def forward(ctx, mean, cov, waves):
+        (mean, cov), (frequency, phase, amplitude) = arrays([mean, cov]), waves
+        mean, cov = mean @ frequency + phase, frequency.T @ cov @ frequency
+        decay = np.exp(-0.5 * cov.diagonal(axis1=-2, axis2=-1))
+        sine, cosine = decay * np.sin(mean), decay * np.cos(mean)
+        odd, even = np.sinh(cov), 2 * np.sinh(0.5 * cov) ** 2  # sinh and cosh - 1
         sines = sine[..., :, None] * sine[..., None, :]
         cosines = cosine[..., :, None] * cosine[..., None, :]
-        ctx.save_for_backward(sine, cosine, odd, even, sines, cosines)
-        return sine, odd * cosines + even * sines, cosine
+        ctx.saved = waves, sine, cosine, odd, even, sines, cosines
+        spread = amplitude.T @ (odd * cosines + even * sines) @ amplitude
+        return tensors(sine @ amplitude, spread, (frequency * cosine[:, None]) @ amplitude)
 
     @staticmethod
-    def backward(ctx, by_sine, by_cov, by_cosine):
-        sine, cosine, odd, even, sines, cosines = ctx.saved_tensors
+    @once_differentiable
+    @np.errstate(all="ignore")
+    def backward(ctx, *grads):
+        by_mean, by_cov, by_gain = arrays(grads)
+        (frequency, _, amplitude), sine, cosine, odd, even, sines, cosines = ctx.saved
+        by_cov = amplitude @ by_cov @ amplitude.T
         both = by_cov + by_cov.mT
-        by_sine = by_sine + ((both * even) @ sine[..., None])[..., 0]
+        by_sine = by_mean @ amplitude.T + ((both * even) @ sine[..., None])[..., 0]
+        by_cosine = ((frequency.T @ by_gain) * amplitude).sum(-1)
         by_cosine = by_cosine + ((both * odd) @ cosine[..., None])[..., 0]
         by_cov = by_cov * (cosines + even * cosines + odd * sines)
-        by_cov.diagonal(dim1=-2, dim2=-1).sub_(0.5 * (by_sine * sine + by_cosine * cosine))
-        return by_sine * cosine - by_cosine * sine, by_cov, None
+        diagonal = np.arange(len(amplitude))
+        by_cov[:, diagonal, diagonal] -= 0.5 * (by_sine * sine + by_cosine * cosine)
+        by_mean = by_sine * cosine - by_cosine * sine
+        return *tensors(by_mean @ frequency.T, frequency @ by_cov @ frequency.T), None
 
 
-def sine_moments(mean: Tensor, cov: Tensor, amplitude: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of amplitude * sin(x) for x ~ N(mean, cov): (N, K), (N, K, K), amplitude (K).
+def sine_moments(mean: Tensor, cov: Tensor, waves: Waves) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of f(x), a sum of sines, for x ~ N(mean, cov): (N, D), (N, D, D).
 
-    Returns mean (N, K), covariance (N, K, K) and the diagonal (N, K) of the gain. With these, m and
-    c, the covariance is sinh(cov) c c' + (cosh(cov) - 1) m m', element by element.
+    Returns mean (N, M), covariance (N, M, M) and gain (N, D, M): the covariance of x and f(x) is
+    cov @ gain. For single waves with E sin = s and E cos = c, the covariance is, element by
+    element, sinh(cov) c c' + (cosh(cov) - 1) s s'.
     """
-    return Sines.apply(mean, cov, amplitude)
+    return Sines.apply(mean, cov, waves)
 
 
 def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -460,49 +508,40 @@ def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return mean.index_select(-1, index), cov.index_select(-1, index).index_select(-2, index)
 
 
-def join(mean, cov, index: Tensor, more_mean, more_cov, gain) -> tuple[Tensor, Tensor]:
-    """The joint Gaussian of x ~ N(mean, cov) and y, whose gain is that of x[index].
-
-    (N, D), (N, D, D) and (N, K), (N, K, K), gain (N, len(index), K) -> (N, D + K) and so on.
-    """
-    cross = cov.index_select(-1, index).bmm(gain)
+def join(mean, cov, more_mean, more_cov, cross) -> tuple[Tensor, Tensor]:
+    """The joint Gaussian of x and y, whose covariance is cross (N, D, K): (N, D + K), ..."""
     rows = torch.cat([cov, cross], -1), torch.cat([cross.mT, more_cov], -1)
     return torch.cat([mean, more_mean], -1), torch.cat(rows, -2)
 
 
 @functools.cache
-def phases(angles: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Each angle twice, its phases (cos x = sin(x + pi / 2)) and amplitudes: (2K) each."""
-    phase = torch.tensor([0, math.pi / 2] * len(angles), dtype=torch.float64)
-    return torch.tensor([i for i in angles for _ in range(2)]), phase, torch.ones_like(phase)
+def angle_waves(angles: tuple[int, ...], width: int) -> Waves:
+    """Sine and cosine of each angle: cos x = sin(x + pi / 2)."""
+    frequency = np.eye(width)[:, [i for i in angles for _ in range(2)]]
+    return Waves(frequency, np.array([0, math.pi / 2] * len(angles)), np.eye(2 * len(angles)))
 
 
 def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Append sin and cos of each angle to x: (N, D), (N, D, D) -> (N, D + 2K), ..."""
     if not angles:
         return mean, cov
-    twice, phase, amplitude = phases(tuple(angles))
-    inner_mean, inner_cov = select(mean, cov, twice)
-    sine, sine_cov, slope = sine_moments(inner_mean + phase, inner_cov, amplitude)
-    return join(mean, cov, twice, sine, sine_cov, torch.diag_embed(slope))
+    sine, sine_cov, gain = sine_moments(mean, cov, angle_waves(tuple(angles), mean.shape[-1]))
+    return join(mean, cov, sine, sine_cov, cov.bmm(gain))
 
 
 @functools.cache
-def harmonics(actions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """gSat as sines: (A, 2A) from u to (u, 3u), back, and the amplitudes (2A)."""
-    eye = torch.eye(actions, dtype=torch.float64)
-    amplitude = torch.tensor([9 / 8, 1 / 8], dtype=torch.float64).repeat_interleave(actions)
-    return torch.cat([eye, 3 * eye], 1), torch.cat([eye, eye]), amplitude
+def bounding_waves(kind: str, actions: int) -> Waves:
+    """What bounds actions to [-1, 1]: "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u."""
+    frequencies, amplitudes = {"gSat": ((1, 3), (9 / 8, 1 / 8)), "gSin": ((1,), (1,))}[kind]
+    frequency = np.hstack([factor * np.eye(actions) for factor in frequencies])
+    amplitude = np.vstack([factor * np.eye(actions) for factor in amplitudes])
+    return Waves(frequency, np.zeros(len(amplitude)), amplitude)
 
 
 def squash(mean, cov, gain, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound actions u ~ N(mean, cov) to [-1, 1]; "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u."""
-    if kind == "gSin":
-        mean, cov, slope = sine_moments(mean, cov, torch.ones_like(mean[0]))
-        return mean, cov, gain * slope[..., None, :]
-    apart, together, amplitude = harmonics(mean.shape[-1])
-    mean, cov, slope = sine_moments(mean @ apart, apart.T @ cov @ apart, amplitude)
-    return mean @ together, together.T @ cov @ together, gain * (slope @ apart.T)[..., None, :]
+    """Bound actions u ~ N(mean, cov) to [-1, 1]; their gain (N, I, A) is from the state."""
+    mean, cov, slope = sine_moments(mean, cov, bounding_waves(kind, mean.shape[-1]))
+    return mean, cov, gain.bmm(slope)
 
 
 def certain(mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -775,26 +814,46 @@ def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
 # --- cost ---------------------------------------------------------------------------------------
 
 
-class Saturation(torch.autograd.Function):
-    """E exp(-s |z|^2 / 2), eq. 25: z ~ N(mean (N, r), cov (N, r, r)) and scales s (K) -> (N, K)."""
+class ExpectedCost(torch.autograd.Function):
+    """Mean and variance (N) of the saturating cost of a Gaussian, eq. 24-25, and their gradients.
+
+    The offset from the target is N(mean (N, F), cov (N, F, F)); weights are root' root, root (r,
+    F). With z = root x, E exp(-s |z|^2 / 2) is a Gaussian integral; scales (2K) are s for each of K
+    widths, then 2 s, for the square.
+    """
 
     @staticmethod
-    def forward(ctx, mean, cov, scales):
-        scales = scales[:, None, None]
-        inner = torch.eye(cov.shape[-1], dtype=cov.dtype) + scales * cov[:, None]  # (N, K, r, r)
+    @np.errstate(all="ignore")
+    def forward(ctx, mean, cov, root, scales, exploration):
+        mean, cov, root, scales = arrays([mean, cov, root, scales[:, None, None]])
+        z, spread = (mean @ root.T)[:, None, :, None], (root @ cov @ root.T)[:, None]
+        inner = np.eye(len(root)) + scales * spread  # (N, 2K, r, r)
         inverse, logdet = invert(inner)
         inverse = scales * inverse
-        u = inverse @ mean[:, None, :, None]  # (N, K, r, 1)
-        value = torch.exp(-0.5 * (u[..., 0] * mean[:, None]).sum(-1) - logdet)
-        ctx.save_for_backward(value, u, inverse)
-        return value
+        u = inverse @ z  # (N, 2K, r, 1)
+        value = np.exp(-0.5 * (u * z).sum((-2, -1)) - logdet)
+        count = value.shape[-1] // 2
+        once, twice = value[:, :count], value[:, count:]
+        variance = np.maximum(twice - once**2, 0)
+        deviation = np.sqrt(np.maximum(variance, 1e-12))
+        ctx.saved = root, exploration, inverse, u, value, variance, deviation
+        cost = 1 - once + exploration * deviation
+        return tensors(cost.sum(-1) / count, variance.sum(-1) / count)
 
     @staticmethod
-    def backward(ctx, grad):
-        value, u, inverse = ctx.saved_tensors
-        grad = (grad * value)[..., None, None]
-        by_cov = 0.5 * (grad * (u @ u.mT - inverse)).sum(1)
-        return -(grad * u).sum(1)[..., 0], by_cov, None
+    @once_differentiable
+    @np.errstate(all="ignore")
+    def backward(ctx, *grads):
+        by_cost, by_variance = (grad[:, None] for grad in arrays(grads))
+        root, exploration, inverse, u, value, variance, deviation = ctx.saved
+        count = variance.shape[-1]
+        by_deviation = exploration * by_cost * (variance > 1e-12)
+        by_variance = (by_variance + 0.5 * by_deviation / deviation) * (variance > 0)
+        by_once = -by_cost - 2 * value[:, :count] * by_variance
+        by_value = (np.hstack([by_once, by_variance]) * value / count)[..., None, None]
+        by_spread = 0.5 * (by_value * (u @ u.mT - inverse)).sum(1)
+        by_z = -(by_value * u).sum(1)[..., 0]
+        return *tensors(by_z @ root, root.T @ by_spread @ root), None, None, None
 
 
 class ExponentialQuadraticCost(nn.Module):
@@ -827,16 +886,8 @@ class ExponentialQuadraticCost(nn.Module):
 
         The variance is the mean over the widths, as the authors', not that of the mean cost.
         """
-        root = self.root.expand(len(mean), -1, -1)
-        spread = root.bmm(cov).bmm(root.mT)
-        once, twice = Saturation.apply(
-            (mean - self.target) @ self.root.T, spread, self.scales
-        ).chunk(2, -1)
-        variance = (twice - once.square()).clamp(min=0)
-        cost = 1 - once
-        if self.exploration:
-            cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
-        return cost.mean(-1), variance.mean(-1)
+        offset = mean - self.target
+        return ExpectedCost.apply(offset, cov, self.root, self.scales, self.exploration)
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
@@ -889,8 +940,9 @@ class ImaginedEnv(ModelBasedEnvBase):
     def _step(self, td: TensorDict) -> TensorDict:
         """One step of the belief, `cost` and `cost_variance` there; reward = -cost."""
         model, d = self.world_model, self.world_model.obs_dim
-        action = td["action"], td["action_covariance"], td["action_gain"]
-        mean, cov = join(td["mean"], td["covariance"], model.features, *action)
+        action, spread, gain = td["action"], td["action_covariance"], td["action_gain"]
+        cross = td["covariance"].index_select(-1, model.features).bmm(gain)
+        mean, cov = join(td["mean"], td["covariance"], action, spread, cross)
         change, spread, gain = model(*select(mean, cov, self.inputs))
         cross = cov[..., :d, :].index_select(-1, self.inputs).bmm(gain)
         cov = cov[..., :d, :d] + spread + (cross + cross.mT)

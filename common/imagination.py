@@ -70,7 +70,8 @@ class ModelBasedEnvBase(nn.Module):
             step = self.step(policy(state.copy()))
             steps.append(step)
             state = step["next"].select(*self.state_keys)
-            if step.get(("next", "done"), torch.zeros(())).all():
+            done = step.get(("next", "done"), None)
+            if done is not None and done.all():
                 break
         return torch.stack(steps, dim=len(state.batch_size))
 
