@@ -61,7 +61,7 @@ from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, plot_curve
 
 BLOCK = 2**17  # numbers of a kernel worked on at a time: they stay in a core's cache
-JITTER = 1e-6  # variance of a deterministic GP, and ridge of the inducing inputs, as the authors'
+JITTER = 1e-6  # variance of a deterministic GP, as the authors', and ridge of inducing inputs
 MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
 
 
@@ -598,14 +598,14 @@ def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors
     return gp_factors(x, hyper, beta, torch.cholesky_inverse(root))
 
 
-def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors:
+def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -> Factors:
     """Factors of the GPs with data x (n, I), y (n, E) through inducing inputs z (m, I): FITC.
 
     Snelson & Ghahramani (2006). Here `inverse` is the inverse kernel matrix of z minus that of the
-    posterior.
+    posterior. `ridge` is in units of the signal's variance; the authors', 1e-6, is not.
     """
-    eye = torch.eye(len(z)).to(z)
-    root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + JITTER * eye)  # (E, m, m)
+    eye, ridge = torch.eye(len(z)).to(z), ridge * torch.exp(2 * hyper[1])[:, None, None]
+    root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + ridge * eye)  # (E, m, m)
     v = torch.linalg.solve_triangular(root, kernel(z, x, *hyper[:2]), upper=False)
     noise = (torch.exp(2 * hyper[1]) + torch.exp(2 * hyper[2]))[:, None] - v.square().sum(-2)
     v, both = v / noise[:, None], root @ torch.linalg.cholesky(eye + v / noise[:, None] @ v.mT)
@@ -619,13 +619,14 @@ def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) 
     The greedy choice of Burt et al. (2020), by the variances of all outputs given the inputs
     chosen before, each in units of its noise.
     """
-    variance = torch.exp(2 * hyper[1])[:, None].expand(-1, len(x)).clone()  # (E, n)
+    prior = torch.exp(2 * hyper[1])[:, None]
+    variance = prior.expand(-1, len(x)).clone()  # (E, n)
     root, chosen = x.new_zeros(len(variance), count, len(x)), []  # a pivoted Cholesky factor
     for i in range(count):
         best = (variance * torch.exp(-2 * hyper[2])[:, None]).sum(0).argmax()
         row = kernel(x[best, None], x, *hyper[:2])[:, 0]
         row = row - (root[:, :i, best, None] * root[:, :i]).sum(1)
-        root[:, i] = row / (variance[:, best, None] + JITTER).sqrt()
+        root[:, i] = row / (variance[:, best, None] + JITTER * prior).sqrt()
         variance = (variance - root[:, i].square()).clamp(min=0)
         variance[:, best] = 0
         chosen.append(best)

@@ -11,6 +11,7 @@ from tensordict import TensorDict
 
 import pilco
 from pilco import (
+    JITTER,
     Agent,
     Args,
     CurbedLikelihood,
@@ -104,7 +105,9 @@ def test_gp_moments(name):
 
 def test_fitc():
     given, out = case("gp1_shared")
-    factors = fitc(given["inputs"], given["targets"], given["induce"], hyper(given["hyp"]))
+    logs = hyper(given["hyp"])
+    absolute = JITTER * torch.exp(-2 * logs[1])[:, None, None]  # the authors' ridge
+    factors = fitc(given["inputs"], given["targets"], given["induce"], logs, absolute)
     found = moment_matching(column(given["m"])[None], given["s"][None], factors)
     for value, key in zip(found, ("M", "S", "V"), strict=True):
         assert error(value[0], column(out[key]) if key == "M" else out[key]) < 1e-10
@@ -114,6 +117,29 @@ def test_fitc():
     found = moment_matching(column(given["m"])[None], given["s"][None], same)
     for a, b in zip(found, wanted, strict=True):
         assert error(a, b) < 1e-2, "with all points as inducing inputs: the GP, but for the ridge"
+
+
+def test_fitc_in_other_units():
+    """Targets a thousand times smaller: the mean as much, the variance a million times."""
+    given, _ = case("gp1_shared")
+    mean, cov = column(given["m"])[None], given["s"][None]
+    parts = []
+    for unit in (1.0, 1e-3):
+        scale, signal, noise = hyper(given["hyp"])
+        logs = scale, signal + math.log(unit), noise + math.log(unit)
+        z = most_uncertain(given["inputs"], logs, 20)
+        parts.append(
+            (
+                z,
+                *moment_matching(
+                    mean, cov, fitc(given["inputs"], unit * given["targets"], z, logs)
+                ),
+            )
+        )
+    (z, *moments), (same, *others) = parts
+    assert torch.equal(z, same)
+    for a, b, unit in zip(moments, others, (1e-3, 1e-6, 1e-3), strict=True):
+        assert error(b / unit, a) < 1e-6
 
 
 def test_a_point_has_the_posterior_of_the_gp():
