@@ -458,6 +458,11 @@ class Waves(NamedTuple):
     amplitude: np.ndarray  # (K, M)
 
 
+def outer(x: np.ndarray) -> np.ndarray:
+    """x x': (N, K) -> (N, K, K)."""
+    return x[..., :, None] * x[..., None, :]
+
+
 class Sines(torch.autograd.Function):
     """Mean (N, M), covariance (N, M, M) and gain (N, D, M) of sine_moments, and their gradients."""
 
@@ -466,30 +471,33 @@ class Sines(torch.autograd.Function):
     def forward(ctx, mean, cov, waves):
         (mean, cov), (frequency, phase, amplitude) = arrays([mean, cov]), waves
         mean, cov = mean @ frequency + phase, frequency.T @ cov @ frequency
-        decay = np.exp(-0.5 * cov.diagonal(axis1=-2, axis2=-1))
-        sine, cosine = decay * np.sin(mean), decay * np.cos(mean)
-        odd, even = np.sinh(cov), 2 * np.sinh(0.5 * cov) ** 2  # sinh and cosh - 1
-        sines = sine[..., :, None] * sine[..., None, :]
-        cosines = cosine[..., :, None] * cosine[..., None, :]
-        ctx.saved = waves, sine, cosine, odd, even, sines, cosines
-        spread = amplitude.T @ (odd * cosines + even * sines) @ amplitude
-        return tensors(sine @ amplitude, spread, (frequency * cosine[:, None]) @ amplitude)
+        sin, cos, decay = np.sin(mean), np.cos(mean), -0.5 * cov.diagonal(axis1=-2, axis2=-1)
+        # sinh and cosh - 1 of cov, times both decays: cov is at most what they subtract
+        decays, size = decay[..., :, None] + decay[..., None, :], np.abs(cov)
+        most, decay = np.exp(decays + size), np.exp(decay)
+        odd = -0.5 * np.sign(cov) * most * np.expm1(-2 * size)
+        even = 0.5 * most * np.expm1(-size) ** 2
+        spread = odd * outer(cos) + even * outer(sin)
+        ctx.saved = waves, sin, cos, decay, odd, even, np.exp(decays), spread
+        mean, spread = (decay * sin) @ amplitude, amplitude.T @ spread @ amplitude
+        return tensors(mean, spread, (frequency * (decay * cos)[:, None]) @ amplitude)
 
     @staticmethod
     @once_differentiable
     @np.errstate(all="ignore")
     def backward(ctx, *grads):
         by_mean, by_cov, by_gain = arrays(grads)
-        (frequency, _, amplitude), sine, cosine, odd, even, sines, cosines = ctx.saved
+        (frequency, _, amplitude), sin, cos, decay, odd, even, decays, spread = ctx.saved
         by_cov = amplitude @ by_cov @ amplitude.T
-        both = by_cov + by_cov.mT
-        by_sine = by_mean @ amplitude.T + ((both * even) @ sine[..., None])[..., 0]
-        by_cosine = ((frequency.T @ by_gain) * amplitude).sum(-1)
-        by_cosine = by_cosine + ((both * odd) @ cosine[..., None])[..., 0]
-        by_cov = by_cov * (cosines + even * cosines + odd * sines)
-        diagonal = np.arange(len(amplitude))
-        by_cov[:, diagonal, diagonal] -= 0.5 * (by_sine * sine + by_cosine * cosine)
-        by_mean = by_sine * cosine - by_cosine * sine
+        by_sine = decay * (by_mean @ amplitude.T)
+        by_cosine = decay * ((frequency.T @ by_gain) * amplitude).sum(-1)
+        both, index = by_cov + by_cov.mT, np.arange(len(amplitude))
+        by_decay = by_sine * sin + by_cosine * cos + (both * spread).sum(-1)
+        by_sine = by_sine + ((both * even) @ sin[..., None])[..., 0]
+        by_cosine = by_cosine + ((both * odd) @ cos[..., None])[..., 0]
+        by_mean = by_sine * cos - by_cosine * sin
+        by_cov = by_cov * ((even + decays) * outer(cos) + odd * outer(sin))
+        by_cov[:, index, index] -= 0.5 * by_decay
         return *tensors(by_mean @ frequency.T, frequency @ by_cov @ frequency.T), None
 
 

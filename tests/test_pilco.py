@@ -283,6 +283,21 @@ def test_sine_moments_of_known_numbers():
     assert cov.item() == pytest.approx((1 - math.exp(-1)) / 2)  # E sin^2 = (1 - E cos 2x) / 2
 
 
+def test_sines_of_an_angle_that_nobody_knows():
+    """A variance of 800: sinh(800) overflows, the moments do not."""
+    mean = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    cov = torch.tensor([[[800, 799.5], [799.5, 800]]], dtype=torch.float64, requires_grad=True)
+    waves = pilco.Waves(np.eye(2), np.zeros(2), np.eye(2))
+    _, spread, _ = sine_moments(mean, cov, waves)
+    cross = math.exp(-0.5) / 2  # 2 sin x sin y = cos(x - y) - cos(x + y), and x - y has variance 1
+    wanted = torch.tensor([[0.5, cross], [cross, 0.5]], dtype=torch.float64)
+    assert error(spread[0], wanted) < 1e-12
+    spread[0, 0, 1].backward()
+    assert mean.grad.abs().max() < 1e-12
+    wanted = torch.tensor([[-cross / 2, cross], [0, -cross / 2]], dtype=torch.float64)
+    assert error(cov.grad[0], wanted) < 1e-12
+
+
 # --- controllers --------------------------------------------------------------------------------
 
 
