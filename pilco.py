@@ -62,6 +62,7 @@ from common.logger import Logger, plot_curve
 
 BLOCK = 2**17  # numbers of a kernel worked on at a time: they stay in a core's cache
 JITTER = 1e-6  # variance of a deterministic GP, as the authors', and ridge of inducing inputs
+LEAST = -300.0  # logarithm of the smallest density
 MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
 
 
@@ -337,6 +338,10 @@ class Moments(torch.autograd.Function):
         forms[:, last:, :-1, :-1] = both[..., width:, width:] - alone[:, pair.b]
         rows = -0.5 * forms.reshape(batch, last + count, -1) @ design.mT  # (N, E + 2P, n)
         rows += (log_scale + logdet @ pair.constants)[..., None]
+        low = np.minimum(rows[:, :outputs] - LEAST, 0)
+        if low.any():  # d would overflow: lift q to e^-300, which is nothing, and lower d as much
+            rows[:, :outputs] -= low
+            rows[:, outputs:] += low[:, pair.ends]
         q = np.exp(rows[:, :outputs])
         p = beta * q
         total = p @ phi  # (N, E, I + 1): sums of p nu and of p

@@ -200,6 +200,20 @@ def test_data_points_without_weight_and_order():
         assert error(a[0], b) < 1e-9
 
 
+def test_beliefs_far_from_all_data():
+    """A hundred lengthscales away exp(d) overflows, but the policy's mean and variance are 0."""
+    controller = RBFController(1, 1, centres=3)
+    controller.theta.data.copy_(torch.tensor([[0.0, 0.5, 1.0, 1.0, -1.0, 2.0, 0.0]]))
+    mean = torch.full((1, 1), 100.0, dtype=torch.float64, requires_grad=True)
+    cov = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
+    value, spread, gain = moment_matching(mean, cov, controller.prepare())
+    assert value.abs() < 1e-100 and gain.abs() < 1e-100
+    assert spread.item() == pytest.approx(JITTER)
+    (value + spread + gain).sum().backward()
+    for grad in (mean.grad, cov.grad, controller.theta.grad):
+        assert grad.abs().max() < 1e-6
+
+
 def test_beliefs_side_by_side():
     _, given, _, factors = moments("gp0_cartpole")
     mean = column(given["m"]) + 0.3 * torch.randn(5, 6, dtype=torch.float64)
