@@ -17,8 +17,9 @@ beliefs without observation noise, costs x_1..x_H, and squashes with (9 sin u + 
 Deviations, all deliberate:
 - The covariance of the GP means is summed in a form that cannot cancel to negative variances.
 - Hyperparameters are fitted by BoTorch (L-BFGS), the policy by BFGS with another line search.
-- Every trial also improves a new policy, with centres among the states seen, and keeps the better
-  one: improving only the last one stays in local optima (--restarts 1 is the authors').
+- Every trial also improves new policies, with centres among the states seen, and keeps the best:
+  improving only the last one stays in local optima (--restarts 1 is the authors').
+- The search measures centres in lengthscales: it needs half as many evaluations.
 - Inducing inputs are chosen, not trained: always the data point that is least certain.
 - Actions are scaled to [-1, 1], which changes the units of their lengthscales only.
 - The real cost is that of the observed state; the authors', of the latent one.
@@ -125,8 +126,8 @@ class Args:
     # policy search
 
     iterations: int = 150  # line searches of BFGS
-    evaluations: int = 120  # of the expected cost and its gradient, at most
-    restarts: int = 2  # policies improved side by side: the last one and new ones
+    evaluations: int = 150  # of the expected cost and its gradient, at most
+    restarts: int = 4  # policies that a search begins with: the last one and new ones
 
 
 def tip(width: int, *rows: dict[int, float]) -> tuple[float, ...]:
@@ -664,7 +665,8 @@ class GPWorldModel(nn.Module):
     """p(x' | x, u): a GP for each state variable's difference, eq. 2-8, in the units of the data.
 
     Angles enter as sine and cosine. With more than `max_inducing` points the GPs keep the
-    hyperparameters of all data and predict through inducing inputs (FITC).
+    hyperparameters of all data and predict through inducing inputs (FITC). What `fit` learns is
+    not in `state_dict`: data and hyperparameters, `hyper`, give it again (`factorise`).
     """
 
     def __init__(self, obs_dim: int, action_dim: int, *, angles: Sequence[int] = (),
@@ -735,7 +737,12 @@ class GPWorldModel(nn.Module):
             self.factors = fitc(x, y, inducing, self.hyper)
 
     def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs N(mean (N, I), cov (N, I, I)) -> moments of the difference, as moment_matching."""
+        """Inputs N(mean (N, I), cov (N, I, I)) -> moments of the difference, as moment_matching.
+
+        RunError before the first `fit`.
+        """
+        if self.factors is None:
+            raise RunError("the world model has no data yet: fit it first")
         return moment_matching(mean, cov, self.factors)
 
 
@@ -753,13 +760,17 @@ class LinearController(nn.Module):
         super().__init__()
         self.bound, self.action_dim = bound, action_dim
         self.sizes = {"weight": (action_dim, inputs), "bias": (action_dim,)}
-        self.theta = zeros(self.sizes, restarts)
+        self.theta = parameters(self.sizes, restarts)
 
     def draw(self, points: Tensor, lengthscale: Tensor, targets: float) -> Tensor:
-        """Random parameters (R, P), as the authors': small weights, no bias."""
+        """Random parameters (R, P), as the authors': small weights, no bias, whatever the data."""
         theta = torch.zeros_like(self.theta)
         unpack(theta, self.sizes)["weight"].normal_(0, 0.01)
         return theta
+
+    def scale(self, theta: Tensor) -> Tensor:
+        """Natural units of the parameters (R, P), for the search."""
+        return torch.ones_like(theta)
 
     def prepare(self, theta: Tensor | None = None) -> dict[str, Tensor]:
         return unpack(self.theta if theta is None else theta, self.sizes)
@@ -785,7 +796,7 @@ class RBFController(nn.Module):
         self.bound, self.action_dim = bound, action_dim
         self.sizes = {"centres": (centres, inputs), "targets": (centres, action_dim)}
         self.sizes |= {"log_lengthscale": (action_dim, inputs)}
-        self.theta = zeros(self.sizes, restarts)
+        self.theta = parameters(self.sizes, restarts)
 
     def draw(self, points: Tensor, lengthscale: Tensor, targets: float) -> Tensor:
         """Random parameters (R, P): centres among points (n, F), targets of this deviation."""
@@ -797,6 +808,14 @@ class RBFController(nn.Module):
         parts["targets"].normal_(0, targets)
         parts["log_lengthscale"].copy_(lengthscale.log().expand_as(parts["log_lengthscale"]))
         return theta
+
+    def scale(self, theta: Tensor) -> Tensor:
+        """Natural units of the parameters (R, P), for the search: of centres, the lengthscales."""
+        scale = torch.ones_like(theta)
+        unit = unpack(theta, self.sizes)["log_lengthscale"].mean(1, keepdim=True).exp()
+        parts = unpack(scale, self.sizes)["centres"]
+        parts.copy_(unit.expand_as(parts))
+        return scale
 
     def prepare(self, theta: Tensor | None = None) -> Factors:
         parts = unpack(self.theta if theta is None else theta, self.sizes)
@@ -812,7 +831,7 @@ class RBFController(nn.Module):
         return squash(*moment_matching(mean, cov, prepared), self.bound)
 
 
-def zeros(sizes: dict, restarts: int) -> nn.Parameter:
+def parameters(sizes: dict, restarts: int) -> nn.Parameter:
     """Room for the parameters of these sizes: (R, P)."""
     count = sum(map(math.prod, sizes.values()))
     return nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
@@ -895,13 +914,17 @@ class ExponentialQuadraticCost(nn.Module):
         once = 1 / torch.as_tensor(widths, dtype=torch.float64).square()
         self.register_buffer("scales", torch.cat([once, 2 * once]))  # of 1 - cost and its square
 
-    def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, mean: Tensor, cov: Tensor, exploration=0.0) -> tuple[Tensor, Tensor]:
         """Features N(mean (N, F), cov (N, F, F)) -> expected cost and its variance (N).
 
         The variance is the mean over the widths, as the authors', not that of the mean cost.
         """
         offset = mean - self.target
-        return ExpectedCost.apply(offset, cov, self.root, self.scales, self.exploration)
+        return ExpectedCost.apply(offset, cov, self.root, self.scales, exploration)
+
+    def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        """As `moments`, the cost with its exploration term."""
+        return self.moments(mean, cov, self.exploration)
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
@@ -923,6 +946,8 @@ class ImaginedEnv(ModelBasedEnvBase):
 
     def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
         super().__init__(world_model, ("mean", "covariance"))
+        if noise not in ("latent", "observed"):
+            raise ValueError(f"noise is latent or observed, not {noise}")
         self.cost, self.noise = cost, noise
         actions = (
             world_model.obs_dim + 2 * len(world_model.angles) + torch.arange(world_model.action_dim)
@@ -976,7 +1001,7 @@ def cubic(a, b) -> float:
     if not math.isfinite(g):
         return math.nan
     bend = df + dg - 3 * (g - f) / (y - x)
-    root = math.sqrt(max(bend**2 - df * dg, 0.0)) * math.copysign(1, y - x)
+    root = math.sqrt(max(bend * bend - df * dg, 0.0)) * math.copysign(1, y - x)
     return y - (y - x) * (dg + root - bend) / ((dg - df + 2 * root) or math.nan)
 
 
@@ -990,24 +1015,25 @@ def next_step(last, low, high) -> float:
     return min(max(guess, low[0] + margin), high[0] - margin) if math.isfinite(guess) else middle
 
 
-def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple, None]:
+def bfgs(x: Tensor, scale: Tensor, iterations: int, tries=30) -> Generator[Tensor, tuple, None]:
     """BFGS that yields points (P) and is sent the value and gradient (P) there.
 
+    It starts from the inverse Hessian diag(scale^2): scale (P) holds the parameters' natural units.
     The line search brackets a step that satisfies the weak Wolfe conditions, by cubic
     interpolation. A value that is not a number is a step too long, and the bracket is halved: a
     failed factorisation costs one evaluation.
     """
     value, grad = yield x
-    fresh = True  # the inverse Hessian is the identity
+    fresh = True  # the inverse Hessian is the first one
     for _ in range(iterations):
         if fresh:
-            inverse = torch.eye(len(x)).to(x)
+            inverse = torch.diag(scale.square())
         direction = -(inverse @ grad)
         slope, reached = (grad @ direction).item(), None
         if not slope < 0:  # no gradient, or not a number
             return
         last = low = (0.0, value.item(), slope)  # step, value, slope
-        high, step = None, min(1.0, 1 / grad.norm().item()) if fresh else 1.0
+        high, step = None, min(1.0, 1 / (scale * grad).norm().item()) if fresh else 1.0
         for _ in range(tries):
             new_value, new_grad = yield x + step * direction
             tried = (step, new_value.item(), (new_grad @ direction).item())
@@ -1030,32 +1056,40 @@ def bfgs(x: Tensor, iterations: int, tries: int = 30) -> Generator[Tensor, tuple
         x, value, grad = x + change, new_value, new_grad
         curvature = change @ bend  # positive by the second condition
         if fresh:
-            inverse = inverse * curvature / (bend @ bend)
+            inverse = inverse * curvature / (bend @ inverse @ bend)
         fresh, turned = False, inverse @ bend
         inverse = inverse - (torch.outer(turned, change) + torch.outer(change, turned)) / curvature
-        scale = (1 + bend @ turned / curvature) / curvature
-        inverse = inverse + scale * torch.outer(change, change)
+        stretch = (1 + bend @ turned / curvature) / curvature
+        inverse = inverse + stretch * torch.outer(change, change)
 
 
 def search(
-    objective: Callable, theta: Tensor, iterations: int, evaluations: int, stop=lambda: False
-):
+    objective: Callable, theta: Tensor, scale: Tensor, iterations: int, evaluations: int,
+    stop: Callable = lambda: False,
+):  # fmt: skip
     """Improve every row of theta (R, P) in one batch: best row (P), its value, evaluations used.
 
-    objective: (R, P) -> values (R) and gradients (R, P). A row ends by itself; `stop` ends all.
+    objective: (R, P) -> values (R) and gradients (R, P); scale (R, P): see `bfgs`. After each third
+    of the evaluations only the better half of the rows goes on. A row ends by itself; `stop` ends
+    all.
     """
-    searches = [bfgs(row, iterations) for row in theta]
+    searches = [bfgs(*row, iterations) for row in zip(theta, scale, strict=True)]
     points, best, found, used = {s: next(s) for s in searches}, math.inf, None, 0
+    lowest = dict.fromkeys(searches, math.inf)
     while points and used < evaluations and not stop():
         values, grads = objective(torch.stack(list(points.values())))
         used += 1
         for one, value, grad in zip(list(points), values, grads, strict=True):
             if value < best:
                 best, found = value.item(), points[one].clone()
+            lowest[one] = min(lowest[one], value.nan_to_num(math.inf).item())
             try:
                 points[one] = one.send((value, grad))
             except StopIteration:
                 del points[one]
+        if used % math.ceil(evaluations / 3) == 0:
+            kept = sorted(points, key=lowest.get)[: math.ceil(len(points) / 2)]
+            points = {one: points[one] for one in kept}
     return found, best, used
 
 
@@ -1274,6 +1308,18 @@ class Agent:
         policy = self.env.policy(self.controller, prepared)
         return self.env.rollout(self.args.horizon, policy, start, auto_reset=False)
 
+    @torch.no_grad()
+    def predict(self) -> TensorDict:
+        """The beliefs [1, horizon] that the acting policy is expected to lead to.
+
+        Their cost is what a rollout will be charged: without the exploration term.
+        """
+        dream = self.imagine(self.best())
+        after = dream["next"][0]
+        cost, variance = self.cost.moments(after["mean"], after["covariance"])
+        dream["next"].update(dict(cost=cost[None], cost_variance=variance[None]))
+        return dream
+
     def objective(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Discounted expected cost (R) of x_1..x_H for parameters (R, P), and its gradient."""
         theta = theta.detach().requires_grad_()
@@ -1310,18 +1356,21 @@ class Agent:
             theta = self.controller.draw(states, states.std(0).clamp(min=1e-6), 0.5)
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
-        theta, cost, used = search(
-            self.objective, self.controller.theta.data, args.iterations, args.evaluations, stop
-        )
+        theta = self.controller.theta.data
+        theta, _, used = search(
+            self.objective, theta, self.controller.scale(theta), args.iterations,
+            args.evaluations, stop,
+        )  # fmt: skip
         if theta is None and stop():
             return {}
         if theta is None:
             raise RunError("the expected cost is not a number: look at the scale of observations")
         self.controller.theta.data[:1] = theta
+        cost = self.predict()["next", "cost"].mean().item()
         _, signal, noise = (value.exp() for value in self.world_model.hyper)
         ratios = (signal / noise).tolist()
         return {
-            "search/cost": cost / args.horizon, "search/evaluations": used,
+            "search/cost": cost, "search/evaluations": used,
             **{f"model/snr_{i}": ratio for i, ratio in enumerate(ratios)},
             "time/fit": fitted - started, "time/search": time.monotonic() - fitted,
         }  # fmt: skip
@@ -1357,9 +1406,12 @@ def load(run: str | Path) -> Agent:
 # --- evaluate -----------------------------------------------------------------------------------
 
 
-def play(agent: Agent, trial: int, random: bool = False) -> tuple[TensorDict, Tensor]:
-    """One rollout: rows [T + 1] and actions (T, A), T = horizon or less if the episode ends."""
-    envs = make_envs(agent.args, 1, agent.args.seed * 1000 + trial)
+def play(agent: Agent, number: int, random: bool = False) -> tuple[TensorDict, Tensor]:
+    """One rollout: rows [T + 1] and actions (T, A), T = horizon or less if the episode ends.
+
+    RunError if a time limit ends a random one: the horizon is beyond it.
+    """
+    envs = make_envs(agent.args, 1, agent.args.seed * 1000 + number)
     rows, actions = [envs.step(None)], []
     while len(actions) < agent.args.horizon and not rows[-1]["is_last"].item():
         action = agent.act(rows[-1], random=random)[0]
@@ -1369,6 +1421,10 @@ def play(agent: Agent, trial: int, random: bool = False) -> tuple[TensorDict, Te
         actions.append(action)
         rows.append(after)
     envs.close()
+    cut = rows[-1]["is_last"].item() and not rows[-1]["is_terminal"].item()
+    if random and cut and len(actions) < agent.args.horizon:
+        limit = f"the time limit of --env-id ends an episode after {len(actions)} actions"
+        raise RunError(f"--horizon {agent.args.horizon} is too long: {limit}")
     return torch.cat(rows), torch.cat(actions)
 
 
@@ -1401,7 +1457,8 @@ def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
 def report(metrics: dict, horizon: int):
     """One line for each trial."""
     cost = f"cost {metrics['episode/cost']:.3f}, at the end {metrics['episode/final_cost']:.3f}"
-    text = f"rollout {metrics['trial']}, {metrics['seconds']:.1f} s: {cost}"
+    name = f"trial {metrics['trial']}" if metrics["trial"] else "random rollout"
+    text = f"{name}, {metrics['seconds']:.1f} s: {cost}"
     if metrics["episode/length"] < horizon:
         text += f" (ended after {metrics['episode/length']} of {horizon} steps)"
     if "search/cost" in metrics:
@@ -1461,7 +1518,7 @@ def main(argv: list[str] | None = None):
         "pilco", args, MAY_CHANGE, {"render_quality": usual_quality()}
     )
     envs = make_envs(args, 1, args.seed)
-    agent, trial, step = Agent(envs.spec, args), 0, 0
+    agent, played, step = Agent(envs.spec, args), 0, 0
     envs.close()
     checkpoint.check_spec(agent.spec, saved, args.env_id)
     total = args.random_rollouts + args.trials
@@ -1469,36 +1526,35 @@ def main(argv: list[str] | None = None):
     parts = dict(agent=agent, logger=logger)
     if saved:
         checkpoint.restore(saved, parts)
-        trial, step = saved["trial"], saved["step"]
-    print(f"{folder}: {f'resumes after {trial} rollouts' if saved else 'starts'}")
+        played, step = saved["rollouts"], saved["step"]
+    print(f"{folder}: {f'resumes after {played} rollouts' if saved else 'starts'}")
 
     with Stop() as stop:
-        while trial < total and not stop.requested:
-            random, metrics = trial < args.random_rollouts, {}
-            if not random:
+        while played < total and not stop.requested:
+            trial, metrics = max(0, played + 1 - args.random_rollouts), {}  # 0: random
+            if trial:
                 metrics = agent.learn(lambda: stop.requested)
             if stop.requested:  # an interrupted search is repeated
                 break
-            dream = None if random else agent.imagine(agent.best()).detach()
-            rows, actions = play(agent, trial, random)
+            rows, actions = play(agent, played, random=not trial)
             costs = agent.cost.of(agent.state(rows)[1:])
+            if trial:
+                picture = trial_plot(agent.predict(), costs, agent.state(rows))
+                logger.picture(f"trial_{trial:03}", picture)
             agent.add(rows, actions)
-            trial, step = trial + 1, step + len(actions) * args.action_repeat
+            played, step = played + 1, step + len(actions) * args.action_repeat
             metrics |= {"episode/return": rows["reward"].sum().item(), "trial": trial,
                         "episode/length": len(actions),
                         "episode/cost": costs.mean().item(), "seconds": step * args.dt,
                         "episode/final_cost": costs[-10:].mean().item()}  # fmt: skip
             report(metrics, args.horizon)
             logger.write(step, **metrics)
-            if dream is not None:
-                picture = trial_plot(dream, costs, agent.state(rows))
-                logger.picture(f"trial_{trial:03}", picture)
             rng = checkpoint.rng_state()
-            checkpoint.save(folder, **parts, trial=trial, step=step, rng=rng)
-    if trial >= total:
+            checkpoint.save(folder, **parts, rollouts=played, step=step, rng=rng)
+    if played >= total:
         logger.write(step, **score(agent, logger, "policy", agent.fps)[0])
         print(f"learning curve: {plot_curve(folder)}")
-    print(f"all of it: {folder}" if trial >= total else "stopped; the same command resumes")
+    print(f"all of it: {folder}" if played >= total else "stopped; the same command resumes")
     logger.close()
 
 

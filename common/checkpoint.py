@@ -206,7 +206,7 @@ def load(path, script=None) -> dict:
     """
     file = Path(path, "checkpoint.pt")
     if not file.is_file():
-        raise RunError(f"no checkpoint in {path} (a run saves every --save-every steps)")
+        raise RunError(f"no checkpoint in {path}: the run has not saved one yet")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch.load ignores the checksums

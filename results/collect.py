@@ -3,8 +3,8 @@
     python results/collect.py runs/dreamer_v3/Pendulum-v1/seed0 [tag]
 
 Columns: environment steps, return of the training episode that ended there, wall-clock seconds; for
-PILCO also the rollout, mean cost of all its steps and of the last ten, what the model predicted and
-the evaluations of the search.
+PILCO also the trial (0: random), mean cost of all its steps and of the last ten, what the model
+predicted and the evaluations of the search.
 The header names the command, commit, hardware and wall-clock that made them, and the evaluations
 (of the sampling policy in DreamerV3, of its mode in Dreamer).
 """
@@ -27,8 +27,9 @@ def main(run: str, tag: str = ""):
     path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     header = [f"{k}: {v}" for origin in args["origin"] for k, v in origin.items()]
-    updates = max(row.get("updates", 0) for row in rows)
-    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s, updates: {updates:.0f}")
+    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s")
+    if any("updates" in row for row in rows):
+        header[-1] += f", updates: {max(row.get('updates', 0) for row in rows):.0f}"
     for row in rows:
         if "eval/return" in row:
             spread = f" +- {row['eval/return_std']:.1f}" if "eval/return_std" in row else ""

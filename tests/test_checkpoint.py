@@ -198,7 +198,7 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
 
 def test_missing_checkpoint_names_the_folder(tmp_path):
     for path in (tmp_path, tmp_path / "checkpoint.pt", tmp_path / "nowhere"):
-        with pytest.raises(RunError, match="no checkpoint in .*--save-every") as error:
+        with pytest.raises(RunError, match="no checkpoint in") as error:
             load(path)
         assert str(tmp_path) in str(error.value)
 

@@ -694,11 +694,31 @@ def rosenbrock(points):
     return value.detach(), torch.autograd.grad(value.sum(), points)[0]
 
 
+def improve(objective, start, *args):
+    """A search whose parameters have unit scale."""
+    return search(objective, start, torch.ones_like(start), *args)
+
+
+def test_search_in_other_units():
+    """The scale of the parameters is a change of variables."""
+    scale = torch.tensor([[0.1, 3.0]], dtype=torch.float64)
+    start, there, here = torch.tensor([[-1.2, 1.0]], dtype=torch.float64), [], []
+
+    def other(z):
+        there.append(z * scale)
+        values, grads = rosenbrock(z * scale)
+        return values, grads * scale
+
+    improve(other, start / scale, 100, 40)
+    search(lambda x: here.append(x) or rosenbrock(x), start, scale, 100, 40)
+    assert error(torch.cat(here), torch.cat(there)) < 1e-6 and len(here) == 40
+
+
 def test_search_finds_minima_side_by_side():
     starts = torch.tensor([[-1.2, 1.0], [2.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
-    best, value, used = search(rosenbrock, starts, 200, 200)
+    best, value, used = improve(rosenbrock, starts, 200, 200)
     assert value < 1e-12 and (best - 1).abs().max() < 1e-5 and used < 100
-    alone = search(rosenbrock, starts[:1], 200, 200)
+    alone = improve(rosenbrock, starts[:1], 200, 200)
     assert alone[1] < 1e-12
 
 
@@ -715,7 +735,7 @@ def test_search_survives_what_is_not_a_number():
         return value, grad
 
     start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
-    best, value, _ = search(cliff, start, 100, 300)
+    best, value, _ = improve(cliff, start, 100, 300)
     finite = [pair for pair in seen if not math.isnan(pair[0])]
     assert len(finite) < len(seen), "it went there"
     assert value == min(finite)[0] and best.tolist() == min(finite)[1]
@@ -730,11 +750,11 @@ def test_search_survives_gradients_that_are_not_numbers():
         grad[(points[:, 0] > 0.5) & (points[:, 0] < 1.5)] = torch.nan
         return value, grad
 
-    best, _, used = search(objective, torch.zeros(1, 1, dtype=torch.float64), 100, 200)
+    best, _, used = improve(objective, torch.zeros(1, 1, dtype=torch.float64), 100, 200)
     assert abs(best.item() - 3) < 1e-6 and used < 30
-    tiny = search(lambda x: (x[:, 0] * 0, x * 0 + 1e-200), torch.ones(1, 1).double(), 9, 9)
+    tiny = improve(lambda x: (x[:, 0] * 0, x * 0 + 1e-200), torch.ones(1, 1).double(), 9, 9)
     assert tiny[2] == 1, "nothing to go down"
-    falls = search(lambda x: (-x[:, 0], x * 0 - 1), torch.zeros(1, 1).double(), 5, 200)
+    falls = improve(lambda x: (-x[:, 0], x * 0 - 1), torch.zeros(1, 1).double(), 5, 200)
     assert falls[1] < -1e9, "it goes on where it got"
 
 
@@ -746,14 +766,35 @@ def test_a_failed_factorisation_is_not_a_number():
     assert logdet[1].isnan()
 
 
+def test_search_survives_huge_values():
+    def cliff(x):
+        value = torch.where(x[:, :1] > 0.5, 1e300, -x[:, :1])
+        return value[:, 0], torch.where(x > 0.5, 1e300, torch.tensor(-1.0).double())
+
+    found, best, _ = improve(cliff, torch.zeros(1, 1).double(), 9, 60)
+    assert best == pytest.approx(-0.5, abs=1e-2) and found.item() == -best
+
+
+def test_search_goes_on_with_the_better_half():
+    seen, start = [], torch.tensor([[3.0], [9.0], [1.0], [7.0], [5.0]], dtype=torch.float64)
+
+    def slope(x):
+        seen.append(x[:, 0])
+        return 1e-3 * x[:, 0], 1e-3 * torch.ones_like(x)
+
+    assert improve(slope, start, 100, 9)[2] == 9
+    wanted = [[0, 2, 4, 6, 8]] * 3 + [[0, 2, 4]] * 3 + [[0, 2]] * 3  # all moved alike
+    assert [(x - x.min()).sort()[0].round().tolist() for x in seen] == wanted
+
+
 def test_search_keeps_to_its_budget():
     start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
     calls = []
-    search(lambda x: calls.append(0) or rosenbrock(x), start, 1000, 17)
+    improve(lambda x: calls.append(0) or rosenbrock(x), start, 1000, 17)
     assert len(calls) == 17
-    values = [search(rosenbrock, start, 1000, n)[1] for n in range(1, 30)]
+    values = [improve(rosenbrock, start, 1000, n)[1] for n in range(1, 30)]
     assert values == sorted(values, reverse=True)
-    steps = bfgs(start[0], 3)
+    steps = bfgs(start[0], torch.ones(2).double(), 3)
     assert torch.equal(next(steps), start[0])
 
 

@@ -29,13 +29,13 @@ DEBUG = ["--preset", "debug", "--no-tensorboard"]
 def test_debug_as_it_is(start, tmp_path):  # noqa: F811
     folder = tmp_path / "run"
     text = start("--preset", "debug", "--run", folder, prepare="all_pictures").done()
-    assert "rollout 1, 0.8 s: cost" in text and "rollout 3, 2.4 s" in text
+    assert "random rollout, 0.8 s: cost" in text and "trial 2, 2.4 s" in text
     rows = lines_of(folder)
     assert [row["step"] for row in rows] == [8, 16, 24, 24]
     assert all(0 <= row["episode/cost"] <= 1 for row in rows[:3])
     assert all(1 < row["search/evaluations"] <= 6 for row in rows[1:3])
     names = {path.name for path in folder.iterdir()}
-    wanted = {"policy.mp4", "learning_curve.png", "trial_002.png", "trial_003.png", "tensorboard"}
+    wanted = {"policy.mp4", "learning_curve.png", "trial_001.png", "trial_002.png", "tensorboard"}
     assert wanted < names
     state = checkpoint.load(folder)
     assert state["agent"]["data"]["observation"].shape == (24, 2)
@@ -178,7 +178,7 @@ def test_nothing_is_lost(inside, tmp_path, capsys):  # noqa: F811
     before = lines_of(run)
     inside(*DEBUG)
     assert "resumes after 3 rollouts" in capsys.readouterr().out
-    assert lines_of(run) == before and checkpoint.load(run)["trial"] == 3
+    assert lines_of(run) == before and checkpoint.load(run)["rollouts"] == 3
     saved = (run / "checkpoint.pt").read_bytes()
     for flags, words in (("--centres 5", "centres: 4 -> 5"), ("--env-id A-v0", "env_id: ")):
         with pytest.raises(checkpoint.RunError, match=words):
@@ -198,7 +198,7 @@ def test_data_that_cannot_be_used(inside, tmp_path):  # noqa: F811
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(checkpoint.RunError, match="always change alike: leave them out"):
         inside(*argv, "--env-id", "test_run:Long-v0")
-    assert checkpoint.load(tmp_path / "run")["trial"] == 1
+    assert checkpoint.load(tmp_path / "run")["rollouts"] == 1
 
 
 def test_a_search_without_a_value_is_an_error(inside, monkeypatch):  # noqa: F811
@@ -220,7 +220,7 @@ def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):  # noqa
     monkeypatch.setattr(pilco.GPWorldModel, "fit", signalled)
     inside(*DEBUG)
     assert "stopped; the same command resumes" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "run")["trial"] == 1
+    assert checkpoint.load(tmp_path / "run")["rollouts"] == 1
 
 
 def test_the_pendulum_is_learned(inside, tmp_path):  # noqa: F811
