@@ -572,6 +572,8 @@ def test_data_that_cannot_be_fitted():
             GPWorldModel(2, 1).fit(td)
     with pytest.warns(UserWarning, match="float64: the transitions are converted"):
         GPWorldModel(2, 1, fit_steps=3).fit(transitions(20).float())
+    with pytest.raises(pilco.RunError, match="fit it first"):
+        GPWorldModel(2, 1)(torch.zeros(1, 3).double(), torch.eye(3).double()[None])
 
 
 def test_beliefs_must_have_covariances():
@@ -640,6 +642,8 @@ def test_rollout_and_noise():
     assert error(dream["next", "cost"][0], costs) < 1e-12
     assert error(dream["next", "cost_variance"][0], variance) < 1e-12
     assert (torch.linalg.eigvalsh(dream["next", "covariance"][0, :, :4, :4]) > -1e-10).all()
+    with pytest.raises(ValueError, match="latent or observed"):
+        ImaginedEnv(env.world_model, env.cost, noise="none")
     noisy = ImaginedEnv(env.world_model, env.cost, noise="observed")
     one = noisy.rollout(1, policy, start, auto_reset=False)["next", "covariance"][0, 0, :4, :4]
     added = one - dream["next", "covariance"][0, 0, :4, :4]
@@ -671,6 +675,26 @@ def test_gradient_of_the_expected_cost(changes):
         assert (slope - grad[:, i]).abs().max() < 5e-6 * grad.abs().max()
     alone = agent.objective(theta[1:])
     assert error(alone[0], value[1:]) < 1e-10 and error(alone[1], grad[1:]) < 1e-8
+
+
+def test_predictions_are_without_exploration_and_discount():
+    agent = tiny_agent(exploration=-0.5, gamma=0.9, restarts=1)
+    after = agent.predict()["next"][0]
+    cost, variance = agent.cost.moments(after["mean"], after["covariance"])
+    assert error(after["cost"], cost) < 1e-12 and error(after["cost_variance"], variance) < 1e-12
+    steps = torch.arange(1, 6, dtype=torch.float64)
+    total = (0.9**steps * (cost - 0.5 * variance.sqrt())).sum()
+    assert error(agent.objective(agent.controller.theta.data)[0][0], total) < 1e-9
+
+
+def test_natural_units_of_a_policy():
+    controller = RBFController(3, 2, centres=4, restarts=2)
+    torch.nn.init.normal_(controller.theta)
+    units = pilco.unpack(controller.scale(controller.theta.data), controller.sizes)
+    logs = pilco.unpack(controller.theta.data, controller.sizes)["log_lengthscale"]
+    geometric = (logs[:, 0].exp() * logs[:, 1].exp()).sqrt()
+    assert error(units["centres"], geometric[:, None].expand(2, 4, 3)) < 1e-12
+    assert units["targets"].eq(1).all() and units["log_lengthscale"].eq(1).all()
 
 
 def test_acting_is_the_mean_of_the_imagined_action():

@@ -107,6 +107,7 @@ def plain(width):
     ("flags", "words"),
     [
         ("--horizon 0", "--horizon must be at least 1"),
+        ("--horizon 41", "--horizon 41 is too long: .* after 40 actions"),
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
         ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
