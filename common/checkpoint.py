@@ -72,7 +72,7 @@ def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Pa
     if args.fresh:  # args.json stays until it is replaced: without it the folder would be foreign
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # first: it refers to the others
         _remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
-    elif saved:
+    elif (folder / "checkpoint.pt").exists():  # else there is nothing to protect
         _compare(folder, saved, asked, may_change)
     state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
     if state is None:

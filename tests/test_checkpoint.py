@@ -96,7 +96,7 @@ def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
     class Newer(Settings):
         momentum: float = 0.9
 
-    open_run("dreamer", Settings(), root=tmp_path)
+    save(open_run("dreamer", Settings(), root=tmp_path)[0], step=1)
     with pytest.raises(RunError, match=r"momentum: \(none\) -> 0.9"):
         open_run("dreamer", Newer(), root=tmp_path)
 

@@ -14,11 +14,11 @@ from pilco import (
     JITTER,
     Agent,
     Args,
-    CurbedLikelihood,
     ExponentialQuadraticCost,
     GPWorldModel,
     ImaginedEnv,
     LinearController,
+    PenalisedMarginalLikelihood,
     RBFController,
     bfgs,
     certain,
@@ -212,6 +212,24 @@ def test_beliefs_far_from_all_data():
     (value + spread + gain).sum().backward()
     for grad in (mean.grad, cov.grad, controller.theta.grad):
         assert grad.abs().max() < 1e-6
+
+
+def test_points_far_from_a_belief_add_nothing():
+    """Forty lengthscales away densities are lifted to e^-300; d is lowered as much."""
+    near, far = torch.tensor([[0.3], [-0.5]]).double(), torch.tensor([[40.0], [-50.0]]).double()
+    beta, log = torch.tensor([[1.0, -2.0]]).double(), torch.zeros(1, 1, dtype=torch.float64)
+    results = []
+    for points, weights in (
+        (near, beta),
+        (torch.cat([far, near]), torch.cat([1e3 + beta, beta], 1)),
+    ):
+        mean = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
+        cov = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
+        found = moment_matching(mean, cov, pilco.factors(points, log, log[0], weights))
+        sum(part.sum() for part in found).backward()
+        results.append((*found, mean.grad, cov.grad))
+    for a, b in zip(*results, strict=True):
+        assert error(a, b) < 1e-12
 
 
 def test_beliefs_side_by_side():
@@ -458,7 +476,7 @@ def test_likelihood_and_penalty():
     given, out = case("train_hyp")
     for k in "12":
         model, x, y = model_of(given, ("inputs", "targets", f"lh{k}"))
-        mll = CurbedLikelihood(model.build(x, y), column(given["std"]))
+        mll = PenalisedMarginalLikelihood(model.build(x, y), column(given["std"]))
         gps = mll.model.train()
         value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
         assert error(value.detach(), out[f"curb{k}"].squeeze()) < 1e-12
@@ -476,7 +494,7 @@ def test_likelihood_and_penalty():
 def test_hyperparameters_are_those_of_the_authors():
     given, out = case("train_hyp")
     model, x, y = model_of(given | {"lh0": out["lh0"]}, ("inputs", "targets", "lh0"))
-    mll = CurbedLikelihood(model.build(x, y), column(given["std"]))
+    mll = PenalisedMarginalLikelihood(model.build(x, y), column(given["std"]))
     fit_gpytorch_mll(mll)
     gps = mll.model.train()
     value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
@@ -650,17 +668,23 @@ def test_rollout_and_noise():
     assert error(added, torch.diag(torch.exp(2 * env.world_model.hyper[2]))) < 1e-8
 
 
-def tiny_agent(**changes):
+def tiny_agent(actions=1, **changes):
     options = pilco.PRESETS["debug"] | {"preset": "debug", "horizon": 5} | changes
-    agent = Agent({"shapes": {"observation": [2]}, "action_dim": 1, "classes": []}, Args(**options))
+    spec = {"shapes": {"observation": [2]}, "action_dim": actions, "classes": []}
+    agent = Agent(spec, Args(**options))
     torch.manual_seed(0)
     agent.data, agent.firsts = transitions(30), [torch.zeros(2, dtype=torch.float64)]
+    more = torch.rand(30, actions - 1, dtype=torch.float64)
+    agent.data["action"] = torch.cat([agent.data["action"], more], -1)
     agent.world_model.fit(agent.data)
     agent.draw_controller()
     return agent
 
 
-@pytest.mark.parametrize("changes", [{}, {"controller": "linear"}, {"exploration": -0.5}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"controller": "linear"}, {"widths": (0.5, 1.0), "exploration": 0.5}, {"actions": 2}],
+)
 def test_gradient_of_the_expected_cost(changes):
     agent = tiny_agent(restarts=2, gamma=0.9, **changes)
     theta = agent.controller.theta.data + 0.3 * torch.randn_like(agent.controller.theta)
@@ -809,6 +833,21 @@ def test_search_goes_on_with_the_better_half():
     assert improve(slope, start, 100, 9)[2] == 9
     wanted = [[0, 2, 4, 6, 8]] * 3 + [[0, 2, 4]] * 3 + [[0, 2]] * 3  # all moved alike
     assert [(x - x.min()).sort()[0].round().tolist() for x in seen] == wanted
+
+
+def test_the_better_half_has_the_lowest_values_found():
+    """A row that got worse is judged by its best value."""
+    seen = []
+
+    def objective(x):
+        seen.append(x[:, 0])
+        start = x[:, 0] > 50  # near 100: best at once, then always worse
+        first = len(seen) == 1
+        value = torch.where(start, -1.0 if first else 9.0, x[:, 0] * 1e-3).double()
+        return value, 1e-3 * torch.ones_like(x)
+
+    improve(objective, torch.tensor([[100.0], [1.0]], dtype=torch.float64), 100, 9)
+    assert len(seen[3]) == 1 and seen[3][0] > 50
 
 
 def test_search_keeps_to_its_budget():

@@ -78,9 +78,8 @@ def test_eval_load_and_act(start, tmp_path):  # noqa: F811
     assert "over 2 episodes" in text and (folder / "eval.mp4").exists()
     agent, state = pilco.load(folder), None
     same_leaves(checkpoint.load(folder)["agent"], agent.state_dict())
-    value = agent.objective(agent.controller.theta.data)[0]
-    saved = lines_of(folder)[2]["search/cost"] * 8
-    assert torch.isfinite(value).all() and np.isfinite(saved)
+    theta = agent.controller.theta.data
+    assert torch.equal(agent.objective(theta)[0], pilco.load(folder).objective(theta)[0])
     envs = make_envs(agent.args, num_envs=1, seed=1)
     rows = envs.step(None)
     while not rows["is_last"].all():
@@ -107,7 +106,11 @@ def plain(width):
     ("flags", "words"),
     [
         ("--horizon 0", "--horizon must be at least 1"),
-        ("--horizon 41", "--horizon 41 is too long: .* after 40 actions"),
+        ("--horizon 41", "--horizon 41 is too long: an episode .* ends after 40 steps"),
+        ("--horizon 21 --action-repeat 2", "--horizon 21 x --action-repeat 2 is too long"),
+        ("--target 0 nan", "--target needs finite numbers"),
+        ("--start-std 0.1 nan", "--start-std needs finite numbers"),
+        ("--weights 1 1 nan 1", "--weights needs finite numbers"),
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
         ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
@@ -123,6 +126,43 @@ def plain(width):
 def test_wrong_flags_and_environments(inside, flags, words):  # noqa: F811
     with pytest.raises(checkpoint.RunError, match=words):
         inside(*DEBUG, *flags.split())
+
+
+def test_a_wrong_flag_can_be_put_right(inside, tmp_path):  # noqa: F811
+    """Without a checkpoint the folder holds nothing that other arguments could spoil."""
+    with pytest.raises(checkpoint.RunError, match="--angles"):
+        inside(*DEBUG, "--angles", 5)
+    inside(*DEBUG)
+    assert checkpoint.load(tmp_path / "run")["rollouts"] == 3
+
+
+def test_trials_are_counted_after_the_random_rollouts(inside, tmp_path):  # noqa: F811
+    inside(*DEBUG, "--random-rollouts", 2)
+    numbers = [row["trial"] for row in lines_of(tmp_path / "run") if "trial" in row]
+    assert numbers == [0, 0, 1, 2]
+
+
+def test_a_flat_cost_is_reported(inside, capsys):  # noqa: F811
+    """A target a hundred widths away: no gradient, and the line says so."""
+    inside(*DEBUG, "--target", 1e4, 0, "--weights", 1, 0, 0, 0, "--trials", 1)
+    assert "NO GRADIENT" in capsys.readouterr().out
+
+
+def test_what_searches_are_given(inside, monkeypatch):  # noqa: F811
+    """The policy's natural units, and the last policy before new ones."""
+    calls, search = [], pilco.search
+
+    def watched(objective, theta, scale, *args):
+        calls.append((objective.__self__.controller, theta.clone(), scale))
+        found = search(objective, theta, scale, *args)
+        calls[-1] += (found[0],)
+        return found
+
+    monkeypatch.setattr(pilco, "search", watched)
+    inside(*DEBUG)
+    for controller, theta, scale, _ in calls:
+        assert torch.equal(scale, controller.scale(theta)) and not scale.eq(1).all()
+    assert torch.equal(calls[1][1][0], calls[0][3]) and len(calls[1][1]) == 4
 
 
 @pytest.mark.parametrize(
