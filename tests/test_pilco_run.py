@@ -184,10 +184,11 @@ def test_presets_begin(inside, tmp_path, capsys, flags):  # noqa: F811
 
 
 def test_presets_are_the_authors_scenarios():
+    """But for 150 inducing inputs instead of 300; 50 centres are the paper's, 10 MATLAB's."""
     args = pilco.parse_args([])
     expected = dict(
-        preset="cart_pole", horizon=40, random_rollouts=1, controller="rbf", centres=10,
-        bound="gSat", widths=(0.25,), gamma=1.0, exploration=0.0, max_inducing=300, iterations=150,
+        preset="cart_pole", horizon=40, random_rollouts=1, controller="rbf", centres=50,
+        bound="gSat", widths=(0.25,), gamma=1.0, exploration=0.0, max_inducing=150, iterations=150,
         noise="latent", angles=(3,), target=(0, 0, 0, np.pi), start_std=(0.1,) * 4,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
