@@ -393,10 +393,8 @@ class Moments(torch.autograd.Function):
         turn = 0.5 * ctx.slope @ raised.mT
         by_lambdas[:, :outputs, :width, :width] -= turn + turn.mT
         by_cov = by_lambdas.reshape(batch, -1, 2, width, 2, width) * pair.blocks
-        by_mean = (
-            u[..., width].reshape(batch, -1, width).sum(1)
-            - (raised * value[..., None]).sum(1)[..., 0]
-        )
+        by_mean = u[..., width].reshape(batch, -1, width).sum(1)
+        by_mean -= (raised * value[..., None]).sum(1)[..., 0]
         by_belief = tensors(by_mean, by_cov.sum((1, 2, 4)))
         if not any(ctx.needs_input_grad[2:]):  # a GP, which is given
             return *by_belief, *[None] * 7
@@ -436,14 +434,9 @@ def by_nu(ctx, w: np.ndarray, scale: np.ndarray, lift: np.ndarray) -> np.ndarray
     count, width = pair.count, size - 1
     there = ctx.weights[..., None] * (ctx.points + ctx.total[:, pair.others, None])
     z = np.empty((batch, 2, count, n, 2, size))  # its sums over j, then over i
-    z[:, 0, :, :, 0], z[:, 0, :, :, 1] = (
-        there[:, :count, :, width:] * ctx.phi[:, None],
-        there[:, :count],
-    )
-    z[:, 1, :, :, 1], z[:, 1, :, :, 0] = (
-        there[:, count:, :, width:] * ctx.phi[:, None],
-        there[:, count:],
-    )
+    for end, part in enumerate((there[:, :count], there[:, count:])):
+        z[:, end, :, :, end] = part[..., width:] * ctx.phi[:, None]
+        z[:, end, :, :, 1 - end] = part
     lift = lift.reshape(batch, count, 2, width, -1).swapaxes(1, 2) * scale[:, None]
     u = (z.reshape(batch, 2, count, n, -1) @ lift.mT).sum((1, 2))
     alone = (p * w)[..., None] * ctx.phi[:, None, :, :width]
@@ -1051,21 +1044,27 @@ def bfgs(x: Tensor, scale: Tensor, iterations: int, tries=30) -> Generator[Tenso
                 break
             step = next_step(last, low, high)
         else:
+def updated_inverse(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The inverse Hessian after a step s turned the gradient by y: Nocedal & Wright, eq. 6.17.
+
+    s' y is positive, by the second of the Wolfe conditions.
+    """
+    curvature, w = s @ y, inverse @ y
+    inverse = inverse - (torch.outer(w, s) + torch.outer(s, w)) / curvature
+    return inverse + (1 + y @ w / curvature) / curvature * torch.outer(s, s)
+
+
             if reached is not None:
                 x, value, grad = reached
             elif fresh:
                 return  # not even the gradient leads down
             fresh = True
             continue
-        change, bend = step * direction, new_grad - grad
-        x, value, grad = x + change, new_value, new_grad
-        curvature = change @ bend  # positive by the second condition
+        change, turn = step * direction, new_grad - grad
         if fresh:
-            inverse = inverse * curvature / (bend @ inverse @ bend)
-        fresh, turned = False, inverse @ bend
-        inverse = inverse - (torch.outer(turned, change) + torch.outer(change, turned)) / curvature
-        stretch = (1 + bend @ turned / curvature) / curvature
-        inverse = inverse + stretch * torch.outer(change, change)
+            inverse = inverse * (change @ turn) / (turn @ inverse @ turn)
+        inverse, fresh = updated_inverse(inverse, change, turn), False
+        x, value, grad = x + change, new_value, new_grad
 
 
 def search(
@@ -1484,8 +1483,8 @@ def report(metrics: dict, horizon: int):
     print(text, flush=True)
 
 
-def benchmark():
-    """Milliseconds of a policy's expected cost and its gradient.
+def benchmark(repeats: int = 10):
+    """Milliseconds of a policy's expected cost and its gradient, the median.
 
     4 states, 1 action, 40 steps, one policy of 10 centres: what others have been measured with.
     """
@@ -1509,12 +1508,13 @@ def benchmark():
         agent.firsts = [torch.zeros(4, dtype=torch.float64)]
         agent.draw_controller()
         seconds = []
-        for _ in range(10):
+        for _ in range(repeats):
             start = time.perf_counter()
             agent.objective(agent.controller.theta.data)
             seconds.append(time.perf_counter() - start)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{1e3 * sorted(seconds)[5]:10.1f} ms      {points} points, {memory:.2f} GB at most")
+        median = 1e3 * sorted(seconds)[repeats // 2]
+        print(f"{median:10.1f} ms      {points} points, {memory:.2f} GB at most")
 
 
 # --- main ---------------------------------------------------------------------------------------
