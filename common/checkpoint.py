@@ -49,17 +49,21 @@ def run(main):
         sys.exit(f"error: disk full, the last checkpoint is kept ({error})")
 
 
+def run_folder(script, args, root="runs") -> Path:
+    """Where the run of `args` lies: `args.run`, or root/script/env_id/seed."""
+    name = re.sub("[/:]", "-", args.env_id)
+    return Path(args.run or Path(root, script, name, f"seed{args.seed}"))
+
+
 def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Path, dict | None]:
     """Create or reopen the run folder of `args` (a dataclass) and lock it for this process.
 
-    The folder is `args.run`, or root/script/env_id/seed where that is empty; `args.fresh` empties
-    it first. Returns it with the state to resume from, None at the beginning. A field of `decided`
-    that is "auto" is set to its saved value, at the beginning to that in `decided`. Raises RunError
-    if a field outside `may_change` differs from the saved args, another process runs there, or it
-    is no run folder of `script`.
+    The folder is that of `run_folder`; `args.fresh` empties it first. Returns it with the state to
+    resume from, None at the beginning. A field of `decided` that is "auto" is set to its saved
+    value, at the beginning to that in `decided`. Raises RunError if a field outside `may_change`
+    differs from the saved args, another process runs there, or it is no run folder of `script`.
     """
-    name = re.sub("[/:]", "-", args.env_id)
-    folder = Path(args.run or Path(root, script, name, f"seed{args.seed}"))
+    folder = run_folder(script, args, root)
     folder.mkdir(parents=True, exist_ok=True)
     saved = _saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
     _lock(folder)
