@@ -48,7 +48,7 @@ from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.checkpoint import Every, RunError, Stop
 from common.envs import make_envs, usual_quality
 from common.evaluation import benchmark, draw_dreams, evaluate, finish, show
@@ -572,7 +572,7 @@ class DreamerModelLoss(nn.Module):
         """KL(posterior || prior), nats, a scalar that is at least `free_nats`."""
         moments = (td[k] for k in ("post_mean", "post_std", "prior_mean", "prior_std"))
         kl = gaussian_kl(*moments)  # (B, T)
-        kl = kl.mean() if self.delayed_clamp else kl
+        kl = parallel.mean(kl.mean()) if self.delayed_clamp else kl
         return kl.clamp(min=self.free_nats).mean()
 
     def reconstruction(self, td: TensorDict, feat: Tensor) -> Tensor:
@@ -764,10 +764,10 @@ class Agent:
 
         On CUDA the whole update, which never waits for the GPU, is then recorded as one graph.
         """
-        hot = [(self.model_loss, name) for name in ("kl", "reconstruction", "reward", "cont")]
+        hot = [(self.model_loss, name) for name in ("reconstruction", "reward", "cont")]
         for module, name in [(self.actor_loss, "dream_step"), *hot]:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and parallel.size() == 1:
             self.update = CudaGraphModule(self.update, warmup=3)
 
     def initial(self, num_envs: int) -> TensorDict:
@@ -848,10 +848,11 @@ class Agent:
             }
         with record_function("optimisers"):
             norms = {name: self.descend(name, grads[name]) for name in self.modules}
-        return self.metrics(losses, norms, td, dream)
+        return parallel.means(self.metrics(losses, norms, td, dream))
 
     def descend(self, name: str, grads: tuple[Tensor, ...]) -> Tensor:
         """One Adam step of a module with its gradient clipped; returns the norm before."""
+        parallel.mean_(grads)
         params, norm = list(self.modules[name].parameters()), nn.utils.get_total_norm(grads)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
@@ -923,6 +924,7 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    parallel.start()
     device = check(args)
     checkpoint.prepare(args.seed, args.threads)
     if args.benchmark:
@@ -932,55 +934,59 @@ def main(argv: list[str] | None = None):
         return show(load(args.eval, device), args.eval, args.eval_episodes)
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
-    folder, saved = checkpoint.open_run("dreamer", args, MAY_CHANGE, decided)
-    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
+    folder, saved = parallel.open_run("dreamer", args, MAY_CHANGE, decided)
+    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
+    own = parallel.share(args)  # of the environments, the batch and the replay
+    envs = make_envs(args, own.num_envs, parallel.own_seed(args.seed), args.env_workers)
     agent = Agent(envs.spec, args, device)
+    parallel.align(agent, args.seed)
     checkpoint.check_spec(agent.spec, saved, args.env_id)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
     example = agent.row(envs.example[None], agent.initial(1))[0]
-    replay = make_replay(args, example, folder, online=False)
-    logger = Logger(folder, args.steps, args.tensorboard)
+    replay = make_replay(own, example, parallel.own_folder(folder), online=False)
+    logs = parallel.rank() == 0
+    logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
     due = dict(train=Every(args.train_every), eval=Every(args.eval_every))
     due |= dict(log=Every(args.log_every), save=Every(args.save_every))
     due |= dict(dream=Every(args.dream_every))
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, **due)
     step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
-    state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
+    state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
     if saved:
         checkpoint.restore(saved, parts)
         step, updates, score = saved["step"], saved["updates"], saved["score"]
         pending = saved["pending"]
-        state = TensorDict(saved["state"], [args.num_envs]).to(device)
+        state = TensorDict(saved["state"], [own.num_envs]).to(device)
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():
         counters = dict(step=step, updates=updates, pending=pending, score=score)
         state_now = dict(state=state.to_dict(), rng=checkpoint.rng_state())
-        checkpoint.save(folder, **parts, **counters, **state_now)
+        parallel.save(folder, **parts, **counters, **state_now)
 
     with Stop() as stop:
-        while (step < args.steps or pending) and not stop.requested:
+        while (step < args.steps or pending) and not parallel.any_rank(stop.requested):
             if not pending:
-                with checkpoint.rescue(save):
+                with parallel.rescue(save):
                     rows = envs.step(state["action"].cpu() if step else None)
                 _, state = agent.act(rows, state, training=True, random=step < args.prefill)
                 replay.append(agent.row(rows, state))
                 step += args.num_envs * args.action_repeat
                 score = score * ~rows["is_first"] + rows["reward"]
-                for value in score[rows["is_last"]].tolist():
+                for value in parallel.collect(score[rows["is_last"]].tolist()):
                     counts = {"updates": updates, "crashes": envs.crashes}
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
                 if (bursts := due["train"](step)) and step >= args.prefill:
                     found = len(replay.episodes(args.pcont)) or (replay.whole and not updates)
+                    found = not parallel.any_rank(not found)
                     pending = bursts * args.train_steps if found else 0
                     pending += args.pretrain - args.train_steps if pending and not updates else 0
                     if not found and step - args.prefill < args.train_every:
                         logger.note("no update before an episode of --batch-length rows has ended")
-            while pending and not stop.requested:
-                batch = replay.sample_episodes(args.batch_size, last=args.pcont)
+            while pending and not parallel.any_rank(stop.requested):
+                batch = replay.sample_episodes(own.batch_size, last=args.pcont)
                 metrics = agent.update(agent.unpack(batch))
                 updates, pending = updates + 1, pending - 1
                 check_finite(metrics, updates)  # before a save could replace the last good one
@@ -988,10 +994,10 @@ def main(argv: list[str] | None = None):
                 logger.advance(step, updates=updates)
             if pending:
                 break
-            if due["eval"](step) and updates:
+            if due["eval"](step) and updates and logs:
                 returns, *_ = evaluate(agent, 1, args.seed + 2_000_000 + step, side=0)
                 logger.write(step, **{"eval/return": returns[0]})
-            if due["dream"](step) and batch is not None:
+            if due["dream"](step) and batch is not None and logs:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
             if due["log"](step):
                 logger.write(step, updates=updates)
@@ -1001,7 +1007,7 @@ def main(argv: list[str] | None = None):
     over = step >= args.steps and not pending
     if over and not updates:
         print("no updates: no episode of --batch-length rows or more has ended since --prefill")
-    if over:
+    if over and logs:
         logger.write(step, **finish(agent, logger, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
     print(f"all of it: {folder}" if over else "saved; the same command resumes")

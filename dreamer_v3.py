@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 from torch.profiler import record_function
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.checkpoint import Every, Ratio, RunError, Stop
 from common.envs import make_envs, usual_quality
 from common.evaluation import benchmark, draw_dreams, finish, show
@@ -842,7 +842,7 @@ class DreamerV3ActorLoss(nn.Module):
     def return_scale(self, returns: Tensor) -> Tensor:
         """max(1, S) after one step of the average (only in training mode)."""
         if self.training:
-            low, high = torch.quantile(returns.flatten(), self.quantiles)
+            low, high = torch.quantile(parallel.gather(returns.flatten()), self.quantiles)
             self.low.lerp_(low, self.normalization_rate)
             self.high.lerp_(high, self.normalization_rate)
         return (self.high - self.low).clamp(min=1.0)
@@ -1032,7 +1032,7 @@ class Agent:
         hot += [(self.model_loss, name) for name in ("kl", "reward", "cont", "reconstruction")]
         for module, name in [*hot, (self.value_loss, "error")]:
             setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and parallel.size() == 1:
             self.update = CudaGraphModule(self.update, warmup=3)
 
     def initial(self, num_envs: int) -> TensorDict:
@@ -1090,12 +1090,14 @@ class Agent:
             sum(losses.values()).backward()
         with record_function("optimiser"):
             grads = [p.grad for p in self.optimizer.param_groups[0]["params"]]
+            parallel.mean_(grads)
             losses["grad_norm"] = nn.utils.get_total_norm(grads)
             self.optimizer.step()
             with torch.no_grad():
                 slow, fast = list(self.slow_value.parameters()), list(self.value.parameters())
                 torch._foreach_lerp_(slow, fast, self.args.slow_rate)
-        return self.metrics(losses, td, dream), td.select("deter", "stoch").detach()
+        metrics = parallel.means(self.metrics(losses, td, dream))
+        return metrics, td.select("deter", "stoch").detach()
 
     @torch.no_grad()
     def metrics(self, losses: TensorDict, td: TensorDict, dream: TensorDict) -> dict:
@@ -1169,6 +1171,7 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
+    parallel.start()
     device = check(args)
     checkpoint.prepare(args.seed, args.threads)
     updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
@@ -1178,61 +1181,64 @@ def main(argv: list[str] | None = None):
         return show(load(args.eval, device), args.eval, args.eval_episodes)
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
-    folder, saved = checkpoint.open_run("dreamer_v3", args, MAY_CHANGE, decided)
-    envs = make_envs(args, args.num_envs, args.seed, args.env_workers)
+    folder, saved = parallel.open_run("dreamer_v3", args, MAY_CHANGE, decided)
+    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
+    own = parallel.share(args)  # of the environments, the batch and the replay
+    envs = make_envs(args, own.num_envs, parallel.own_seed(args.seed), args.env_workers)
     agent = Agent(envs.spec, args, device)
+    parallel.align(agent, args.seed)
     checkpoint.check_spec(agent.spec, saved, args.env_id)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
     example = agent.row(envs.example[None], agent.initial(1))[0]
-    replay = make_replay(args, example, folder)
-    logger = Logger(folder, args.steps, args.tensorboard)
+    replay = make_replay(own, example, parallel.own_folder(folder))
+    logs = parallel.rank() == 0
+    logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
     ratio = Ratio(updates_per_row)
     due = dict(log=Every(args.log_every), save=Every(args.save_every))
     due |= dict(dream=Every(args.dream_every))
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio, **due)
     step, updates, batch = 0, 0, None
-    state, score = agent.initial(args.num_envs), torch.zeros(args.num_envs)
+    state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
     if saved:
         checkpoint.restore(saved, parts)
         step, updates, score = saved["step"], saved["updates"], saved["score"]
-        state = TensorDict(saved["state"], [args.num_envs]).to(device)
+        state = TensorDict(saved["state"], [own.num_envs]).to(device)
     print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
 
     def save():
         counters = dict(step=step, updates=updates, score=score, state=state.to_dict())
-        checkpoint.save(folder, **parts, **counters, rng=checkpoint.rng_state())
+        parallel.save(folder, **parts, **counters, rng=checkpoint.rng_state())
 
     with Stop() as stop:
-        while step < args.steps and not stop.requested:
-            with checkpoint.rescue(save):
+        while step < args.steps and not parallel.any_rank(stop.requested):
+            with parallel.rescue(save):
                 rows = envs.step(state["action"].cpu() if step else None)
             _, state = agent.act(rows, state)
             replay.append(agent.row(rows, state))
             step += args.num_envs * args.action_repeat
             score = score * ~rows["is_first"] + rows["reward"]
-            for value in score[rows["is_last"]].tolist():
+            for value in parallel.collect(score[rows["is_last"]].tolist()):
                 counts = {"updates": updates, "crashes": envs.crashes}
                 logger.write(step, **{"episode/return": value}, **counts)
                 logger.advance(step, **{"return": value})
-            enough = len(replay) >= args.batch_size * args.batch_length
+            enough = len(replay) >= own.batch_size * args.batch_length
             for _ in range(ratio(step // args.action_repeat) if enough else 0):
-                batch = replay.sample(args.batch_size)
+                batch = replay.sample(own.batch_size)
                 metrics, latents = agent.update(agent.unpack(batch))
                 replay.write_back(batch["index"][:, 1:], agent.pack(latents))
                 updates += 1
                 check_finite(metrics, updates)  # before a save could replace the last good one
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
-            if due["dream"](step) and batch is not None:
+            if due["dream"](step) and batch is not None and logs:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
             if due["log"](step):
                 logger.write(step, updates=updates)
             if due["save"](step) or replay.exhausted:
                 save()
         save()
-    if step >= args.steps:
+    if step >= args.steps and logs:
         logger.write(step, **finish(agent, logger, "policy"))
         print(f"learning curve: {plot_curve(folder)}")
     print(f"all of it: {folder}" if step >= args.steps else "saved; the same command resumes")

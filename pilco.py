@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from common import checkpoint
+from common import checkpoint, parallel
 from common.checkpoint import RunError, Stop
 from common.envs import make_envs, usual_quality
 from common.evaluation import score
@@ -175,6 +175,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check(args: Args):
     """RunError that names the flag for values that cannot work."""
+    if parallel.size() > 1:
+        raise RunError("pilco.py trains in one process: start it without torchrun")
     counts = "trials horizon random_rollouts action_repeat eval_episodes max_inducing fit_steps"
     for name in (*counts.split(), "centres", "iterations", "evaluations", "restarts"):
         if getattr(args, name) < 1:

@@ -179,8 +179,8 @@ def _write(path, fill):
         os.close(handle)
 
 
-def save(folder, **parts):
-    """Write `checkpoint.pt` atomically: every part, or its state_dict() where it has one.
+def save(folder, name="checkpoint.pt", /, **parts):
+    """Write that file atomically: every part, or its state_dict() where it has one.
 
     Parts are tensors, numbers, strings, lists, tuples and dicts; others raise TypeError, since
     `load` would refuse them. A full disk raises RunError and the old file stays.
@@ -198,17 +198,17 @@ def save(folder, **parts):
 
     Stop.saving = True
     try:
-        _write(Path(folder, "checkpoint.pt"), fill)
+        _write(Path(folder, name), fill)
     finally:
         Stop.saving = False
 
 
-def load(path, script=None) -> dict:
-    """Read the checkpoint in a run folder onto the CPU.
+def load(path, script=None, name="checkpoint.pt") -> dict:
+    """Read a checkpoint in a run folder onto the CPU.
 
     Raises RunError where there is none, it is damaged, or `script` did not write it.
     """
-    file = Path(path, "checkpoint.pt")
+    file = Path(path, name)
     if not file.is_file():
         raise RunError(f"no checkpoint in {path}: the run has not saved one yet")
     try:

@@ -25,11 +25,14 @@ class Logger:
     """Write the metrics of a run to `folder`, one JSON line per write; every step is an env step.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save.
+    With `silent` it keeps everything to itself.
     """
 
-    def __init__(self, folder, total_steps, tensorboard=True, quiet=False):
-        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet
-        self.file = (self.folder / "metrics.jsonl").open("ab")
+    def __init__(self, folder, total_steps, tensorboard=True, quiet=False, silent=False):
+        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet or silent
+        self.silent, tensorboard = silent, tensorboard and not silent
+        path = Path(os.devnull) if silent else self.folder / "metrics.jsonl"
+        self.file = path.open("ab")
         self.sums, self.counts, self.shown = {}, {}, {}
         self.step = self.first = 0  # now, and where this process took over
         self.started = self.born = time.monotonic()  # this process, and the whole run
@@ -118,11 +121,12 @@ class Logger:
 
     def load_state_dict(self, state):
         """Go on from there; raises RunError if metrics.jsonl has lost lines since."""
-        size = os.fstat(self.file.fileno()).st_size
+        size = state["bytes"] if self.silent else os.fstat(self.file.fileno()).st_size
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
-        self.file.truncate(state["bytes"])
+        if not self.silent:
+            self.file.truncate(state["bytes"])
         self.step = self.first = state["step"]
         self.born = self.started - state["wall"]
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])

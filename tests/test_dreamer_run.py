@@ -7,14 +7,16 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_run import (  # noqa: F401  fixtures: inside, nursery, start
+from test_run import (  # noqa: F401  fixtures: inside, nursery, start, two
     REPO,
     count_lines,
     inside,
     lines_of,
     nursery,
+    resumes_exactly_on_two_ranks,
     same_leaves,
     start,
+    two,
     until,
 )
 
@@ -356,3 +358,10 @@ def test_a_run_without_updates_says_so(start, tmp_path):  # noqa: F811
     ).done()  # its first episode ends with row 21
     assert text.count("no update before an episode of --batch-length rows has ended") == 1
     assert "no updates: no episode of --batch-length rows or more has ended" in text
+
+
+def test_two_ranks_resume_exactly(two, tmp_path):  # noqa: F811
+    flags = "--preset debug --env-id CartPole-v1 --num-envs 4 --action-repeat 1 --pcont --threads 1"
+    flags += " --prefill 40 --train-every 20 --train-steps 2 --pretrain 3 --log-every 20"
+    flags += " --batch-length 5 --eval-every 40 --save-every 40 --no-tensorboard"
+    resumes_exactly_on_two_ranks(two, tmp_path, flags.split())

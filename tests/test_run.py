@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -162,7 +163,7 @@ path = sys.argv[1]
 code = compile(open(path).read(), path, "exec")
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leave no zombies
 for line in sys.stdin:
-    name, prepare, argv = json.loads(line)
+    name, prepare, argv, environment = json.loads(line)
     if os.fork() == 0:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         child = os.fork()
@@ -172,6 +173,7 @@ for line in sys.stdin:
             os.dup2(out, 1)
             os.dup2(out, 2)
             sys.argv = [path, *argv]
+            os.environ.update(environment)
             getattr(test_run, prepare)()
             main = sys.modules["__main__"] = types.ModuleType("__main__")
             main.__file__ = path
@@ -202,6 +204,14 @@ def all_pictures():
     """The script as it is."""
 
 
+def fixed_updates():
+    """No run at all: what tests/ranks.py does."""
+    import ranks
+
+    ranks.main(*sys.argv[1:])
+    sys.exit()
+
+
 @pytest.fixture(scope="module")
 def nursery(request):
     command = [sys.executable, "-c", NURSERY, str(request.module.SCRIPT)]
@@ -216,8 +226,8 @@ def start(nursery, tmp_path):
     """start(argv...) -> a running Run; those left over are killed at the end of the test."""
     runs = []
 
-    def launch(*argv, prepare="no_pictures"):
-        runs.append(Run(nursery, tmp_path / f"process{len(runs)}", argv, prepare))
+    def launch(*argv, prepare="no_pictures", **environment):
+        runs.append(Run(nursery, tmp_path / f"process{len(runs)}", argv, prepare, environment))
         return runs[-1]
 
     yield launch
@@ -226,12 +236,27 @@ def start(nursery, tmp_path):
             run.signal(signal.SIGKILL)
 
 
+@pytest.fixture
+def two(start):
+    """two(argv...): both ranks of a run, as torchrun would start them."""
+
+    def launch(*argv, **options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        ranks = [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2") for i in range(2)]
+        return [start(*argv, **options, **rank) for rank in ranks]
+
+    return launch
+
+
 class Run:
     """A process of dreamer_v3.py."""
 
-    def __init__(self, nursery, name, argv, prepare):
+    def __init__(self, nursery, name, argv, prepare, environment):
         self.name, self.code = name, None
-        nursery.stdin.write(json.dumps([str(name), prepare, [str(a) for a in argv]]) + "\n")
+        order = [str(name), prepare, [str(a) for a in argv], environment]
+        nursery.stdin.write(json.dumps(order) + "\n")
         nursery.stdin.flush()
         until(self.path(".pid").exists)
 
@@ -275,6 +300,30 @@ def lines_of(folder):
     """metrics.jsonl without the clock."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def resumes_exactly_on_two_ranks(two, tmp_path, flags):
+    """One run to step 160, another one to 80 and then to 160: the same lines, and how they end."""
+    for name, steps in (("whole", 160), ("parts", 80), ("parts", 160)):
+        if (tmp_path / "parts").exists():  # a machine went down before rank 0 confirmed this
+            (tmp_path / "parts" / "rank1-120-99.pt").write_bytes(b"half of a file")
+        first, second = two("--run", tmp_path / name, *flags, "--steps", steps)
+        text = first.done()
+        assert "parameters in world_model" in text and "parameters" not in second.done()
+    assert "resumes at step 80" in text
+    whole, parts = (lines_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row for row in whole if "updates" in row] == [row for row in parts if "updates" in row]
+    assert len(whole) > 8 and whole[-1]["step"] == 160 and "eval/return" in whole[-1]
+    assert any("train/loss_actor" in row for row in whole if row["step"] > 80)
+    for folder in (tmp_path / "parts", tmp_path / "whole"):
+        updates = checkpoint.load(folder)["updates"]
+        assert [path.name for path in folder.glob("rank1-*.pt")] == [f"rank1-160-{updates}.pt"]
+    ends = [sum((folder / rank / "replay/is_last").read_bytes()) for rank in (".", "rank1")]
+    assert sum("episode/return" in row for row in whole) == sum(ends) and all(ends)  # one log
+    begins = [(folder / rank / "replay/observation").read_bytes()[:32] for rank in (".", "rank1")]
+    starts = {begin[i : i + 16] for begin in begins for i in (0, 16)}
+    assert len(starts) == 4  # of the four environments: four float32 each
+    return folder
 
 
 def count_lines(folder):
