@@ -1,0 +1,262 @@
+"""Sweeps: tasks x seeds of a script as tasks of Ray, each retried until it is done.
+
+    python -m common.sweep dreamer_v3.py --preset dmc_proprio --steps 100000 --seeds 0 1 2 \\
+        --env-ids dm_control/walker-walk-v0 dm_control/cheetah-run-v0
+
+Flags that are not the sweep's own go to the script. Ray runs on this machine, or with --address on
+a cluster whose nodes see this folder under the same path. A run that dies, or whose worker or node
+dies, goes on from its checkpoint. The same command again starts what is missing. What a run prints
+is in seed<k>.log beside its folder.
+"""
+
+import importlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from common import checkpoint
+from common.checkpoint import RunError, Stop
+
+OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+# Becomes the script. If the worker dies, Linux tells it to save and stop (PR_SET_PDEATHSIG is 1).
+CHILD = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if os.getppid() != int(sys.argv[1]):
+        sys.exit("the worker died first")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+@dataclass
+class Args:
+    """Flags of the sweep; all others are the script's."""
+
+    script: tyro.conf.Positional[str]  # dreamer_v3.py, dreamer.py, pilco.py or a fork of them
+    env_ids: tuple[str, ...] = ()  # tasks; empty: the script's own, or its preset's
+    seeds: tuple[int, ...] = (0,)  # of each task
+    address: str = ""  # of a Ray cluster, auto: the one that this node belongs to; empty: start one
+    cpus: float = 1.0  # cores of a run, and its threads
+    gpus: float = 0.0  # of a run; with 0.25 four of them share one
+    retries: int = 3  # of a run that dies
+    every: float = 30.0  # seconds between tables
+
+
+@dataclass
+class Job:
+    """A run: its command, where it writes, and how it is doing."""
+
+    name: str
+    argv: list[str]
+    folder: Path
+    unit: str  # what the run counts, "step" or "trial"
+    total: int  # of them
+    mark: str  # begins each try in the log
+    state: str = WAITING
+    error: str = ""
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+
+def main(argv: list[str] | None = None):
+    args, flags = tyro.cli(Args, args=argv, description=__doc__, return_unknown_args=True)
+    jobs = plan(args, flags)
+    stopped = any(job.state != DONE for job in jobs) and work(args, jobs)
+    print(table(jobs))
+    for job in jobs:
+        if job.state == FAILED:
+            print(f"{job.name} failed: {job.error}\n    see {job.log}")
+    if stopped:
+        sys.exit("stopped; the same command goes on")
+    if any(job.state == FAILED for job in jobs):
+        sys.exit(1)
+
+
+def plan(args: Args, flags: list[str]) -> list[Job]:
+    """The runs of a sweep; RunError, or the script's own, if a flag is wrong."""
+    for flag in flags:
+        if flag.split("=")[0].replace("_", "-") in OURS:
+            raise RunError(f"{flag} is not for a sweep, which sets --env-id, --seed and --run")
+    if args.cpus <= 0 or args.gpus < 0 or args.retries < 0 or not args.seeds:
+        raise RunError("--cpus must be positive, --gpus and --retries not negative, --seeds given")
+    path, jobs, mark = Path(args.script).resolve(), [], f"--- sweep {time.time():.0f}"
+    script = load_script(path)
+    for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
+        own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
+        parsed = script.parse_args(own)
+        script.check(parsed)
+        unit = "step" if hasattr(parsed, "steps") else "trial"
+        folder = checkpoint.run_folder(path.stem, parsed).resolve()
+        job = Job(f"{parsed.env_id} seed {seed}", [str(path), *own], folder, unit,
+                  getattr(parsed, f"{unit}s"), mark)  # fmt: skip
+        job.state = DONE if finished(job) else WAITING
+        jobs.append(job)
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise RunError("--env-ids and --seeds name a run twice")
+    return jobs
+
+
+def load_script(path: Path):
+    """The script as a module, which knows its flags."""
+    if not path.is_file():
+        raise RunError(f"there is no {path}")
+    sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)
+
+
+def work(args: Args, jobs: list[Job]) -> bool:
+    """Start what is not done, show how it goes, wait for it; True if the user has stopped it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
+    where = dict(address=args.address) if args.address else dict(include_dashboard=False)
+    ray.init(log_to_driver=False, logging_level="error", **where)
+    try:
+        for name, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
+            if wanted > (there := ray.cluster_resources().get(name, 0)):
+                raise RunError(f"--{name.lower()}s {wanted:g}: Ray has only {there:g}")
+        options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)
+        remote = ray.remote(**options, retry_exceptions=True)(run)
+        threads, here = max(1, round(args.cpus)), os.getcwd()
+        todo = [job for job in jobs if job.state != DONE]
+        left, shown = {remote.remote(job, threads, here): job for job in todo}, 0.0
+        with Stop() as stop:  # here, because ray.init has handlers of its own
+            while left and not stop.requested:
+                if time.monotonic() - shown > args.every:
+                    show(jobs, again=shown > 0)
+                    shown = time.monotonic()
+                for reference in ray.wait(list(left), timeout=1)[0]:
+                    settle(ray, reference, left.pop(reference))
+            for reference in left:
+                ray.cancel(reference)
+            if left:
+                ray.wait(list(left), num_returns=len(left))  # for the runs to save
+    finally:
+        ray.shutdown()
+    return stop.requested
+
+
+def settle(ray, reference, job: Job):
+    """Note whether a run has ended well, and if not, why."""
+    try:
+        ray.get(reference)
+        job.state = DONE
+    except ray.exceptions.RayError as error:
+        reason = getattr(error, "cause", None) or error
+        job.state, job.error = FAILED, str(reason).strip().splitlines()[-1]
+
+
+# --- in a worker --------------------------------------------------------------------------------
+
+
+def run(job: Job, threads: int, directory: str):
+    """One try: the script as a process of its own, to its end; RuntimeError if it does not come."""
+    until_free(job.folder)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-c", CHILD, str(os.getpid()), *job.argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with job.log.open("a") as log:
+        print(job.mark, *job.argv, file=log, flush=True)
+        files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=directory, env=environment, **files)
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(0.2)
+        finally:  # cancelled: let it save
+            process.terminate()
+            process.wait()
+    if code or not finished(job):
+        last = job.log.read_text(errors="replace").strip().splitlines()[-1]
+        raise RuntimeError(f"{last} (exit code {code})")
+
+
+def until_free(folder: Path):
+    """Wait until no process is in a run folder: one whose worker died still has to save."""
+    while locked(folder):
+        time.sleep(0.5)
+
+
+def locked(folder: Path) -> bool:
+    """Whether a process trains in that folder."""
+    try:
+        import fcntl  # not on Windows
+
+        with (folder / "lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
+# --- how the runs are doing ---------------------------------------------------------------------
+
+
+def last_rows(folder: Path, size: int = 2**16) -> list[dict]:
+    """The last lines of metrics.jsonl, without reading all of it."""
+    path, rows = folder / "metrics.jsonl", []
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size))
+            for line in file.read().splitlines():
+                with suppress(ValueError):  # cut in the middle
+                    rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def finished(job: Job) -> bool:
+    """Whether the run has got all its steps and its evaluation at the end."""
+    rows = last_rows(job.folder)
+    return progress(job)[0] == 1 and "eval/return_std" in rows[-1]
+
+
+def progress(job: Job) -> tuple[float, float | None, float | None]:
+    """Share done, return (of the last ten episodes, or the evaluation), seconds left."""
+    rows = last_rows(job.folder)
+    done = max((row.get(job.unit, 0) for row in rows), default=0)
+    share = min(1.0, done / job.total)
+    returns = [row["episode/return"] for row in rows if "episode/return" in row][-10:]
+    value = sum(returns) / len(returns) if returns else None
+    value = rows[-1].get("eval/return", value) if rows else None
+    return share, value, rows[-1]["time/wall"] * (1 / share - 1) if share else None
+
+
+def table(jobs: list[Job]) -> str:
+    """A line for each run."""
+    width = max(len(job.name) for job in jobs)
+    lines = [f"{'run':{width}}  state             done      return        left"]
+    for job in jobs:
+        share, value, left = progress(job)
+        tries = job.log.read_text(errors="replace").count(job.mark) if job.log.exists() else 0
+        state = RUNNING if job.state == WAITING and tries else job.state
+        state += f", try {tries}" if tries > 1 else ""
+        value = "" if value is None else f"{value:.1f}"
+        clock = "" if left is None or job.state in (DONE, FAILED) else f"{left / 3600:.1f} h"
+        lines.append(f"{job.name:{width}}  {state:15} {share:6.0%} {value:>11} {clock:>11}")
+    return "\n".join(lines)
+
+
+def show(jobs: list[Job], again: bool):
+    """Print the table, on a terminal over the last one."""
+    if again and sys.stdout.isatty():
+        print(f"\033[{len(jobs) + 1}F\033[J", end="")
+    print(table(jobs), flush=True)
+
+
+if __name__ == "__main__":
+    checkpoint.run(main)

@@ -1,0 +1,240 @@
+"""Sweeps on a real Ray: all runs come to their end once, whatever dies on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import psutil
+import pytest
+from test_run import ENVIRONMENT, REPO, lines_of, until
+
+from common import sweep
+from common.checkpoint import RunError
+
+COUNTING = REPO / "tests" / "counting.py"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False)
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def counting(cluster, tmp_path, monkeypatch, capsys):
+    """counting(argv...): a sweep of counting.py; its exit status and what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def launch(*argv):
+        argv = [str(COUNTING), "--address", cluster.address, "--every", "0.2", *map(str, argv)]
+        try:
+            sweep.main(argv)
+            code = 0
+        except SystemExit as error:
+            code = error.code
+        return code, capsys.readouterr().out
+
+    return launch
+
+
+def in_background(function):
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def process_of(*words):
+    """The process whose command holds all of these words."""
+    for process in psutil.process_iter(["cmdline"]):
+        if set(words) <= set(process.info["cmdline"] or ()):
+            return process
+    return None
+
+
+def steps(folder):
+    return [row["step"] for row in lines_of(folder)]
+
+
+def test_runs_fail_for_good_and_the_others_go_on(counting, tmp_path):
+    code, text = counting("--env-ids", "Good", "Bad", "--retries", 1)
+    assert code == 1
+    good, bad = (tmp_path / "runs/counting" / name / "seed0" for name in ("Good", "Bad"))
+    assert steps(good) == [1, 2, 3, 4, 5] and steps(bad) == [1, 2]
+    log = bad.with_name("seed0.log")
+    assert log.read_text().count("Traceback") == 2  # the first try and one more
+    assert "Bad seed 0 failed: ValueError: three is too many (exit code 1)" in text
+    assert str(log) in text
+    last = text[text.rindex("run  ") :].splitlines()
+    assert [line.split()[3] for line in last[1:3]] == ["done", "failed,"]
+
+    # started again with another seed: only what is missing
+    before = {p: p.stat().st_mtime_ns for p in good.parent.rglob("*")}
+    code, text = counting("--env-ids", "Good", "--seeds", 0, 1)
+    assert code == 0 and text.count("done") >= 2
+    after = {p: p.stat().st_mtime_ns for p in good.parent.rglob("*")}
+    changed = {p.relative_to(good.parent).parts[0] for p in after if before.get(p) != after[p]}
+    assert changed == {"seed1", "seed1.log"}
+    assert steps(good.with_name("seed1")) == [1, 2, 3, 4, 5]
+
+
+def test_what_is_killed_is_tried_again_and_resumes(counting, tmp_path):
+    folders = [tmp_path / f"runs/counting/Good/seed{seed}" for seed in (0, 1)]
+
+    def kill():
+        for seed, folder in enumerate(folders):
+            until(lambda path=folder / "metrics.jsonl": path.exists())
+            until(lambda folder=folder: len(lines_of(folder)) > 3)
+            process = process_of(str(COUNTING), "--pause", "0.0503", str(seed))
+            (process.parent() if seed else process).kill()  # the run, then a worker
+
+    thread = in_background(kill)
+    code, text = counting("--steps", 40, "--pause", 0.0503, "--seeds", 0, 1)
+    thread.join()
+    assert code == 0 and text[text.rindex("run  ") :].count("done, try 2") == 2
+    for seed, folder in enumerate(folders):
+        assert steps(folder) == list(range(1, 41))  # nothing twice, nothing left out
+        log = folder.with_name(f"seed{seed}.log").read_text()
+        assert log.count("starts at") == 2 and log.count("starts at 0") == 1
+        assert ("told to stop" in log) == (seed == 1)
+
+
+def test_a_node_that_dies(counting, cluster, tmp_path):
+    nodes = [cluster.add_node(num_cpus=3) for _ in range(2)]
+    folder = tmp_path / "runs/counting/Good/seed0"
+
+    def remove():
+        until(lambda: (folder / "metrics.jsonl").exists() and len(lines_of(folder)) > 3)
+        above = {
+            process.pid for process in process_of(str(COUNTING), "--pause", "0.0504").parents()
+        }
+        for node in nodes:
+            if node.all_processes["raylet"][0].process.pid in above:
+                cluster.remove_node(node)
+
+    thread = in_background(remove)
+    code, text = counting("--steps", 100, "--pause", 0.0504, "--cpus", 3)
+    thread.join()
+    assert code == 0 and "done, try 2" in text
+    assert steps(folder) == list(range(1, 101))
+
+
+def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(counting, tmp_path):
+    folder = tmp_path / "runs/counting/Good/seed0"
+
+    def stop():
+        until(lambda: (folder / "metrics.jsonl").exists() and len(lines_of(folder)) > 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = in_background(stop)
+    code, _ = counting("--steps", 40, "--pause", 0.0505)
+    thread.join()
+    assert code == "stopped; the same command goes on"
+    assert process_of(str(COUNTING), "--pause", "0.0505") is None
+    assert "told to stop" in folder.with_name("seed0.log").read_text()
+    assert 3 < len(steps(folder)) < 40
+    assert counting("--steps", 40, "--pause", 0.0505)[0] == 0
+    assert steps(folder) == list(range(1, 41))
+
+
+def test_more_than_there_is(counting):
+    with pytest.raises(RunError, match="--gpus 1: Ray has only 0"):
+        counting("--gpus", 1)
+    with pytest.raises(RunError, match="--cpus 99: Ray has only"):
+        counting("--cpus", 99)
+
+
+def test_dreamer_v3_on_a_ray_of_its_own(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
+    flags = ["--preset", "debug", "--steps", "150", "--no-tensorboard", "--threads", "1"]
+    command = [sys.executable, "-m", "common.sweep", str(REPO / "dreamer_v3.py"), *flags]
+    command += ["--env-ids", "CartPole-v1", "Pendulum-v1", "--seeds", "3"]
+    options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, **options, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all("done" in line for line in done.stdout.splitlines()[-2:]) and not done.stderr
+    alone = [sys.executable, str(REPO / "dreamer_v3.py"), *flags, "--seed", "3", "--run", "alone"]
+    subprocess.run([*alone, "--env-id", "CartPole-v1"], **options, check=True)
+    swept = tmp_path / "runs/dreamer_v3/CartPole-v1/seed3"
+    assert lines_of(swept) == lines_of(tmp_path / "alone") and len(lines_of(swept)) > 3
+    assert (swept / "checkpoint.pt").exists()
+    assert "all of it" in swept.with_name("seed3.log").read_text()
+
+
+# --- without Ray --------------------------------------------------------------------------------
+
+
+def plan(*argv):
+    args, flags = sweep.tyro.cli(sweep.Args, args=list(argv), return_unknown_args=True)
+    return sweep.plan(args, flags)
+
+
+def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs = plan(str(COUNTING), "--env-ids", "A", "B", "--steps", "7", "--seeds", "0", "2")
+    assert [job.name for job in jobs] == ["A seed 0", "A seed 2", "B seed 0", "B seed 2"]
+    assert jobs[1].folder == tmp_path / "runs/counting/A/seed2"
+    assert jobs[3].argv == [str(COUNTING), *["--steps", "7", "--env-id", "B", "--seed", "2"]]
+    assert {(job.unit, job.total) for job in jobs} == {("step", 7)}
+    (job,) = plan(str(REPO / "pilco.py"), "--preset", "pendulum", "--trials", "4")
+    assert (job.unit, job.total, job.name) == ("trial", 4, "PILCO/Pendulum-v0 seed 0")
+    assert job.folder == tmp_path / "runs/pilco/PILCO-Pendulum-v0/seed0"
+
+
+def test_progress_and_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (job,) = plan(str(COUNTING), "--steps", "40")
+    assert sweep.progress(job) == (0.0, None, None) and not sweep.finished(job)
+    job.folder.mkdir(parents=True)
+    rows = [{"step": s, "episode/return": float(s), "time/wall": 90.0 * s} for s in range(1, 31)]
+    lines = [json.dumps(row) for row in rows]
+    path = job.folder / "metrics.jsonl"
+    path.write_text("\n".join(lines) + '\n{"step": 31')  # the last line is being written
+    # 30 of 40; the mean of 21..30; a quarter of 3,600 s
+    assert sweep.progress(job) == (0.75, 25.5, pytest.approx(900.0))
+    size = len("\n".join(lines[-5:]) + '\n{"step": 31') - 3  # cuts into the first of five
+    assert [row["step"] for row in sweep.last_rows(job.folder, size)] == [27, 28, 29, 30]
+    _, line = sweep.table([job]).splitlines()
+    assert line.split() == ["Good", "seed", "0", "waiting", "75%", "25.5", "0.2", "h"]
+    end = {"step": 40, "eval/return": 3.0, "time/wall": 3600.0}
+    path.write_text("\n".join([*lines, json.dumps(end)]) + "\n")
+    assert sweep.progress(job) == (1.0, 3.0, 0.0) and not sweep.finished(job)
+    path.write_text(json.dumps(end | {"eval/return_std": 1.0}) + "\n")
+    assert sweep.finished(job)
+    assert sweep.table(plan(str(COUNTING), "--steps", "40")).split()[8:] == ["done", "100%", "3.0"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((COUNTING, "--seed", "1"), "--seed is not for a sweep"),
+        ((COUNTING, "--env_id=A"), "--env_id=A is not for a sweep"),
+        ((COUNTING, "--fresh"), "--fresh is not for a sweep"),
+        ((COUNTING, "--steps", "0"), "--steps must be at least 1"),
+        ((COUNTING, "--seeds", "1", "1"), "name a run twice"),
+        ((COUNTING, "--cpus", "0"), "--cpus must be positive"),
+        (("nothing.py",), "there is no .*nothing.py"),
+        ((REPO / "dreamer_v3.py", "--lr", "0"), "--lr and --clip must be positive"),
+    ],
+)
+def test_wrong_flags_are_named_before_anything_starts(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match=message):
+        plan(*map(str, argv))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_ray_the_message_names_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunError, match=r"pip install -r requirements-extra\.txt"):
+        sweep.main([str(COUNTING)])
