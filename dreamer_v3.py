@@ -29,6 +29,7 @@ in arXiv 2301.04104v2.
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +46,7 @@ from torch.profiler import record_function
 from common import checkpoint, parallel
 from common.checkpoint import Every, Ratio, RunError, Stop
 from common.envs import make_envs, usual_quality
-from common.evaluation import benchmark, draw_dreams, finish, show
+from common.evaluation import benchmark, draw_dreams, finish, posteriors, show
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, check_finite, plot_curve
 from common.replay import make_replay
@@ -1128,6 +1129,10 @@ class Agent:
         """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
         states["reward"] = self.world_model.predict_reward(features(states))
         return DreamerDecoder(self.world_model)(states)
+
+    def dreams(self, run: str | Path) -> tuple[DreamerEnv, Callable]:
+        """For `dream_env`: what steps, and draw(seed) -> latents of the run's replay."""
+        return self.env, posteriors(self, run)
 
     def row(self, rows: TensorDict, state: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there and the latents."""

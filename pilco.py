@@ -445,6 +445,13 @@ def by_nu(ctx, w: np.ndarray, scale: np.ndarray, lift: np.ndarray) -> np.ndarray
     return -u - (alone @ ctx.precision[:, : p.shape[1], :width, :width]).sum(1)
 
 
+def prediction(x: Tensor, f: Factors, hyper: tuple) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, E) of GPs at inputs that are known, x (N, I): eq. 7-8."""
+    k = kernel(x, f.inputs, *hyper[:2])  # (E, N, n)
+    variance = f.variance[:, None] - ((k @ f.inverse) * k).sum(-1)
+    return (k @ f.beta[..., None])[..., 0].mT, variance.clamp(min=0).mT
+
+
 def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of f(x) for x ~ N(mean, cov), eq. 14-23: mean (N, I), cov (N, I, I).
 
@@ -992,6 +999,28 @@ class ImaginedEnv(ModelBasedEnvBase):
         return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
 
 
+class SampledEnv(ModelBasedEnvBase):
+    """Steps from a state (N, D) that is known to a sample of what the GPs predict.
+
+    With noise="observed" the sample has the GPs' noise as well. Every step is drawn anew, so a
+    rollout does not follow one function.
+    """
+
+    def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
+        super().__init__(world_model, ("state",))
+        self.cost, self.noise = cost, noise
+
+    def _step(self, td: TensorDict) -> TensorDict:
+        model, state = self.world_model, td["state"]
+        inputs = with_angles(*certain(state), model.angles)[0][:, model.features]
+        inputs = torch.cat([inputs, td["action"]], -1)
+        mean, variance = prediction(inputs, model.factors, model.hyper)
+        if self.noise == "observed":
+            variance = variance + torch.exp(2 * model.hyper[2])
+        state = state + mean + variance.sqrt() * torch.randn_like(mean)
+        return TensorDict(state=state, reward=-self.cost.of(state), batch_size=td.batch_size)
+
+
 # --- policy search ------------------------------------------------------------------------------
 
 
@@ -1013,6 +1042,16 @@ def next_step(last, low, high) -> float:
     guess, margin = cubic(low, high), 0.1 * (high[0] - low[0])
     middle = (low[0] + high[0]) / 2
     return min(max(guess, low[0] + margin), high[0] - margin) if math.isfinite(guess) else middle
+
+
+def updated_inverse(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The inverse Hessian after a step s turned the gradient by y: Nocedal & Wright, eq. 6.17.
+
+    s' y is positive, by the second of the Wolfe conditions.
+    """
+    curvature, w = s @ y, inverse @ y
+    inverse = inverse - (torch.outer(w, s) + torch.outer(s, w)) / curvature
+    return inverse + (1 + y @ w / curvature) / curvature * torch.outer(s, s)
 
 
 def bfgs(x: Tensor, scale: Tensor, iterations: int, tries=30) -> Generator[Tensor, tuple, None]:
@@ -1046,16 +1085,6 @@ def bfgs(x: Tensor, scale: Tensor, iterations: int, tries=30) -> Generator[Tenso
                 break
             step = next_step(last, low, high)
         else:
-def updated_inverse(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """The inverse Hessian after a step s turned the gradient by y: Nocedal & Wright, eq. 6.17.
-
-    s' y is positive, by the second of the Wolfe conditions.
-    """
-    curvature, w = s @ y, inverse @ y
-    inverse = inverse - (torch.outer(w, s) + torch.outer(s, w)) / curvature
-    return inverse + (1 + y @ w / curvature) / curvature * torch.outer(s, s)
-
-
             if reached is not None:
                 x, value, grad = reached
             elif fresh:
@@ -1284,6 +1313,23 @@ class Agent:
     def best(self):
         """The policy that acts, prepared: the first of those side by side."""
         return self.controller.prepare(self.controller.theta[:1])
+
+    def dreams(self, run=None) -> tuple[SampledEnv, Callable]:
+        """For `dream_env`: what steps, and draw(seed) -> first states [K]."""
+        mean, cov = self.start()
+        root = cov[0].diagonal().sqrt()  # independent numbers
+
+        def draw(seed: int) -> TensorDict:
+            states = mean + root * torch.randn(1000, len(root), dtype=torch.float64)
+            return TensorDict(state=states, batch_size=len(states))
+
+        return SampledEnv(self.world_model, self.cost, noise=self.args.noise), draw
+
+    def decode(self, states: TensorDict) -> TensorDict:
+        """States [N] -> with the observations that they are made of."""
+        widths = [math.prod(self.spec["shapes"][key]) for key in self.keys]
+        parts = states["state"].float().split(widths, -1)
+        return states.update(dict(zip(self.keys, parts, strict=True)))
 
     def row(self, rows: TensorDict, state=None) -> TensorDict:
         """Rows[N] as `evaluate` keeps them."""

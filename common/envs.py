@@ -191,6 +191,14 @@ class Envs:
             self._vector.close(terminate=True)
 
 
+def example_rows(spec: dict) -> TensorDict:
+    """Rows [1] of zeros as environments of this spec give them, without making one."""
+    shapes = spec["shapes"].items()
+    rows = {k: torch.zeros(1, *s, dtype=torch.uint8 if len(s) == 3 else None) for k, s in shapes}
+    rows |= {key: torch.zeros(1).bool() for key in ("is_first", "is_last", "is_terminal")}
+    return TensorDict({**rows, "reward": torch.zeros(1)}, [1])
+
+
 def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
     """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
     options = dict(

@@ -7,6 +7,7 @@ An agent has `args`, `spec`, `env`, `autocast()`, `act(rows, state)`, `row(rows,
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -15,8 +16,10 @@ from tensordict import TensorDict
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.envs import make_envs
+from common import checkpoint
+from common.envs import example_rows, make_envs
 from common.logger import Logger, dream_plot, dream_video
+from common.replay import saved_replay
 
 FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
 
@@ -106,6 +109,20 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
         out = agent.decode(torch.stack(states, 1))
     keys = [*agent.spec["shapes"], "reward"]
     return out.select(*keys).set("true", td.select(*keys)).cpu()
+
+
+def posteriors(agent, run, windows: int = 16) -> Callable[[int], TensorDict]:
+    """draw(seed) -> latents [K] to dream from: those of all rows of some windows of the replay."""
+    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    replay = saved_replay(run, example, checkpoint.load(run)["replay"])
+
+    def draw(seed: int) -> TensorDict:
+        replay.generator.manual_seed(seed)
+        with agent.autocast():
+            td = agent.filter(replay.sample(windows))
+        return td.select("deter", "stoch")[~td["is_last"]].detach()
+
+    return draw
 
 
 def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], updates: float):

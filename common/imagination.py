@@ -4,13 +4,28 @@ The data convention is TorchRL's: `step` takes a TensorDict with the state and a
 returns it with the result under "next"; `rollout` stacks such steps along a new time axis after
 the batch axes. The scripts derive their own environment (DreamerEnv, ImaginedEnv) from
 `ModelBasedEnvBase`; `WorldModelEnv` wraps a model that is a plain callable.
+
+`dream_env` gives the world model of a saved run to agents from elsewhere, as vector environment:
+
+    envs = dream_env("runs/dreamer_v3/Pendulum-v1/seed0", num_envs=16, horizon=50)
+    observation, _ = envs.reset(seed=0)
+    observation, reward, terminated, truncated, info = envs.step(envs.action_space.sample())
 """
 
+import importlib
+import json
 from collections.abc import Callable
+from pathlib import Path
 
+import gymnasium
+import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict, TensorDictBase
 from torch import nn
+from torch.nn import functional as F
+
+from common.checkpoint import RunError
 
 
 class ModelBasedEnvBase(nn.Module):
@@ -93,3 +108,143 @@ class WorldModelEnv(ModelBasedEnvBase):
         return TensorDict(
             {k: out[k] for k in out.keys() if k != "action"} | predicted, tensordict.batch_size
         )
+
+
+class DreamVectorEnv(gymnasium.vector.VectorEnv):
+    """N copies of a world model that are stepped as one batch; see `dream_env`.
+
+    env: a ModelBasedEnvBase, whose step gives a `reward` (N) and may give `continue` (N);
+    draw(seed): states [K] to start from; decode(states): adds the observations of `shapes`.
+    """
+
+    metadata = {  # noqa: RUF012
+        "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []
+    }  # fmt: skip
+
+    def __init__(self, env: ModelBasedEnvBase, draw: Callable, decode: Callable, spec: dict,
+                 num_envs: int, horizon: int, latent: bool):  # fmt: skip
+        self.env, self.draw, self.decode, self.shapes = env, draw, decode, spec["shapes"]
+        self.num_envs, self.horizon, self.latent = num_envs, horizon, latent
+        self.classes, self.pool, self.state = list(spec["classes"]), [], None
+        boxes = {key: _box(shape) for key, shape in self.shapes.items()}
+        single = next(iter(boxes.values())) if len(boxes) == 1 else spaces.Dict(boxes)
+        if latent:
+            with torch.random.fork_rng():
+                single = _box([flat(draw(0)[:1], env.state_keys).shape[1]])
+        action = spaces.Box(-1.0, 1.0, (spec["action_dim"],))
+        if self.classes:
+            many = len(self.classes) > 1
+            action = spaces.MultiDiscrete(self.classes) if many else spaces.Discrete(*self.classes)
+        self.single_observation_space, self.single_action_space = single, action
+        self.observation_space = gymnasium.vector.utils.batch_space(single, num_envs)
+        self.action_space = gymnasium.vector.utils.batch_space(action, num_envs)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        """New starts for all: observations (N, ...), {}."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self.pool = []  # the same seed, the same starts
+        with torch.no_grad(), torch.random.fork_rng():
+            self.state = self.starts(self.num_envs)
+            self.elapsed = np.zeros(self.num_envs, int)
+            return self.observe(self.state), {}
+
+    def step(self, actions):
+        """Actions (N, ...) -> observations, rewards (N), terminated (N), truncated (N), infos.
+
+        Where an episode ends, the observation is the next one's first; infos["final_obs"] has
+        this one's last.
+        """
+        if self.state is None:
+            raise gymnasium.error.ResetNeeded("call reset before step")
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(self.seed())
+            after = self.env.step(self.state.copy().set("action", self.encode(actions)))["next"]
+            reward = after["reward"].double().cpu().numpy()
+            goes_on = after["continue"] if "continue" in after.keys() else torch.ones(len(after))
+            terminated = (goes_on < 0.5).cpu().numpy()
+            self.elapsed += 1
+            truncated, infos = self.elapsed >= self.horizon, {}
+            self.state = after.select(*self.env.state_keys)
+            observation, over = self.observe(self.state), terminated | truncated
+            if over.any():
+                for i in np.flatnonzero(over):
+                    final = {"final_obs": _row(observation, i), "final_info": {}}
+                    infos = self._add_info(infos, final, i)
+                self.state[torch.from_numpy(over)] = self.starts(int(over.sum()))
+                self.elapsed[over] = 0
+                observation = self.observe(self.state)
+        return observation, reward, terminated, truncated, infos
+
+    def seed(self) -> int:
+        return int(self.np_random.integers(2**62))
+
+    def starts(self, count: int) -> TensorDict:
+        """The next states [count] of those drawn, each used once."""
+        while len(self.pool) < count:
+            seed = self.seed()
+            torch.manual_seed(seed)
+            drawn = self.draw(seed)
+            drawn = drawn[torch.randperm(len(drawn))]
+            self.pool = torch.cat([self.pool, drawn]) if len(self.pool) else drawn
+        taken, self.pool = self.pool[:count], self.pool[count:]
+        return taken.clone()
+
+    def encode(self, actions) -> torch.Tensor:
+        """Actions of the space -> (N, A) as the model knows them: clipped, or one-hots."""
+        if not self.classes:
+            state = self.state[self.env.state_keys[0]]
+            return torch.as_tensor(np.asarray(actions)).to(state).clamp(-1, 1)
+        index = torch.as_tensor(np.asarray(actions)).long().view(self.num_envs, -1)
+        parts = zip(index.unbind(1), self.classes, strict=True)
+        hots = torch.cat([F.one_hot(part, size) for part, size in parts], -1)
+        return hots.float().to(self.state.device)
+
+    def observe(self, states: TensorDict):
+        """States [N] -> what the observation space says: an array (N, ...) or a dict of them."""
+        if self.latent:
+            return flat(states, self.env.state_keys).float().cpu().numpy()
+        decoded = self.decode(states.copy())
+        arrays = {key: decoded[key].cpu().numpy() for key in self.shapes}
+        return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def flat(states: TensorDict, keys: tuple[str, ...]) -> torch.Tensor:
+    """States [N] -> their numbers side by side (N, F)."""
+    return torch.cat([states[key].flatten(1) for key in keys], -1)
+
+
+def _box(shape) -> spaces.Box:
+    """Three dimensions are an image; predicted vectors have no bounds."""
+    if len(shape) == 3:
+        return spaces.Box(0, 255, tuple(shape), np.uint8)
+    return spaces.Box(-np.inf, np.inf, tuple(shape), np.float32)
+
+
+def _row(observation, i: int):
+    if isinstance(observation, dict):
+        return {key: value[i].copy() for key, value in observation.items()}
+    return observation[i].copy()
+
+
+def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False, **options):
+    """The world model of the run in that folder as a gymnasium.vector.VectorEnv.
+
+    An episode starts from a posterior of the run's replay (dreamer.py, dreamer_v3.py) or from the
+    run's start distribution (pilco.py); it terminates where the model gives what follows a
+    probability, or discount, below one half, and is truncated after `horizon` actions (0: the
+    length that the run itself dreams). Actions are Boxes in [-1, 1], or discrete. Observations are
+    decoded, or with `latent` the state itself, flat. An ended episode is replaced in the same step.
+    `options` go to the script's `load` (device="cuda").
+
+    RunError where the run, its checkpoint or its replay is missing.
+    """
+    path = Path(run, "args.json")
+    if not path.is_file():
+        raise RunError(f"{run} is not a run folder: it has no args.json")
+    if num_envs < 1 or horizon < 0:
+        raise RunError("num_envs must be at least 1, horizon not negative")
+    agent = importlib.import_module(json.loads(path.read_text())["script"]).load(run, **options)
+    env, draw = agent.dreams(run)
+    own = vars(agent.args).get("imagination_horizon") or agent.args.horizon  # of pilco.py
+    return DreamVectorEnv(env, draw, agent.decode, agent.spec, num_envs, horizon or own, latent)

@@ -62,6 +62,22 @@ def make_replay(args, example: TensorDict, folder: Path, online: bool = True) ->
     return Replay(example, capacity, args.num_envs, args.batch_length + 1, **options)
 
 
+def saved_replay(run, example: TensorDict, state: dict) -> "Replay":
+    """The replay of a saved run, to draw windows from; `state` is its part of the checkpoint.
+
+    RunError if its files are gone.
+    """
+    layout, folder = state["layout"], Path(run, "replay")
+    if not folder.is_dir():
+        raise RunError(f"{folder} is gone: put it back")
+    rows, slack = layout["capacity"] * layout["num_envs"], layout["physical"] - layout["capacity"]
+    options = dict(directory=folder, slack=slack, online=False)
+    replay = Replay(example, rows, layout["num_envs"], layout["length"], **options)
+    replay.load_state_dict(state)
+    replay.queue.clear()
+    return replay
+
+
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 

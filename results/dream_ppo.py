@@ -1,0 +1,194 @@
+"""Stable-Baselines3's PPO, trained in the dreams of a saved run and, beside it, in the real thing.
+
+    pip install -r requirements-extra.txt
+    python results/dream_ppo.py runs/dreamer_v3/Pendulum-v1/seed0 [horizon] [actions] [seeds]
+
+Both are evaluated in the real environment, with the policy's mode. The first one gets that many
+actions in the dream, whose episodes have that horizon; the second one as many real actions as the
+run had. Writes <script>.csv and <script>.png into results/dreams/.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common.envs import make_envs
+from common.imagination import dream_env
+from common.logger import read_metrics
+
+EPISODES, SAME_STEP = 10, gymnasium.vector.AutoresetMode.SAME_STEP
+SETTINGS = dict(  # of RL Baselines3 Zoo for Pendulum-v1, but for the number of steps and batches
+    gamma=0.9, gae_lambda=0.95, n_epochs=10, ent_coef=0.0, learning_rate=1e-3, clip_range=0.2,
+    use_sde=True, sde_sample_freq=4, policy_kwargs=dict(net_arch=[64, 64]), device="cpu",
+)  # fmt: skip
+
+
+class Real(gymnasium.Env):
+    """The environment that a run was trained in, as its agent sees it: action repeat, [-1, 1]."""
+
+    def __init__(self, args, space, seed: int):
+        self.envs, self.rows = make_envs(args, 1, seed), None
+        self.observation_space, self.action_space = space
+
+    def reset(self, *, seed=None, options=None):
+        while self.rows is None or not self.rows["is_first"].item():
+            self.rows = self.envs.step(None if self.rows is None else torch.zeros(1, self.width))
+        return self.observe(), {}
+
+    @property
+    def width(self) -> int:
+        return self.envs.action_dim
+
+    def step(self, action):
+        self.rows = self.envs.step(torch.as_tensor(action).view(1, -1))
+        ends, terminal = self.rows["is_last"].item(), self.rows["is_terminal"].item()
+        return self.observe(), self.rows["reward"].item(), terminal, ends and not terminal, {}
+
+    def observe(self):
+        return self.rows["observation"][0].numpy()
+
+
+class Stable(VecEnv):
+    """A gymnasium vector environment with SAME_STEP resets, as Stable-Baselines3 wants it."""
+
+    def __init__(self, envs: gymnasium.vector.VectorEnv, seed: int):
+        assert envs.metadata["autoreset_mode"] == SAME_STEP
+        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+        self.envs, self.first = envs, seed
+
+    def reset(self):
+        return self.envs.reset(seed=self.first)[0]
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        observation, reward, terminated, truncated, infos = self.envs.step(self.actions)
+        over, each = terminated | truncated, [{} for _ in reward]
+        for i in np.flatnonzero(over):
+            each[i]["terminal_observation"] = infos["final_obs"][i]
+            each[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
+        return observation, reward.astype(np.float32), over, each
+
+    def close(self):
+        self.envs.close()
+
+    def get_attr(self, name, indices=None):
+        return [None] * self.num_envs  # the dream has no members of its own
+
+    def set_attr(self, name, value, indices=None):
+        raise NotImplementedError
+
+    def env_method(self, name, *args, indices=None, **kwargs):
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper, indices=None):
+        return [False] * self.num_envs
+
+
+class Evaluate(BaseCallback):
+    """Plays the policy's mode in the real environment now and then: [(actions, mean return)]."""
+
+    def __init__(self, real: gymnasium.Env, every: int):
+        super().__init__()
+        self.real, self.every, self.scores = real, every, []
+
+    def _on_training_start(self):
+        self.play()
+
+    def _on_rollout_end(self):
+        if self.num_timesteps - self.scores[-1][0] >= self.every:
+            self.play()
+
+    def _on_step(self):
+        return True
+
+    def play(self):
+        returns = []
+        for _ in range(EPISODES):
+            observation, total, over = self.real.reset()[0], 0.0, False
+            while not over:
+                action = self.model.predict(observation, deterministic=True)[0]
+                observation, reward, terminated, truncated, _ = self.real.step(action)
+                total, over = total + reward, terminated or truncated
+            returns.append(total)
+        self.scores.append((self.num_timesteps, float(np.mean(returns))))
+        print(f"{self.num_timesteps:9,} actions: {self.scores[-1][1]:.1f}", flush=True)
+
+
+def train(envs, real: Real, actions: int, seed: int, **settings) -> list[tuple[int, float]]:
+    """PPO for that many actions in `envs`: its scores in the real environment."""
+    callback = Evaluate(real, actions // 10)
+    model = PPO("MlpPolicy", VecMonitor(Stable(envs, seed)), seed=seed, **SETTINGS, **settings)
+    model.learn(actions, callback)
+    if callback.scores[-1][0] < model.num_timesteps:
+        callback.play()
+    return callback.scores
+
+
+def draw(scores: dict, agent: float, path: Path):
+    """Figure: real return against the actions of PPO, each seed a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(1, 2))
+    titles = {"real": "PPO in the real environment", "dream": "PPO in the dream of the run"}
+    styles = [("-", "black", "o"), ("--", "0.3", "s"), (":", "0.5", "^")]
+    for axes, (kind, title) in zip(panels, titles.items(), strict=True):
+        for seed in sorted(seed for where, seed in scores if where == kind):
+            style, color, marker = styles[seed % 3]
+            x, y = np.array(scores[kind, seed]).T
+            options = dict(color=color, marker=marker, ms=4, lw=1.2, label=f"seed {seed}")
+            axes.plot(x / 1000, y, style, **options)
+        axes.axhline(agent, color="#c8641a", lw=1.5, label="the run's own policy")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("actions, thousands")
+        axes.set_xlim(left=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel(f"return in the real environment,\nmean of {EPISODES} episodes")
+    panels[1].legend(frameon=False, fontsize=9, loc="lower right")
+    figure.savefig(path, dpi=150)
+
+
+def main(run: str, horizon: str = "50", actions: str = "200000", seeds: str = "3"):
+    torch.set_num_threads(1)
+    args = json.loads(Path(run, "args.json").read_text())
+    rows = list(read_metrics(Path(run, "metrics.jsonl")))
+    real_actions = rows[-1]["step"] // args["action_repeat"]
+    own = [row["eval/return"] for row in rows if "eval/return" in row][-1]
+    flags, scores = argparse.Namespace(**args), {}
+    for seed in range(int(seeds)):
+        dreams = dream_env(run, 16, horizon=int(horizon))
+        space = dreams.single_observation_space, dreams.single_action_space
+        test = Real(flags, space, 10_000 + seed)
+        print(f"seed {seed}, in the dream")
+        settings = dict(n_steps=256, batch_size=256)
+        scores["dream", seed] = train(dreams, test, int(actions), seed, **settings)
+        print(f"seed {seed}, {real_actions:,} real actions")
+        real = gymnasium.vector.SyncVectorEnv(
+            [partial(Real, flags, space, seed)], autoreset_mode=SAME_STEP
+        )
+        settings = dict(n_steps=512, batch_size=64)
+        scores["real", seed] = train(real, test, real_actions, seed, **settings)
+    folder = Path(__file__).parent / "dreams"
+    lines = [f"# {k}: {v}" for origin in args["origin"] for k, v in origin.items()]
+    lines += [f"# real actions of the run: {real_actions}", f"# its own return: {own:.1f}"]
+    lines += ["trained in,seed,actions,real return"]
+    lines += [f"{k},{s},{x},{y:.1f}" for (k, s), curve in scores.items() for x, y in curve]
+    folder.mkdir(exist_ok=True)
+    (folder / f"{args['script']}.csv").write_text("\n".join(lines) + "\n")
+    draw(scores, own, folder / f"{args['script']}.png")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

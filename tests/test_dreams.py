@@ -1,0 +1,307 @@
+"""World models as gymnasium environments: of hand-made dynamics, and of runs of the scripts."""
+
+import json
+import shutil
+import warnings
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.utils.env_checker import check_env
+from tensordict import TensorDict
+
+import dreamer
+import dreamer_v3
+import pilco
+from common.checkpoint import RunError
+from common.evaluation import posteriors
+from common.imagination import DreamVectorEnv, ModelBasedEnvBase, dream_env
+
+SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
+SHORT = {
+    "dreamer": "--steps 200 --prefill 120 --train-steps 2 --pretrain 2",
+    "dreamer_v3": "--steps 100",
+    "pilco": "--trials 1",
+}
+
+
+class Line(ModelBasedEnvBase):
+    """x' = x + action, reward -x'^2, and what follows is worth 1 while |x'| < 2."""
+
+    def __init__(self):
+        super().__init__(lambda td: td, ("x",))
+
+    def _step(self, td):
+        x = td["x"] + td["action"]
+        goes_on = (x.abs() < 2).float()[:, 0]
+        noise = torch.randn_like(x)
+        return TensorDict(
+            x=x, noise=noise, reward=-x.square()[:, 0], batch_size=len(x), **{"continue": goes_on}
+        )
+
+
+def line(num_envs=2, horizon=5, latent=False, classes=()):
+    """Starts are 0, 0.001, 0.002, ... in an order of the seed; the observation is 10 x."""
+
+    def draw(seed):
+        return TensorDict(x=torch.arange(8)[:, None] / 1000, batch_size=8)
+
+    spec = dict(shapes={"observation": [1]}, action_dim=sum(classes) or 1, classes=classes)
+    decode = lambda states: states.set("observation", 10 * states["x"])  # noqa: E731
+    return DreamVectorEnv(Line(), draw, decode, spec, num_envs, horizon, latent)
+
+
+def test_rewards_ends_and_final_observations():
+    envs = line()
+    first, _ = envs.reset(seed=0)
+    assert first.shape == (2, 1) and first.dtype == np.float32
+    x, infos = first / 10, {}
+    for _ in range(3):  # the first one leaves [-2, 2] at the third step, the second stays
+        x += np.array([[0.9], [0.1]])
+        assert not infos
+        observation, reward, terminated, truncated, infos = envs.step(np.float32([[0.9], [0.1]]))
+        np.testing.assert_allclose(reward, -np.square(x[:, 0]), rtol=1e-5)
+        assert not truncated.any()
+    assert terminated.tolist() == [True, False]
+    np.testing.assert_allclose(infos["final_obs"][0], 10 * x[0], rtol=1e-6)
+    assert infos["_final_obs"].tolist() == [True, False] and infos["final_obs"][1] is None
+    assert abs(observation[0]) < 0.1  # a new start
+    np.testing.assert_allclose(observation[1], 10 * x[1], rtol=1e-6)
+    still, ends = np.zeros((2, 1), np.float32), []
+    for _ in range(6):
+        _, _, terminated, truncated, _ = envs.step(still)
+        ends.append(truncated.tolist())
+        assert not terminated.any()
+    # five actions an episode: the second began three steps before the first's second one
+    no = [False, False]
+    assert ends == [no, [False, True], no, no, [True, False], no]
+
+
+def test_every_start_is_used_once_before_new_ones_are_drawn():
+    envs = line(num_envs=4, horizon=1)
+    rows = [envs.reset(seed=3)[0]]
+    for _ in range(3):
+        rows.append(envs.step(np.zeros((4, 1), np.float32))[0])
+    rows = np.round(np.concatenate(rows)[:, 0] * 100).astype(int)
+    assert sorted(rows[:8]) == list(range(8)) == sorted(rows[8:])
+    assert rows[:8].tolist() != rows[8:].tolist() != sorted(rows[8:])
+
+
+def test_a_seed_repeats_everything_and_the_global_generator_is_left_alone():
+    envs, record = line(horizon=2), []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed + len(record))
+        before, state = torch.get_rng_state(), [envs.reset(seed=seed)[0]]
+        for _ in range(7):
+            state.append(envs.step(np.float32([[0.5], [0.5]]))[0])
+        assert torch.equal(torch.get_rng_state(), before)
+        record.append(np.stack(state))
+    assert np.array_equal(record[0], record[1])
+    assert not np.array_equal(record[0], record[2])
+
+
+def test_actions_are_clipped_or_become_one_hots():
+    envs = line(1)
+    x = envs.reset(seed=0)[0] / 10
+    assert envs.step(np.float32([[7.0]]))[0] == pytest.approx(10 * (x + 1), rel=1e-5)
+    for classes, space, action, hots in (
+        ([3], spaces.Discrete(3), [2, 0], ["001", "100"]),
+        ([2, 3], spaces.MultiDiscrete([2, 3]), [[1, 0], [0, 2]], ["01100", "10001"]),
+    ):
+        envs = line(classes=classes)
+        assert envs.single_action_space == space
+        envs.reset(seed=0)
+        assert envs.encode(np.array(action)).tolist() == [list(map(float, row)) for row in hots]
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        line().step(np.zeros((2, 1)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A finished tiny run of each script."""
+    folder, torch_threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, script in SCRIPTS.items():
+            argv = f"--preset debug --no-tensorboard --run {folder / name} {SHORT[name]}"
+            script.main(argv.split())
+    torch.set_num_threads(torch_threads)
+    torch.set_flush_denormal(False)
+    return folder
+
+
+class One(gymnasium.Env):
+    """The only environment of a vector environment, for the checker, which wants a single one."""
+
+    def __init__(self, envs):
+        self.envs, self.action_space = envs, envs.single_action_space
+        self.observation_space = envs.single_observation_space
+
+    def reset(self, *, seed=None, options=None):
+        observation, infos = self.envs.reset(seed=seed, options=options)
+        self._np_random = self.envs._np_random
+        return observation[0], infos
+
+    def step(self, action):
+        observation, reward, terminated, truncated, infos = self.envs.step(np.array([action]))
+        over = terminated[0] or truncated[0]
+        observation = infos["final_obs"] if over else observation
+        return observation[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_gymnasiums_checker(runs, script, latent):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*(infinity|not having a spec).*")
+        check_env(One(dream_env(runs / script, horizon=4, latent=latent)))
+    envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(
+        dream_env(runs / script, 3, horizon=4, latent=latent)
+    )
+    envs.reset(seed=0)
+    lengths = []
+    for _ in range(9):
+        observation, *_, infos = envs.step(envs.action_space.sample())
+        assert envs.observation_space.contains(observation)
+        lengths += infos["episode"]["l"][infos["_episode"]].tolist() if "episode" in infos else []
+    assert len(lengths) >= 6 and set(lengths) <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
+def test_rewards_and_terminations_are_the_heads(runs, script):
+    envs = dream_env(runs / script, 4, horizon=50, latent=True)
+    agent = SCRIPTS[script].load(runs / script)
+    model, deter = agent.world_model, agent.args.deter
+    observation, _ = envs.reset(seed=1)
+    if script == "dreamer_v3":  # put the head between going on and ending
+        bias = envs.env.world_model.cont[-1].bias
+        with torch.no_grad():
+            feat = torch.as_tensor(observation)
+            bias -= torch.logit(envs.env.world_model.predict_continue(feat)).median()
+        model.cont[-1].bias.data.copy_(bias.data)
+    ended = 0
+    for _ in range(12):
+        action = envs.action_space.sample()
+        observation, reward, terminated, truncated, infos = envs.step(action)
+        for i in np.flatnonzero(terminated):
+            observation[i] = infos["final_obs"][i]
+        latents = torch.as_tensor(observation)
+        feat = latents if script == "dreamer_v3" else latents.roll(-deter, -1)  # stoch first
+        with torch.no_grad():
+            np.testing.assert_allclose(reward, model.predict_reward(feat), rtol=1e-5, atol=1e-6)
+            goes_on = model.predict_continue(feat)
+        assert terminated.tolist() == (goes_on < 0.5).tolist()
+        assert not truncated.any()
+        ended += terminated.sum()
+    assert 0 < ended < 48 if script == "dreamer_v3" else ended == 0  # no --pcont, no end
+
+
+@pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
+def test_decoded_observations_are_the_decoders(runs, script):
+    latents = dream_env(runs / script, 3, latent=True).reset(seed=2)[0]
+    seen = dream_env(runs / script, 3).reset(seed=2)[0]
+    agent = SCRIPTS[script].load(runs / script)
+    deter, stoch = torch.as_tensor(latents).split(
+        [agent.args.deter, latents.shape[1] - agent.args.deter], -1
+    )
+    if script == "dreamer_v3":
+        stoch = stoch.unflatten(-1, (agent.args.stoch, -1))
+        assert (stoch.sum(-1) == 1).all()  # one-hots: posteriors, not zeros
+    with torch.no_grad():
+        td = TensorDict(deter=deter, stoch=stoch, batch_size=3)
+        wanted = SCRIPTS[script].DreamerDecoder(agent.world_model)(td)["observation"]
+    np.testing.assert_allclose(seen, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
+def test_starts_are_posteriors_of_rows_from_which_an_episode_goes_on(runs, script):
+    agent = SCRIPTS[script].load(runs / script)
+    seen, actual = [], agent.filter
+
+    def record(batch):
+        seen.append(actual(batch))
+        return seen[-1]
+
+    agent.filter = record
+    draw = posteriors(agent, runs / script)
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        starts = draw(seed)
+        td = seen[-1]
+        wanted = td["deter"].flatten(0, 1)[~td["is_last"].flatten()]
+        assert torch.equal(starts["deter"], wanted) and len(wanted)
+    assert script == "dreamer" or len(wanted) < td.numel()  # CartPole's episodes are short
+    assert torch.equal(seen[0]["observation"], seen[1]["observation"])
+    assert not torch.equal(seen[0]["observation"], seen[2]["observation"])
+    raw = torch.load(runs / script / "checkpoint.pt", weights_only=True)["replay"]
+    assert seen[0]["index"][..., 1].max() < raw["total"]
+
+
+def test_pilcos_prediction_is_moment_matching_without_uncertainty(runs):
+    agent = pilco.load(runs / "pilco")
+    model, x = agent.world_model, torch.randn(6, 4, dtype=torch.float64)
+    mean, variance = pilco.prediction(x, model.factors, model.hyper)
+    matched, cov, _ = model(*pilco.certain(x))
+    torch.testing.assert_close(mean, matched)
+    torch.testing.assert_close(variance, cov.diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("noise", ["latent", "observed"])
+def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise):
+    agent = pilco.load(runs / "pilco")
+    agent.args.noise = noise
+    agent.env.noise = noise
+    envs, _ = agent.dreams()
+    state, action = torch.tensor([[0.3, 2.0]]).double(), torch.tensor([[0.4]]).double()
+    torch.manual_seed(0)
+    many = TensorDict(
+        state=state.expand(40_000, -1), action=action.expand(40_000, -1), batch_size=40_000
+    )
+    after = envs.step(many)["next"]
+    belief = agent.env.belief(*pilco.certain(state)).set("action", action)
+    belief["action_covariance"] = torch.zeros(1, 1, 1).double()
+    belief["action_gain"] = torch.zeros(1, 3, 1).double()
+    exact = agent.env.step(belief)["next"]
+    deviation = exact["covariance"][0, :2, :2].diagonal().sqrt()
+    error = after["state"].mean(0) - exact["mean"][0, :2]
+    assert (error.abs() < 5 * deviation / 200).all()
+    torch.testing.assert_close(after["state"].std(0), deviation, rtol=0.03, atol=0)
+    torch.testing.assert_close(after["reward"], -agent.cost.of(after["state"]))
+
+
+def test_pilcos_starts_are_its_start_distribution(runs):
+    agent = pilco.load(runs / "pilco")
+    torch.manual_seed(0)
+    states = torch.cat([agent.dreams()[1](0)["state"] for _ in range(20)])
+    mean, cov = agent.start()
+    torch.testing.assert_close(states.mean(0), mean[0], rtol=0, atol=0.005)
+    torch.testing.assert_close(states.T.cov(), cov[0], rtol=0, atol=0.0005)
+
+
+def test_errors_name_what_is_missing(runs, tmp_path):
+    with pytest.raises(RunError, match="not a run folder"):
+        dream_env(tmp_path)
+    with pytest.raises(RunError, match="num_envs"):
+        dream_env(runs / "pilco", 0)
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "dreamer_v3", copy)
+    shutil.rmtree(copy / "replay")
+    with pytest.raises(RunError, match="replay is gone"):
+        dream_env(copy)
+    assert not (copy / "replay").exists()
+    (copy / "checkpoint.pt").unlink()
+    with pytest.raises(RunError, match="no checkpoint"):
+        dream_env(copy)
+
+
+def test_a_run_is_left_as_it_was(runs):
+    before = {p: p.read_bytes() for p in (runs / "dreamer_v3").rglob("*") if p.is_file()}
+    envs = dream_env(runs / "dreamer_v3", 4, horizon=3)
+    envs.reset(seed=0)
+    for _ in range(10):
+        envs.step(envs.action_space.sample())
+    assert {p: p.read_bytes() for p in (runs / "dreamer_v3").rglob("*") if p.is_file()} == before
+    assert json.loads((runs / "dreamer_v3" / "args.json").read_text())["script"] == "dreamer_v3"
