@@ -1,50 +1,140 @@
-"""Turn a run folder into one raw curve: results/<script>/<task>[-<tag>]-seed<k>.csv
+"""Turn run folders into raw curves for others: results/<script>/<task>[-<tag>].csv
 
-    python results/collect.py runs/dreamer_v3/Pendulum-v1/seed0 [tag]
+    python results/collect.py runs/dreamer_v3/Pendulum-v1/seed* [--tag TAG]
 
-Columns: environment steps, return of the training episode that ended there, wall-clock seconds; for
-PILCO also the trial (0: random), mean cost of all its steps and of the last ten, what the model
-predicted and the evaluations of the search.
-The header names the command, commit, hardware and wall-clock that made them, and the evaluations
-(of the sampling policy in DreamerV3, of its mode in Dreamer).
+One file per task, with the rows of all its seeds. Columns: environment steps, return of the
+training episode that ended there, seed, wall-clock seconds; for PILCO also the trial (0: random),
+mean cost of all its steps and of the last ten, what the model predicted and the evaluations of the
+search. A seed that is there already is replaced, the others stay. --tag names a variant: its runs
+get a file of their own.
+
+manifest.json beside the files says for each seed of each file which commands, commits, versions and
+hardware made it, with which arguments, how long it took, how its policy was evaluated and what the
+returns are.
 """
 
+import csv
 import json
 import re
 import sys
 from pathlib import Path
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import checkpoint
+from common.checkpoint import RunError
 from common.logger import read_metrics
 
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
+RETURNS = {  # what a reader has to know before comparing them: (returns, evaluations)
+    "dreamer_v3": ("training episodes, sampling policy", "sampling policy"),
+    "dreamer": ("training episodes, sampling policy with exploration", "mode of the policy"),
+    "pilco": (
+        "one rollout per trial, deterministic policy; trial 0: random actions",
+        "deterministic policy",
+    ),
+}
 
 
-def main(run: str, tag: str = ""):
-    args = json.loads(Path(run, "args.json").read_text())
-    rows = list(read_metrics(Path(run, "metrics.jsonl")))
-    name = re.sub("[/:]", "-", args["env_id"]) + (f"-{tag}" if tag else "")
-    path = Path(__file__).parent / args["script"] / f"{name}-seed{args['seed']}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = [f"{k}: {v}" for origin in args["origin"] for k, v in origin.items()]
-    header.append(f"wall-clock: {rows[-1]['time/wall']:.0f} s")
-    if any("updates" in row for row in rows):
-        header[-1] += f", updates: {max(row.get('updates', 0) for row in rows):.0f}"
-    for row in rows:
-        if "eval/return" in row:
-            spread = f" +- {row['eval/return_std']:.1f}" if "eval/return_std" in row else ""
-            header.append(f"evaluation at step {row['step']}: {row['eval/return']:.1f}{spread}")
-    episodes = [row for row in rows if "episode/return" in row]
+def rows_of(metrics: list[dict], seed: int) -> list[dict]:
+    """Rows of the CSV, as strings, from those of metrics.jsonl."""
+    episodes, rows = [row for row in metrics if row.get("episode/return") is not None], []
     more = [key for key in PILCO if any(key in row for row in episodes)]
-    names = [key.replace("episode/", "").replace("search/", "search_") for key in more]
-    lines = [f"# {line}" for line in header] + [",".join(["step", "return", "seconds", *names])]
     for row in episodes:
-        cells = [row["step"], f"{row['episode/return']:.3f}", f"{row['time/wall']:.1f}"]
-        cells += [f"{row[key]:.4g}" if key in row else "" for key in more]
-        lines.append(",".join(map(str, cells)))
-    path.write_text("\n".join(lines) + "\n")
-    print(path)
+        cells = {"step": f"{row['step']}", "return": f"{row['episode/return']:.3f}"}
+        cells |= {"seed": f"{seed}", "seconds": f"{row['time/wall']:.1f}"}
+        for key in more:
+            name = key.replace("episode/", "").replace("search/", "search_")
+            cells[name] = f"{row[key]:.4g}" if key in row else ""
+        rows.append(cells)
+    return rows
+
+
+def entry_of(args: dict, metrics: list[dict]) -> dict:
+    """What the manifest says about a run."""
+    control = ("script", *checkpoint.RUN_CONTROL)
+    updates = [row["updates"] for row in metrics if "updates" in row]
+    returns, evaluations = RETURNS.get(args["script"], ("training episodes", "unknown"))
+    return {
+        "env_id": args["env_id"],
+        "action_repeat": args["action_repeat"],
+        "origin": args["origin"],
+        "steps": metrics[-1]["step"],
+        "wall_clock_seconds": round(metrics[-1]["time/wall"]),
+        "updates": round(max(updates)) if updates else None,
+        "returns": returns,
+        "evaluated": evaluations,
+        "evaluations": [
+            {"step": row["step"], "return": _round(row["eval/return"]),
+             "std": _round(row.get("eval/return_std"))}
+            for row in metrics if row.get("eval/return") is not None
+        ],
+        "args": {key: value for key, value in args.items() if key not in control},
+    }  # fmt: skip
+
+
+def _round(value):
+    return None if value is None else round(value, 3)
+
+
+def collect(run: Path, folder: Path, tag: str = "") -> Path:
+    """Add the run to its file below `folder`, and to the manifest; returns the file's path."""
+    if not (run / "args.json").is_file():
+        raise RunError(f"{run} is no run folder: it has no args.json")
+    args = json.loads((run / "args.json").read_text())
+    metrics, seed = list(read_metrics(run / "metrics.jsonl")), args["seed"]
+    rows = rows_of(metrics, seed)
+    if not rows:
+        raise RunError(f"no finished training episode in {run}/metrics.jsonl so far")
+    name = re.sub("[/:]", "-", args["env_id"]) + (f"-{tag}" if tag else "")
+    path = folder / args["script"] / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["seed"] != str(seed)]
+    write_rows(path, rows)
+    manifest = path.with_name("manifest.json")
+    files = json.loads(manifest.read_text()) if manifest.exists() else {}
+    file = files.setdefault(path.name, {"script": args["script"], "tag": tag, "seeds": {}})
+    file["seeds"][str(seed)] = entry_of(args, metrics)
+    write_manifest(manifest, files)
+    return path
+
+
+def write_rows(path: Path, rows: list[dict]):
+    """Write the rows, sorted by seed and step, with all the columns that any of them has."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = sorted(rows, key=lambda row: (int(row["seed"]), int(row["step"])))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_manifest(path: Path, files: dict):
+    """Write {file: {"script", "tag", "seeds": {seed: entry}}}, an item of an entry per line."""
+    text = []
+    for name, file in sorted(files.items()):
+        seeds = []
+        for seed, entry in sorted(file["seeds"].items(), key=lambda item: int(item[0])):
+            items = ",\n".join(f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in entry.items())
+            seeds.append(f"  {json.dumps(seed)}: {{\n{items}\n  }}")
+        head = f'"script": {json.dumps(file["script"])}, "tag": {json.dumps(file["tag"])}'
+        text.append(f'{json.dumps(name)}: {{{head}, "seeds": {{\n' + ",\n".join(seeds) + "\n }}")
+    path.write_text("{\n" + ",\n".join(text) + "\n}\n")
+
+
+def main(
+    runs: tyro.conf.Positional[tuple[Path, ...]],  # run folders
+    tag: str = "",  # of a variant, for instance pixels; a part of the file's name
+    into: Path = Path(__file__).parent,  # the folder that holds <script>/<task>.csv
+):
+    if not runs:
+        raise RunError("no run folder given")
+    for run in runs:
+        print(collect(run, into, tag))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    checkpoint.run(lambda: tyro.cli(main, description=__doc__))

@@ -15,10 +15,12 @@ FOLDER, LIMIT = Path(__file__).parent / "pilco", 0.1
 TASKS = {"PILCO-Pendulum-v0": ("pendulum", "--"), "PILCO-CartPole-v0": ("cart-pole", "-")}
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a file of collect.py."""
-    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
-    return list(csv.DictReader(lines))
+def read(path: Path) -> dict[str, list[dict]]:
+    """Rows of a file of collect.py, by seed."""
+    seeds = {}
+    for row in csv.DictReader(path.read_text().splitlines()):
+        seeds.setdefault(row["seed"], []).append(row)
+    return seeds
 
 
 def main():
@@ -27,9 +29,8 @@ def main():
     print("| Task | seed | solved in trial | after s of experience | wall-clock until then, s |")
     print("|---|---|---|---|---|")
     for task, (name, style) in TASKS.items():
-        solved, trials, paths = [], 0, sorted(FOLDER.glob(f"{task}-seed*.csv"))
-        for path in paths:
-            rows = read(path)
+        solved, trials, seeds = [], 0, read(FOLDER / f"{task}.csv")
+        for seed, rows in seeds.items():
             trials = max(trials, int(rows[-1]["trial"]))
             first = next((row for row in rows if float(row["final_cost"]) < LIMIT), None)
             cells = ["-"] * 3
@@ -37,9 +38,9 @@ def main():
                 solved.append(int(first["trial"]))
                 seconds = int(first["step"]) / 10  # both tasks have steps of 0.1 s
                 cells = [first["trial"], f"{seconds:.0f}", f"{float(first['seconds']):.0f}"]
-            print("|", " | ".join(map(str, [name, path.stem.split("seed")[1], *cells])), "|")
-        share = [100 * sum(s <= k for s in solved) / max(len(paths), 1) for k in range(trials + 1)]
-        label = f"{name}, {len(paths)} seeds"
+            print("|", " | ".join(map(str, [name, seed, *cells])), "|")
+        share = [100 * sum(s <= k for s in solved) / max(len(seeds), 1) for k in range(trials + 1)]
+        label = f"{name}, {len(seeds)} seeds"
         axis.step(range(trials + 1), share, style, where="post", color="black", label=label)
     axis.set_xlabel("trials (policies tried, 4 s of experience each)")
     axis.set_ylabel("seeds that have solved it, %")

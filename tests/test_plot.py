@@ -1,0 +1,659 @@
+"""Statistics, readers, pictures and tables of common/plot.py; the files of results/collect.py."""
+
+import csv
+import gzip
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from common import plot
+from common.checkpoint import RunError
+from common.plot import Args, bin_returns, bin_width, curve, find_runs, group, interval, task_name
+
+REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "results"))
+import collect  # noqa: E402
+import success  # noqa: E402
+
+STEPS = range(50, 1001, 50)
+WALKER, CHEETAH, HOPPER = (
+    f"dm_control/{task}-v0" for task in ("walker-walk", "cheetah-run", "hopper-stand")
+)
+
+
+def run_folder(path, env_id=WALKER, seed=0, episodes=((100, 1.0),), script="dreamer_v3", **args):
+    """A run folder, as far as plots and exports read it."""
+    path.mkdir(parents=True)
+    origin = [{"command": "python x.py", "commit": "abc", "versions": "v", "hardware": "h"}]
+    args = {"env_id": env_id, "seed": seed, "action_repeat": 2, "lr": 0.1, "run": "", **args}
+    text = json.dumps({"script": script, **args, "origin": origin})
+    (path / "args.json").write_text(text)
+    rows = [{"step": s, "episode/return": r, "time/wall": s / 10} for s, r in episodes]
+    rows.append({"step": rows[-1]["step"] if rows else 0, "updates": 7.0, "time/wall": 99.6})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (path / "metrics.jsonl").write_text(lines + '{"step": 12')  # as a killed run leaves it
+    return path
+
+
+def score_file(path, runs):
+    """A file of the authors' format from (task, method, seed, xs, ys)."""
+    names = ("task", "method", "seed", "xs", "ys")
+    text = json.dumps([dict(zip(names, run, strict=True)) for run in runs]).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
+
+
+def seed_run(steps, returns, seed="0", method="m", task="t"):
+    return plot.make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}")
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reference", sorted(plot.REFERENCES.glob("*.json")), ids=lambda p: p.stem)
+def test_every_published_task_is_a_registered_environment(reference):
+    import ale_py
+    import gymnasium
+    import shimmy
+
+    gymnasium.register_envs(ale_py)
+    gymnasium.register_envs(shimmy)
+    registered = {task_name(env_id) for env_id in gymnasium.registry}
+    tasks = set(json.loads(reference.read_text())["curves"])
+    assert len(tasks) in (18, 20, 26)
+    assert tasks <= registered
+
+
+def test_task_names():
+    names = {
+        "dm_control/walker-walk-v0": "walker_walk",
+        "dm_control/finger-turn_hard-v0": "finger_turn_hard",
+        "dm_control/ball_in_cup-catch-v0": "cup_catch",
+        "dmc_ball_in_cup_catch": "cup_catch",
+        "dmc_cup_catch": "cup_catch",
+        "ALE/MsPacman-v5": "atari_ms_pacman",
+        "ALE/UpNDown-v5": "atari_up_n_down",
+        "atari_pong": "atari_pong",
+        "Pendulum-v1": "Pendulum-v1",
+        "PILCO/CartPole-v0": "PILCO/CartPole-v0",
+    }
+    assert {env_id: task_name(env_id) for env_id in names} == names
+
+
+# --- bins and curves ----------------------------------------------------------------------------
+
+
+def test_a_bin_ends_at_its_right_edge_and_an_empty_one_keeps_the_last_value():
+    steps, returns = np.array([5, 10, 11, 35]), np.array([1.0, 3.0, 10.0, 7.0])
+    x, y = bin_returns(steps, returns, 10)
+    assert x.tolist() == [10, 20, 30, 40]  # 10 belongs to (0, 10], 11 to (10, 20]
+    assert y.tolist() == [2.0, 10.0, 10.0, 7.0]
+
+
+def test_bins_begin_with_the_first_episode():
+    x, y = bin_returns(np.array([205, 205, 400]), np.array([1.0, 2.0, 5.0]), 100)
+    assert x.tolist() == [300, 400]
+    assert y.tolist() == [1.5, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("steps", "width"),
+    [
+        (range(202, 10_000, 202), 404),  # 49 episodes: two each, not one or two
+        ([16_016] * 16, 16_016),  # all environments end together
+        (range(40, 201, 40), 40),  # a few trials
+        (range(1, 41), 1),
+    ],
+)
+def test_bins_hold_whole_episodes(steps, width):
+    assert bin_width([seed_run(steps, [0.0] * len(steps))]) == width
+
+
+def test_bin_width_is_that_of_the_longest_episodes():
+    one = seed_run(range(100, 1001, 100), [0.0] * 10)
+    many = seed_run([400, 400, 800, 800], [0.0] * 4, "1")
+    assert bin_width([one, many]) == 400
+
+
+def test_a_curve_is_drawn_where_all_seeds_have_data():
+    args = Args(())
+    runs = [seed_run([10, 20, 30, 40], [1, 2, 3, 4], "0"), seed_run([20, 30], [4, 9], "1")]
+    line = curve(runs, 10, args)
+    assert line.x.tolist() == [20, 30]
+    assert line.y.tolist() == [3.0, 6.0]
+    assert line.seeds.tolist() == [2, 2]
+    # The mean of two draws from {2, 4} is 2, 3 or 4, with 1/4, 1/2, 1/4.
+    assert line.low.tolist() == [2.0, 3.0]
+    assert line.high.tolist() == [4.0, 9.0]
+    notes = plot.make_panels({"t": {"m": runs}}, {}, Args((), bin=10))[1]
+    assert len(notes) == 1 and "step 30" in notes[0] and "30 and 40" in notes[0]
+
+
+def test_seeds_without_a_common_bin_give_no_curve():
+    runs = [seed_run([10], [1], "0"), seed_run([90], [4], "1")]
+    panels, notes = plot.make_panels({"t": {"m": runs}}, {}, Args((), bin=10))
+    assert not panels["t"][0].x.size
+    assert "m on t is drawn to step 0" in notes[0] and "10 and 90" in notes[0]
+    figure = plot.draw_curves(panels, {"m": plot.STYLES[0]}, Args(()))
+    assert figure.axes[0].lines[0].get_xdata().size == 0
+
+
+def test_one_seed_has_no_interval():
+    line = curve([seed_run([10, 20], [1, 2])], 10, Args(()))
+    assert line.y.tolist() == [1, 2]
+    assert np.isnan(line.low).all() and np.isnan(line.high).all()
+
+
+def test_a_curve_of_interquartile_means():
+    runs = [seed_run([10], [value], str(value)) for value in (1, 2, 4, 1000)]
+    assert curve(runs, 10, Args((), statistic="iqm")).y.tolist() == [3.0]
+    assert curve(runs, 10, Args(())).y.tolist() == [1007 / 4]
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def test_iqm_is_the_mean_of_the_middle_half_of_all_runs():
+    first, second = np.array([0.0, 8.0, 1.0, 7.0]), np.array([2.0, 3.0, 4.0, 100.0])
+    assert plot.iqm(first, second) == (2 + 3 + 4 + 7) / 4  # 0 1 | 2 3 4 7 | 8 100
+    assert plot.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # less than four: nothing is cut off
+    assert plot.iqm(np.array([5.0, 1.0]), np.array([3.0, 9.0, 4.0])) == 4.0  # 1 | 3 4 5 | 9
+
+
+def test_median_and_mean_are_of_task_means():
+    tasks = np.array([0.0, 0.0, 9.0]), np.array([4.0, 4.0]), np.array([5.0])
+    assert plot.median(*tasks) == 4.0
+    assert plot.mean(*tasks) == 4.0  # each task counts the same: of all runs it would be 22/6
+    assert plot.median(np.array([0.0, 0.0, 9.0])) == 3.0  # of all runs it would be 0
+
+
+def test_optimality_gap_ignores_what_exceeds_one():
+    gap = plot.optimality_gap(np.array([0.5, 3.0]), np.array([-1.0, 1.0]))
+    assert gap == pytest.approx((0.5 + 0 + 2 + 0) / 4)
+
+
+def test_profile_counts_the_runs_above():
+    tasks = [np.array([0.1, 0.5, 0.5, 0.9]), np.array([0.5, 1.2])]
+    share, (low, high) = plot.profile(tasks, np.array([0.0, 0.3, 0.5, 1.0]), 0.95)
+    assert share.tolist() == [1.0, (3 / 4 + 1) / 2, (1 / 4 + 1 / 2) / 2, (0 + 1 / 2) / 2]
+    assert (low <= share).all() and (share <= high).all()
+    assert low[0] == high[0] == 1.0
+    assert high[2] - low[2] > 0.4
+
+
+@pytest.mark.parametrize("statistic", plot.METRICS.values(), ids=plot.METRICS)
+@pytest.mark.parametrize("confidence", [0.95, 0.6])
+def test_interval_agrees_with_all_resamples(statistic, confidence):
+    """Two tasks of three runs have 27 x 27 equally likely resamples."""
+    tasks = np.array([0.1, 0.42, 0.7]), np.array([0.2, 0.35, 1.3])
+    draws = [[np.array(draw) for draw in product(task, repeat=3)] for task in tasks]
+    exact = np.array([statistic(first, second) for first, second in product(*draws)])
+    low, high = interval(statistic, tasks, confidence)
+    tail = (1 - confidence) / 2
+    for end, below in ((low, tail), (high, 1 - tail)):
+        # The share of resamples below the end, give or take 4 deviations of 10,000 resamples.
+        slack = 4 * np.sqrt(below * (1 - below) / 10_000)
+        assert (exact < end - 1e-9).mean() <= below + slack
+        assert (exact <= end + 1e-9).mean() >= below - slack
+
+
+def test_interval_draws_within_tasks_and_apart():
+    apart = np.full(4, 0.2), np.full(4, 0.8)
+    assert interval(plot.mean, apart, 0.95) == pytest.approx(0.5)  # pooled it would vary
+    mirrored = np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])
+    low, high = interval(plot.mean, mirrored, 0.95)
+    assert low < 0.7 and high > 1.3  # paired it would always be 1
+
+
+def test_interval_covers_the_mean():
+    samples = np.random.default_rng(1).standard_normal((400, 20))
+    low, high = interval(plot.mean, [samples], 0.9)
+    # The percentile bootstrap is too narrow by sqrt(19/20) and by normal instead of t quantiles:
+    # 0.874 for 20 numbers; four deviations of 400 trials are 0.066.
+    assert abs(((low < 0) & (high > 0)).mean() - 0.874) < 0.066
+    width = 2 * 1.645 * np.sqrt(samples.var(-1) / 20)
+    np.testing.assert_allclose((high - low) / width, 1, atol=0.15)
+
+
+def test_one_run_of_a_task_gives_no_interval():
+    assert np.isnan(interval(plot.mean, [np.array([1.0, 2.0]), np.array([3.0])], 0.95)).all()
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def test_a_score_is_the_mean_of_the_last_tenth():
+    run = seed_run([100, 900, 901, 1000, 1001], [1, 2, 4, 8, 100])
+    assert plot.score(run, 1000) == 6.0  # 900 is not in (900, 1000]
+    assert plot.score(run, 1001) == (4 + 8 + 100) / 3
+    assert plot.score(run, 500) == 1.0  # the last before
+    together = seed_run([400, 400, 800, 800], [1, 3, 5, 9])
+    assert plot.score(together, 799) == 2.0
+    assert plot.score(together, 850) == 7.0
+
+
+@pytest.mark.parametrize("at", [99, 1200])
+def test_no_score_where_a_run_has_no_episode(at):
+    with pytest.raises(RunError, match=f"run 0 has no score at step {at:,}: .* 100 to 1,000"):
+        plot.score(seed_run([100, 1000], [1, 2]), at)
+
+
+def test_the_published_score_is_that_of_the_line_drawn():
+    rows = np.array([[100, 10, 5, 20, 3], [200, 30, 25, 50, 4], [205, 40, 20, 45, 5]], float)
+    assert plot.published_score(rows, 205) == (35.0, 20.0, 50.0, 5)
+    assert plot.published_score(rows, 150) == (20.0, 15.0, 35.0, 3)
+    assert plot.published_score(rows, 100) == (10.0, 5.0, 20.0, 3)
+    assert plot.published_score(rows, 99) is None
+    assert plot.published_score(rows, 228) is None
+    rows[:2, 0] = 180, 200
+    assert plot.published_score(rows[:2], 200) == (30.0, 25.0, 50.0, 4)  # 180 is not in (180, 200]
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def test_a_file_of_results():
+    runs = find_runs(str(REPO / "results" / "dreamer_v3" / "Pendulum-v1.csv"))
+    assert [run.seed for run in runs] == ["0", "1", "2"]
+    assert {run.method for run in runs} == {"dreamer_v3"}
+    assert runs[0].steps[:2].tolist() == [202, 404]
+    assert runs[0].returns[:2].tolist() == [-880.119, -904.61]
+
+
+def test_folders_are_searched_and_named(tmp_path):
+    run_folder(tmp_path / "a" / "seed0", episodes=[(10, 1.5), (20, 2.5)])
+    run_folder(tmp_path / "a" / "seed1", seed=1)
+    runs = find_runs(str(tmp_path))
+    assert [(run.method, run.task, run.seed) for run in runs] == [
+        ("dreamer_v3", "walker_walk", "0"),
+        ("dreamer_v3", "walker_walk", "1"),
+    ]
+    assert runs[0].steps.tolist() == [10, 20]
+    assert runs[0].returns.tolist() == [1.5, 2.5]
+    assert {run.method for run in find_runs(f"mine={tmp_path}")} == {"mine"}
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path):
+    run_folder(tmp_path / "lr=1")
+    assert find_runs(str(tmp_path / "lr=1"))[0].method == "dreamer_v3"
+
+
+def test_a_collected_run_reads_as_its_folder_does(tmp_path):
+    folder = run_folder(tmp_path / "run", seed=3, episodes=[(10, 1.5), (20, 2.5)])
+    collect.collect(folder, tmp_path / "out")
+    collect.collect(folder, tmp_path / "out", "pixels")
+    before = find_runs(str(folder))[0]
+    plain, tagged = find_runs(str(tmp_path / "out"))
+    assert (plain.method, tagged.method) == ("dreamer_v3", "dreamer_v3-pixels")
+    for after in (plain, tagged):
+        assert (after.task, after.seed, after.env_id) == (before.task, "3", WALKER)
+        assert after.steps.tolist() == before.steps.tolist()
+        assert after.returns.tolist() == before.returns.tolist()
+        assert after.args["lr"] == 0.1 and after.args["action_repeat"] == 2
+
+
+@pytest.mark.parametrize("ending", ["json", "json.gz"])
+def test_the_authors_score_files(tmp_path, ending):
+    rows = [("dmc_walker_walk", "dreamerv3", 0, [10000.0, 20000.0], [3, 4.5]),
+            ("atari_pong", "dreamerv3", "1", [5], [-21])]  # fmt: skip
+    walker, pong = find_runs(str(score_file(tmp_path / f"scores.{ending}", rows)))
+    assert (walker.method, walker.task, walker.seed) == ("dreamerv3", "walker_walk", "0")
+    assert walker.steps.tolist() == [10000, 20000] and walker.returns.tolist() == [3, 4.5]
+    assert (pong.task, pong.seed) == ("atari_pong", "1")
+
+
+def test_the_committed_results_can_be_read():
+    table = group(find_runs(str(REPO / "results")))
+    assert set(table["Pendulum-v1"]) >= {"dreamer_v3", "dreamer", "dreamer-pixels"}
+    assert len(table["PILCO/CartPole-v0"]["pilco"]) >= 10
+    assert all(run.args["action_repeat"] == 2 for run in table["Pendulum-v1"]["dreamer"])
+
+
+# --- a whole comparison -------------------------------------------------------------------------
+
+SCORES = {WALKER: (100, 200, 300), CHEETAH: (400, 500, 800), HOPPER: (900, 900, 900)}
+
+
+@pytest.fixture(scope="module")
+def plots(tmp_path_factory):
+    """Three tasks of three seeds whose scores are SCORES, a variant 50 below, a reference."""
+    root = tmp_path_factory.mktemp("plots")
+    for env_id, scores in SCORES.items():
+        for seed, value in enumerate(scores):
+            for name, shift in (("plain", 0), ("low_lr", -50)):
+                last = {900: 5000, 950: value + shift - 10, 1000: value + shift + 10}
+                episodes = [(step, last.get(step, step / 10)) for step in STEPS]
+                where = root / name / env_id.replace("/", "-") / str(seed)
+                run_folder(where, env_id, seed, episodes, lr=0.1 if shift else 0.2)
+    curves = {"walker_walk": {"600": [50, 40, 60, 5], "1000": [123.44, 50, 200, 7]},
+              "cheetah_run": {"1000": [300, 200, 400, 7], "5000": [700, 600, 800, 7]},
+              "hopper_stand": {"500": [600, 550, 650, 7], "1500": [700, 650, 750, 7]}}  # fmt: skip
+    (root / "paper.json").write_text(json.dumps({"notes": "Not ours.", "curves": curves}))
+    named = [f"{name}={root / name}" for name in ("plain", "low_lr")]
+    plot.main([*named, "--reference", str(root / "paper.json"), "--out", str(root / "out"),
+               "--bin", "100"])  # fmt: skip
+    return root / "out"
+
+
+@pytest.mark.parametrize("name", ["curves", "aggregates", "profile"])
+def test_pictures(plots, name):
+    pixels = np.asarray(Image.open(plots / f"{name}.png").convert("RGB")).astype(int)
+    assert min(pixels.shape[:2]) > 250
+    blue, vermilion = (np.abs(pixels - c).sum(-1) < 30 for c in ((0, 114, 178), (213, 94, 0)))
+    assert blue.sum() > 100 and vermilion.sum() > 100  # a line or a bar of each method
+    svg = ElementTree.parse(plots / f"{name}.svg")
+    text = {"".join(node.itertext()) for node in svg.iter("{http://www.w3.org/2000/svg}text")}
+    labels = {
+        "curves": {"environment steps", "return", "walker_walk", "cheetah_run", "hopper_stand",
+                   "plain: 3 seeds, 95 % interval", "paper (published): 5-7 seeds, min-max"},
+        "aggregates": {"IQM", "median", "mean", "optimality gap (less is better)", "plain",
+                       "low_lr", "paper (published)", "normalised score"},
+        "profile": {"normalised score", "runs with a higher score, %", "plain", "low_lr"},
+    }  # fmt: skip
+    assert {label.strip() for label in text} >= labels[name]
+
+
+def test_curves_csv(plots):
+    rows = {(r["task"], r["method"], r["step"]): r for r in read_csv(plots / "curves.csv")}
+    walker = rows["walker_walk", "plain", "1000"]
+    # 950 and 1000 in (900, 1000]; one resample in 27 draws the worst seed three times.
+    assert [float(walker[key]) for key in ("return", "low", "high")] == [200.0, 100.0, 300.0]
+    assert (walker["seeds"], walker["band"]) == ("3", "interval")
+    assert float(rows["walker_walk", "plain", "100"]["return"]) == 7.5  # 50 and 100, tenths
+    assert float(rows["walker_walk", "plain", "900"]["return"]) == (85 + 5000) / 2
+    paper = rows["walker_walk", "paper (published)", "1000"]
+    assert [paper[key] for key in ("return", "low", "high")] == ["123.44", "50.0", "200.0"]
+    assert (paper["seeds"], paper["band"]) == ("7", "min-max")
+    assert rows["walker_walk", "paper (published)", "600"]["seeds"] == "5"
+    assert ("hopper_stand", "paper (published)", "1500") in rows  # the line leaves the panel
+    assert ("cheetah_run", "paper (published)", "5000") not in rows
+    steps = [int(step) for task, method, step in rows if (task, method) == ("walker_walk", "plain")]
+    assert steps == list(range(100, 1001, 100))
+
+
+def test_aggregates_csv(plots):
+    rows = {(row["method"], row["metric"]): row for row in read_csv(plots / "aggregates.csv")}
+    value = {key: float(row["value"]) for key, row in rows.items()}
+    # .1 .2 | .3 .4 .5 .8 .9 | .9 .9 and the task means .2, 17/30, .9
+    assert value["plain", "IQM"] == pytest.approx(2.9 / 5)
+    assert value["plain", "median"] == pytest.approx(17 / 30)
+    assert value["plain", "mean"] == pytest.approx(5 / 9)
+    assert value["plain", "optimality gap"] == pytest.approx(4 / 9)
+    assert value["low_lr", "mean"] == pytest.approx(5 / 9 - 0.05)
+    # Percentiles of all 27 x 27 resamples of two tasks; the third is constant.
+    draws = [[sum(d) / 3e3 for d in product(SCORES[t], repeat=3)] for t in (WALKER, CHEETAH)]
+    means = np.array([(a + b + 0.9) / 3 for a, b in product(*draws)])
+    low, high = float(rows["plain", "mean"]["low"]), float(rows["plain", "mean"]["high"])
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=0.012)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=0.012)
+    assert value["paper (published)", "median"] == pytest.approx(0.3)
+    assert value["paper (published)", "mean"] == pytest.approx((0.12344 + 0.3 + 0.65) / 3)
+    assert rows["paper (published)", "mean"]["low"] == ""  # its seeds are not known
+    assert ("paper (published)", "IQM") not in rows
+
+
+def test_profile_csv(plots):
+    rows = read_csv(plots / "profile.csv")
+    share = {(r["method"], round(float(r["tau"]), 2)): float(r["share"]) for r in rows}
+    assert share["plain", 0.0] == 1.0
+    assert share["plain", 0.25] == pytest.approx(7 / 9)
+    assert share["plain", 0.6] == pytest.approx(4 / 9)
+    assert share["low_lr", 0.6] == pytest.approx(4 / 9)
+    assert share["low_lr", 0.25] == pytest.approx(6 / 9)
+    assert share["plain", 1.0] == 0.0
+    assert all(float(row["low"]) <= float(row["share"]) <= float(row["high"]) for row in rows)
+
+
+def test_table_md(plots):
+    lines = (plots / "table.md").read_text().splitlines()
+    assert lines[0] == "| task | steps | plain | low_lr | paper (published) |"
+    assert lines[1] == "|---|---|---|---|---|"
+    walker = "| 200.0 [100.0, 300.0] (3) | 150.0 [50.0, 250.0] (3) | 123.4 [50.0, 200.0] (7) |"
+    assert f"| walker_walk | 1,000 {walker}" in lines
+    hopper = "| 900.0 [900.0, 900.0] (3) | 850.0 [850.0, 850.0] (3) | 650.0 [600.0, 700.0] (7) |"
+    assert f"| hopper_stand | 1,000 {hopper}" in lines
+    assert any(line.startswith("| IQM | 0.580 [") and line.endswith("|  |") for line in lines)
+    assert any(line.startswith("| mean | 0.556 [") and line.endswith("| 0.358 |") for line in lines)
+    assert any("last 10 %" in line and "no interval" in line for line in lines)
+    assert "paper (published): Not ours." in lines
+
+
+def test_table_tex(plots):
+    lines = (plots / "table.tex").read_text().splitlines()
+    code = [line for line in lines if line and not line.startswith("%")]
+    assert code[0] == r"\begin{tabular}{lrrrr}"
+    walker = "200.0 [100.0, 300.0] (3) & 150.0 [50.0, 250.0] (3) & 123.4 [50.0, 200.0] (7)"
+    assert rf"walker\_walk & 1,000 & {walker} \\" in code
+    assert r"task & steps & plain & low\_lr & paper (published) \\" in code
+    assert code.count(r"\end{tabular}") == 2
+    assert not any("_" in line.replace(r"\_", "") for line in code)
+
+
+def test_latex_escapes():
+    rows = plot.latex([["a_b & 50 %", r"c\d~e^f#g$h{i}"]]).splitlines()
+    escaped = r"c\textbackslash{}d\textasciitilde{}e\textasciicircum{}f\#g\$h\{i\}"
+    assert rows[2] == rf"a\_b \& 50 \% & {escaped} \\"
+
+
+def test_without_ranges_there_are_curves_but_no_aggregates(tmp_path):
+    for seed in range(2):
+        episodes = [(100, -seed), (200, 5.0), *[(300, 9.0)] * seed]  # scored where seed 0 ends
+        run_folder(tmp_path / "runs" / str(seed), "Pendulum-v1", seed, episodes)
+    out = tmp_path / "out"
+    (tmp_path / "ranges.json").write_text('{"Pendulum-v1": [-10, 10]}')
+    known = ["--normalise", str(tmp_path / "ranges.json")]
+    plot.main([str(tmp_path / "runs"), "--out", str(out), *known])
+    rows = {row["metric"]: float(row["value"]) for row in read_csv(out / "aggregates.csv")}
+    assert rows["mean"] == 0.75
+    plot.main([str(tmp_path / "runs"), "--out", str(out)])  # the old aggregates must not stay
+    names = ["curves.csv", "curves.png", "curves.svg", "table.md", "table.tex"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert "not known for Pendulum-v1. --normalise" in (out / "table.md").read_text()
+
+
+def test_other_tasks_than_the_other_method(tmp_path, capsys):
+    run_folder(tmp_path / "a" / "walker", WALKER)
+    run_folder(tmp_path / "a" / "hopper", HOPPER)
+    run_folder(tmp_path / "b", WALKER, script="dreamer")
+    out = ["--out", str(tmp_path / "out")]
+    plot.main([str(tmp_path), *out, "--reference", "v3_dmc_proprio"])
+    text = capsys.readouterr().out
+    assert "No aggregates: dreamer has no run of hopper_stand" in text
+    assert {row["task"] for row in read_csv(tmp_path / "out" / "curves.csv")} == {
+        "walker_walk", "hopper_stand"}  # fmt: skip
+    plot.main([str(tmp_path), *out, "--tasks", "walker_walk"])
+    assert "No aggregates" not in capsys.readouterr().out
+    assert {row["method"] for row in read_csv(tmp_path / "out" / "aggregates.csv")} == {
+        "dreamer_v3", "dreamer"}  # fmt: skip
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    return run_folder(tmp_path / "run")
+
+
+def refuse(*argv):
+    with pytest.raises(RunError) as error:
+        plot.main([str(word) for word in argv])
+    return str(error.value)
+
+
+def test_no_runs(tmp_path):
+    assert "no runs given" in refuse()
+    assert f"no runs found in {tmp_path}" in refuse(tmp_path)
+    assert "nothing does not exist" in refuse("mine=nothing")
+
+
+def test_a_run_that_has_not_begun(tmp_path, run):
+    (run / "metrics.jsonl").unlink()
+    assert f"{run} has no metrics.jsonl" in refuse(run)
+    folder = run_folder(tmp_path / "early", episodes=())
+    assert f"{folder}: no finished training episode" in refuse(folder)
+
+
+@pytest.mark.parametrize("field", ["action_repeat", "lr"])
+def test_runs_that_do_not_go_together(tmp_path, run, field):
+    other = run_folder(tmp_path / "other", seed=1, **{field: 4})
+    message = refuse(run, other)
+    assert f"runs of dreamer_v3 on walker_walk do not go together: {field} " in message
+    assert "and 4" in message and str(other) in message and "NAME=PATH" in message
+    assert len(group([*find_runs(f"a={run}"), *find_runs(f"b={other}")])["walker_walk"]) == 2
+
+
+def test_arguments_that_may_differ(tmp_path, run):
+    more = {"steps": 9, "device": "cuda", "log_every": 3, "run": "elsewhere"}
+    other = run_folder(tmp_path / "other", seed=1, **more)
+    assert (
+        len(group([*find_runs(str(run)), *find_runs(str(other))])["walker_walk"]["dreamer_v3"]) == 2
+    )
+
+
+def test_a_seed_twice(tmp_path, run):
+    other = run_folder(tmp_path / "other")
+    message = refuse(run, other)
+    assert "seed 0 twice" in message and str(run) in message and str(other) in message
+
+
+def test_references(tmp_path, run):
+    message = refuse(run, "--reference", "v9")
+    assert "no reference v9" in message and "v1_dmc_vision, v3_atari100k" in message
+    message = refuse(run, "--reference", "v3_atari100k")
+    assert "no curve for walker_walk" in message and "atari_pong" in message
+    broken = tmp_path / "broken.json"
+    broken.write_text('{"curves": {"walker_walk": {"1": [1, 2]}}}')
+    assert f"{broken} is not laid out as" in refuse(run, "--reference", broken)
+
+
+def test_a_reference_that_has_some_of_the_tasks(tmp_path, run):
+    quadruped = run_folder(tmp_path / "other", "dm_control/quadruped-run-v0")
+    plot.main([str(run), str(quadruped), "--reference", "v3_dmc_proprio", "--out",
+               str(tmp_path / "out")])  # fmt: skip
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "v3_dmc_proprio (published) has nothing at these steps for quadruped_run" in text
+
+
+def test_files_of_another_kind(tmp_path, run):
+    table = tmp_path / "x.csv"
+    table.write_text("step,return\n1,2\n")
+    assert f"{table} is not a CSV file of results/collect.py" in refuse(table)
+    scores = tmp_path / "x.json"
+    scores.write_text("[]")
+    assert f"no runs found in {scores}" in refuse(scores)
+    for text in ("{", '{"a": 1}', '[{"task": "t"}]'):
+        scores.write_text(text)
+        assert f'{scores} is not a list of {{"task"' in refuse(scores)
+    for text in ('{"a": [1, 0]}', '{"a": 3}', "[1]"):
+        scores.write_text(text)
+        assert f"{scores} is not a JSON file {{task: [low, high]}}" in refuse(
+            run, "--normalise", scores)  # fmt: skip
+
+
+def test_flags_that_cannot_be(run):
+    assert "--interval" in refuse(run, "--interval", "1.5")
+    assert "--bin" in refuse(run, "--bin", "-1")
+    assert "no run of hopper_hop: there are runs of walker_walk" in refuse(
+        run, "--tasks", "hopper_hop")  # fmt: skip
+    out = run.parent / "out"
+    assert "no score at step 5,000" in refuse(run, "--at", "5000", "--out", out)
+    assert not out.exists()
+
+
+def test_an_error_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "common.plot", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith(f"error: no runs found in {tmp_path}")
+    assert "Traceback" not in found.stderr
+
+
+# --- results/collect.py -------------------------------------------------------------------------
+
+
+def test_export(tmp_path):
+    run = run_folder(tmp_path / "run", seed=4, episodes=[(10, 1.23456), (20, -2.5)])
+    with (run / "metrics.jsonl").open("a") as file:
+        row = {"step": 24, "eval/return": 5.55555, "eval/return_std": 0.25, "time/wall": 120.4}
+        file.write("\n" + json.dumps(row) + "\n")
+    path = collect.collect(run, tmp_path / "out")
+    assert path == tmp_path / "out" / "dreamer_v3" / "dm_control-walker-walk-v0.csv"
+    assert path.read_text() == ("step,return,seed,seconds\n10,1.235,4,1.0\n20,-2.500,4,2.0\n")
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    file = manifest["dm_control-walker-walk-v0.csv"]
+    assert (file["script"], file["tag"]) == ("dreamer_v3", "")
+    entry = file["seeds"]["4"]
+    origin = {"command": "python x.py", "commit": "abc", "versions": "v", "hardware": "h"}
+    assert entry["origin"] == [origin]
+    assert (entry["env_id"], entry["action_repeat"]) == (WALKER, 2)
+    assert (entry["steps"], entry["wall_clock_seconds"], entry["updates"]) == (24, 120, 7)
+    assert entry["evaluations"] == [{"step": 24, "return": 5.556, "std": 0.25}]
+    assert "training episodes" in entry["returns"] and "sampling" in entry["evaluated"]
+    assert entry["args"]["lr"] == 0.1 and "run" not in entry["args"]
+
+
+def test_a_seed_is_replaced_and_the_others_stay(tmp_path):
+    for seed in (10, 2, 3):
+        run = run_folder(tmp_path / f"old{seed}", seed=seed, episodes=[(10, seed), (20, seed)])
+        path = collect.collect(run, tmp_path / "out")
+    kept = [line for line in path.read_text().splitlines() if line.split(",")[2] in ("2", "10")]
+    entries = json.loads((path.parent / "manifest.json").read_text())[path.name]["seeds"]
+    collect.collect(run_folder(tmp_path / "new", seed=3, episodes=[(5, 0.5)]), tmp_path / "out")
+    lines = path.read_text().splitlines()
+    assert lines == ["step,return,seed,seconds", *kept[:2], "5,0.500,3,0.5", *kept[2:]]
+    assert kept[0] == "10,2.000,2,1.0" and kept[2] == "10,10.000,10,1.0"
+    after = json.loads((path.parent / "manifest.json").read_text())[path.name]["seeds"]
+    assert list(after) == ["2", "3", "10"]
+    assert {seed: after[seed] for seed in ("2", "10")} == {s: entries[s] for s in ("2", "10")}
+    assert (entries["3"]["steps"], after["3"]["steps"]) == (20, 5)
+
+
+def test_the_columns_of_pilco(tmp_path):
+    run = run_folder(tmp_path / "run", "PILCO/CartPole-v0", script="pilco", episodes=())
+    # fmt: off
+    rows = [{"step": 40, "episode/return": -39.5, "trial": 0, "episode/cost": 0.98765,
+             "episode/final_cost": 1.0, "time/wall": 0.1},
+            {"step": 80, "episode/return": -7, "trial": 1, "episode/cost": 0.2, "time/wall": 30,
+             "episode/final_cost": 0.01, "search/cost": 0.5, "search/evaluations": 150}]
+    # fmt: on
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = collect.collect(run, tmp_path / "out")
+    assert path.read_text().splitlines() == [
+        "step,return,seed,seconds,trial,cost,final_cost,search_cost,search_evaluations",
+        "40,-39.500,0,0.1,0,0.9877,1,,",
+        "80,-7.000,0,30.0,1,0.2,0.01,0.5,150",
+    ]
+    assert success.read(path)["0"][1]["final_cost"] == "0.01"
+
+
+def test_collect_from_the_command_line(tmp_path):
+    runs = [run_folder(tmp_path / str(seed), "Pendulum-v1", seed) for seed in (0, 1)]
+    command = [sys.executable, "results/collect.py", *map(str, runs), "--tag", "small", "--into",
+               str(tmp_path / "out")]  # fmt: skip
+    options = {"cwd": REPO, "capture_output": True, "text": True, "timeout": 120}
+    found = subprocess.run(command, **options)
+    assert found.returncode == 0, found.stderr
+    rows = read_csv(tmp_path / "out" / "dreamer_v3" / "Pendulum-v1-small.csv")
+    assert [(row["seed"], row["return"]) for row in rows] == [("0", "1.000"), ("1", "1.000")]
+
+
+def test_what_cannot_be_collected(tmp_path):
+    with pytest.raises(RunError, match="is no run folder"):
+        collect.collect(tmp_path, tmp_path)
+    early = run_folder(tmp_path / "early", episodes=())
+    with pytest.raises(RunError, match="no finished training episode"):
+        collect.collect(early, tmp_path)
+    with pytest.raises(RunError, match="no run folder given"):
+        collect.main(())
