@@ -1,5 +1,6 @@
 """pilco.py as its users run it: trials, resume, evaluation, kinds of environments, errors."""
 
+import functools
 import os
 import shutil
 import signal
@@ -42,7 +43,7 @@ def test_debug_as_it_is(start, tmp_path):  # noqa: F811
 
 
 def test_resume_is_exact(start, tmp_path):  # noqa: F811
-    argv = [*DEBUG, "--trials", 4, "--restarts", 2, "--max-inducing", 20]
+    argv = [*DEBUG, "--trials", 3, "--restarts", 2, "--max-inducing", 12]
     start(*argv, "--run", tmp_path / "a").done()
 
     def wait(run, lines):
@@ -198,7 +199,8 @@ def test_presets_are_the_authors_scenarios():
     assert (args.centres, args.horizon, args.trials) == (100, 30, 20)
 
 
-def test_benchmark(inside, capsys):  # noqa: F811
+def test_benchmark(inside, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(pilco, "benchmark", functools.partial(pilco.benchmark, 2))
     inside("--benchmark")
     text = capsys.readouterr().out
     assert "100 points" in text and "300 points" in text and "GB" in text
@@ -267,7 +269,7 @@ def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):  # noqa
 
 def test_the_pendulum_is_learned(inside, tmp_path):  # noqa: F811
     """Hanging costs 1 per step; three short searches leave less than half in the last second."""
-    flags = "--preset pendulum --seed 2 --trials 3 --horizon 25 --evaluations 60 --centres 10"
+    flags = "--preset pendulum --seed 2 --trials 3 --horizon 25 --evaluations 30 --centres 10"
     inside(*flags.split(), "--restarts", 1, "--no-tensorboard")
     costs = [row["episode/final_cost"] for row in lines_of(tmp_path / "run") if "trial" in row]
     assert costs[0] > 0.9 and min(costs) < 0.5
