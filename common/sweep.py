@@ -117,13 +117,31 @@ def load_script(path: Path):
 
 
 def work(args: Args, jobs: list[Job]) -> bool:
+    """Bring the runs to their ends; True if the user has stopped it.
+
+    A Ray of its own that dies takes waiting runs with it: they go on in another one.
+    """
+    stopped = on_ray(args, jobs)
+    for _ in range(args.retries):
+        if args.address or stopped or all(job.state in (DONE, FAILED) for job in jobs):
+            break
+        print("Ray has died and is started again", flush=True)
+        stopped = on_ray(args, jobs)
+    for job in jobs:
+        if job.state == WAITING and not stopped:
+            job.state = FAILED
+    return stopped
+
+
+def on_ray(args: Args, jobs: list[Job]) -> bool:
     """Start what is not done, show how it goes, wait for it; True if the user has stopped it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
     except ImportError:
         raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
-    where = dict(address=args.address) if args.address else dict(include_dashboard=False)
+    own = dict(address="local", include_dashboard=False)  # without address: the last one started
+    where = dict(address=args.address) if args.address else own
     ray.init(log_to_driver=False, logging_level="error", **where)
     try:
         for name, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
@@ -151,10 +169,13 @@ def work(args: Args, jobs: list[Job]) -> bool:
 
 
 def settle(ray, reference, job: Job):
-    """Note whether a run has ended well, and if not, why."""
+    """Note whether a run has ended well, and if not, why; it still waits if Ray itself died."""
+    lost = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
     try:
         ray.get(reference)
         job.state = DONE
+    except lost as error:
+        job.error = str(error).strip().splitlines()[-1]
     except ray.exceptions.RayError as error:
         reason = getattr(error, "cause", None) or error
         job.state, job.error = FAILED, str(reason).strip().splitlines()[-1]
@@ -166,6 +187,8 @@ def settle(ray, reference, job: Job):
 def run(job: Job, threads: int, directory: str):
     """One try: the script as a process of its own, to its end; RuntimeError if it does not come."""
     until_free(job.folder)
+    if finished(job):  # by the process of a worker that has died
+        return
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", CHILD, str(os.getpid()), *job.argv]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}

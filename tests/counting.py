@@ -1,13 +1,12 @@
 """A script for test_sweep.py: counts to --steps, a line of metrics.jsonl each, and resumes."""
 
 import argparse
+import fcntl
 import json
 import signal
 import sys
 import time
-
-from common import checkpoint
-from common.checkpoint import RunError
+from pathlib import Path
 
 
 def parse_args(argv=None):
@@ -22,14 +21,15 @@ def parse_args(argv=None):
 
 def check(args):
     if args.steps < 1:
-        raise RunError("--steps must be at least 1")
+        raise ValueError("--steps must be at least 1")
 
 
 def main():
     args = parse_args()
-    folder = checkpoint.run_folder("counting", args)
+    folder = Path(args.run or f"runs/counting/{args.env_id}/seed{args.seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint._lock(folder)
+    lock = (folder / "lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
     path = folder / "metrics.jsonl"
     done = len(path.read_text().splitlines()) if path.exists() else 0

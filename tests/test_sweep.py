@@ -153,15 +153,33 @@ def test_more_than_there_is(counting):
         counting("--cpus", 99)
 
 
+def test_a_ray_of_its_own_that_dies(tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
+    cores, folders = os.cpu_count(), [tmp_path / f"runs/counting/Good/seed{i}" for i in (0, 1)]
+    command = [sys.executable, "-m", "common.sweep", str(COUNTING), "--pause", "0.0506"]
+    command += ["--steps", "40", "--seeds", "0", "1", "--cpus", str(cores)]  # one at a time
+    options = dict(cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, **options) as process:
+        until(lambda: (folders[0] / "metrics.jsonl").exists())
+        children = psutil.Process(process.pid).children()
+        (raylet,) = [child for child in children if child.name() == "raylet"]
+        raylet.kill()
+        text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    assert "Ray has died and is started again" in text
+    assert text[text.rindex("run  ") :].count("done") == 3  # in the header, too
+    assert all(steps(folder) == list(range(1, 41)) for folder in folders)
+
+
 def test_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     flags = ["--preset", "debug", "--steps", "150", "--no-tensorboard", "--threads", "1"]
     command = [sys.executable, "-m", "common.sweep", str(REPO / "dreamer_v3.py"), *flags]
-    command += ["--env-ids", "CartPole-v1", "Pendulum-v1", "--seeds", "3"]
+    command += ["--env-ids", "CartPole-v1", "--seeds", "3"]
     options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run(command, **options, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all("done" in line for line in done.stdout.splitlines()[-2:]) and not done.stderr
+    assert "done" in done.stdout.splitlines()[-1] and not done.stderr
     alone = [sys.executable, str(REPO / "dreamer_v3.py"), *flags, "--seed", "3", "--run", "alone"]
     subprocess.run([*alone, "--env-id", "CartPole-v1"], **options, check=True)
     swept = tmp_path / "runs/dreamer_v3/CartPole-v1/seed3"
@@ -228,7 +246,7 @@ def test_progress_and_table(tmp_path, monkeypatch):
 )
 def test_wrong_flags_are_named_before_anything_starts(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises((RunError, ValueError), match=message):
         plan(*map(str, argv))
     assert not list(tmp_path.iterdir())
 
