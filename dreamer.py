@@ -82,7 +82,7 @@ class Args:
     eval_every: int = 10_000  # environment steps between single episodes of the policy's mode
     benchmark: bool = False  # time the updates of these settings instead of training
     device: str = ""  # empty: cuda if there is one, else cpu
-    threads: int = 0  # of torch on the CPU; 0: torch's choice
+    threads: int = 0  # of torch and numpy on the CPU; 0: their choice
     compile: bool = False  # torch.compile: faster after a minute or two; on CUDA one graph as well
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
     tensorboard: bool = True  # mirror the metrics to TensorBoard

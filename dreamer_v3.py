@@ -78,7 +78,7 @@ class Args:
     eval_episodes: int = 5  # played at the end, and by --eval
     benchmark: bool = False  # time the updates of these settings instead of training
     device: str = ""  # empty: cuda if there is one, else cpu
-    threads: int = 0  # of torch on the CPU; 0: torch's choice. Small networks gain nothing from two
+    threads: int = 0  # on the CPU; 0: torch's choice. Small networks gain nothing from two
     compile: bool = False  # torch.compile: faster after a minute or two; on CUDA one graph as well
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
     tensorboard: bool = True  # mirror the metrics to TensorBoard

@@ -90,7 +90,7 @@ class Args:
     eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes
     eval_episodes: int = 10  # played at the end, and by --eval
     benchmark: bool = False  # time the value and its gradient at 100 and 300 points
-    threads: int = 1  # of torch; 0: its own choice; these matrices are too small for more
+    threads: int = 1  # of torch and numpy; 0: their choice; the matrices are too small for more
     tensorboard: bool = True  # mirror the metrics to TensorBoard
 
     # environment

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 FORMAT = 1  # of checkpoint.pt
 RUN_CONTROL = ("fresh", "eval", "run", "origin")  # not what is learned, so free to differ
@@ -272,9 +273,10 @@ def autocast(device, precision) -> torch.autocast:
 
 
 def prepare(seed, threads=0):
-    """What a script sets for its process: seeds, torch's threads on the CPU (0: its choice)."""
+    """What a script sets for its process: seeds, threads on the CPU (0: the libraries' choice)."""
     if threads:
         torch.set_num_threads(threads)
+        threadpool_limits(threads)  # numpy's, which else wait for each other where a core is busy
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     seed_everything(seed)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from common import checkpoint
 from common.checkpoint import (
@@ -58,6 +59,15 @@ def start(code, *argv):
     command = [sys.executable, "-c", code, *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, cwd=REPO, **pipes)
+
+
+def test_threads_are_those_of_torch_and_of_numpy():
+    before = torch.get_num_threads()
+    with threadpool_limits(2):  # restores what it finds
+        checkpoint.prepare(0, 1)
+        pools = {pool["user_api"]: pool["num_threads"] for pool in threadpool_info()}
+        torch.set_num_threads(before)
+    assert pools["blas"] == 1 and pools.get("openmp", 1) == 1
 
 
 def test_folder_name_first_start_and_resume(tmp_path):

@@ -594,7 +594,7 @@ def test_every_flag_is_read(script):
 
 def test_help_lists_presets_and_flags():
     command = [sys.executable, str(SCRIPT), "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120)
+    found = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
     assert found.returncode == 0 and "DreamerV3 (Hafner" in found.stdout
     words = set(re.findall(r"[\w-]+", found.stdout))
     flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(dreamer_v3.Args)}
@@ -606,7 +606,7 @@ def test_debug_as_it_is(tmp_path):
     """The real command in a bare process: what a newcomer does first."""
     command = [sys.executable, str(SCRIPT), "--preset", "debug", "--threads", "1", "--run", "run"]
     found = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=120
+        command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=400
     )
     assert found.returncode == 0, found.stderr
     rows = lines_of(tmp_path / "run")
