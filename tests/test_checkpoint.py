@@ -55,7 +55,7 @@ class Settings:
 
 def start(code, *argv):
     """Run `code` in another process with the repository on its path."""
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
     command = [sys.executable, "-c", code, *map(str, argv)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env, cwd=REPO, **pipes)

@@ -40,7 +40,6 @@ from dreamer import (
     with_context,
 )
 
-torch.set_num_threads(1)
 TINY = dict(deter=12, hidden=10, stoch=4, depth=2, units=16, imagination_horizon=5)
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
 DISCRETE = SPEC | {"action_dim": 5, "classes": (2, 3)}

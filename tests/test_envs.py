@@ -19,9 +19,6 @@ HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
 
 
-torch.set_num_threads(1)
-
-
 def needs(*modules):
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")

@@ -32,7 +32,6 @@ from dreamer_v3 import (
     unimix_probs,
 )
 
-torch.set_num_threads(1)
 BINS = two_hot_bins(255)
 LN255 = math.log(255)
 SIZES = dict(deter=32, hidden=8, stoch=4, classes=4, depth=1, units=16, blocks=4)

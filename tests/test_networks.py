@@ -40,7 +40,6 @@ from dreamer_v3 import (
     with_context,
 )
 
-torch.set_num_threads(1)
 TINY = dict(deter=32, hidden=8, stoch=4, classes=4, depth=2, units=16, imagination_horizon=4)
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
 DISCRETE = {"shapes": {"pixels": (32, 32, 3), "vector": (2,)}, "action_dim": 5, "classes": (2, 3)}

@@ -15,7 +15,6 @@ from torch import nn
 
 from dreamer_v3 import Agent, Args, features, two_hot_decode, with_context
 
-torch.set_num_threads(1)
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
 SCALES = {"rep": 0.1, "repval": 0.3}  # of the losses; the others have 1
 OBSERVED = ("is_first", "is_last", "is_terminal", "reward", "position", "velocity", "action")

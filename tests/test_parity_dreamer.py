@@ -15,7 +15,6 @@ from torch import nn
 
 from dreamer import Agent, Args, features, gaussian_kl, with_context
 
-torch.set_num_threads(1)
 SPEC = {"shapes": {"image": (64, 64, 3)}, "action_dim": 2, "classes": ()}
 B, T, H = 3, 6, 5
 

@@ -32,7 +32,6 @@ from pilco import (
     with_angles,
 )
 
-torch.set_num_threads(1)
 VECTORS = Path(__file__).parent / "pilco_matlab.npz"
 GOLDEN = {key: torch.tensor(value) for key, value in np.load(VECTORS).items()}
 

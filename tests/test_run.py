@@ -38,7 +38,6 @@ REPO = Path(__file__).resolve().parents[1]
 SCRIPT = REPO / "dreamer_v3.py"
 ENVIRONMENT = {
     **os.environ,
-    "OMP_NUM_THREADS": "1",
     "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
     "SDL_VIDEODRIVER": "dummy",
 }
