@@ -929,7 +929,7 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    parallel.start()
+    parallel.start(args.device)
     device = check(args)
     checkpoint.prepare(args.seed, args.threads)
     if args.benchmark:
@@ -942,7 +942,7 @@ def main(argv: list[str] | None = None):
     folder, saved = parallel.open_run("dreamer", args, MAY_CHANGE, decided)
     args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
     own = parallel.share(args)  # of the environments, the batch and the replay
-    envs = make_envs(args, own.num_envs, parallel.own_seed(args.seed), args.env_workers)
+    envs = make_envs(args, own.num_envs, own.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
     parallel.align(agent, args.seed)
     checkpoint.check_spec(agent.spec, saved, args.env_id)
@@ -980,12 +980,15 @@ def main(argv: list[str] | None = None):
                 step += args.num_envs * args.action_repeat
                 score = score * ~rows["is_first"] + rows["reward"]
                 for value in parallel.collect(score[rows["is_last"]].tolist()):
-                    counts = {"updates": updates, "crashes": envs.crashes}
+                    crashes = sum(parallel.collect([envs.crashes]))
+                    counts = {"updates": updates, "crashes": crashes}
                     logger.write(step, **{"episode/return": value}, **counts)
                     logger.advance(step, **{"return": value})
                 if (bursts := due["train"](step)) and step >= args.prefill:
-                    found = len(replay.episodes(args.pcont)) or (replay.whole and not updates)
-                    found = not parallel.any_rank(not found)
+                    long = len(replay.episodes(args.pcont))
+                    found = parallel.all_ranks(long)
+                    if not (found or updates or parallel.any_rank(long)):
+                        found = parallel.any_rank(replay.whole)  # all too short: sampling says so
                     pending = bursts * args.train_steps if found else 0
                     pending += args.pretrain - args.train_steps if pending and not updates else 0
                     if not found and step - args.prefill < args.train_every:

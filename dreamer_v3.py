@@ -1176,7 +1176,7 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    parallel.start()
+    parallel.start(args.device)
     device = check(args)
     checkpoint.prepare(args.seed, args.threads)
     updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
@@ -1189,7 +1189,7 @@ def main(argv: list[str] | None = None):
     folder, saved = parallel.open_run("dreamer_v3", args, MAY_CHANGE, decided)
     args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
     own = parallel.share(args)  # of the environments, the batch and the replay
-    envs = make_envs(args, own.num_envs, parallel.own_seed(args.seed), args.env_workers)
+    envs = make_envs(args, own.num_envs, own.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
     parallel.align(agent, args.seed)
     checkpoint.check_spec(agent.spec, saved, args.env_id)
@@ -1224,7 +1224,8 @@ def main(argv: list[str] | None = None):
             step += args.num_envs * args.action_repeat
             score = score * ~rows["is_first"] + rows["reward"]
             for value in parallel.collect(score[rows["is_last"]].tolist()):
-                counts = {"updates": updates, "crashes": envs.crashes}
+                crashes = sum(parallel.collect([envs.crashes]))
+                counts = {"updates": updates, "crashes": crashes}
                 logger.write(step, **{"episode/return": value}, **counts)
                 logger.advance(step, **{"return": value})
             enough = len(replay) >= own.batch_size * args.batch_length

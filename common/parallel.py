@@ -34,12 +34,17 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def start():
-    """Find the other ranks. Only rank 0 prints from now on."""
+def start(device: str = ""):
+    """Find the other ranks, each with a GPU unless `device` is cpu. Only rank 0 prints from now on.
+
+    RunError if there are fewer GPUs than ranks on this machine.
+    """
     if size() > 1 and not dist.is_initialized():
-        cuda = torch.cuda.is_available()
+        cuda, local = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
+        if cuda and local >= (gpus := torch.cuda.device_count()):
+            raise RunError(f"--nproc-per-node is more than the {gpus} GPUs here; or --device cpu")
         if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(local)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     if rank():
@@ -61,7 +66,8 @@ def share(args):
         if getattr(args, name) % size():
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise RunError(f"{flag} must be a multiple of {size()}, the number of ranks")
-    return dataclasses.replace(args, **{k: -(-getattr(args, k) // size()) for k in DIVIDED})
+    parts = {k: -(-getattr(args, k) // size()) for k in DIVIDED}
+    return dataclasses.replace(args, seed=own_seed(args.seed), **parts)
 
 
 def own_seed(seed: int) -> int:
@@ -123,13 +129,18 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
+def any_rank(flag) -> bool:
+    """Whether the flag is true on any rank."""
     if size() == 1:
         return bool(flag)
-    total = torch.tensor(float(flag))
+    total = torch.tensor(float(bool(flag)))
     dist.all_reduce(total)
     return total.item() > 0
+
+
+def all_ranks(flag) -> bool:
+    """Whether the flag is true on all ranks."""
+    return not any_rank(not flag)
 
 
 def collect(values: list) -> list:
@@ -146,6 +157,7 @@ def collect(values: list) -> list:
 
 def open_run(script, args, may_change=(), decided=None) -> tuple[Path, dict | None]:
     """checkpoint.open_run for all ranks; RunError if another number of them saved the run."""
+    share(args)  # what it refuses must not cost a run that --fresh would delete
     if rank() == 0:
         folder, saved = checkpoint.open_run(script, args, may_change, decided)
         if (ranks := (saved or {}).get("ranks", size())) != size():

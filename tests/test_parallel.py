@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from tensordict import TensorDict
 from test_run import (  # noqa: F401  fixtures: nursery, start, two
     ENVIRONMENT,
     REPO,
@@ -23,6 +24,7 @@ import dreamer_v3
 import pilco
 from common import parallel
 from common.checkpoint import RunError
+from common.replay import make_replay
 
 SCRIPT = REPO / "dreamer_v3.py"
 FLAGS = "--preset debug --num-envs 4 --save-every 40 --log-every 40 --dream-every 80 --threads 1"
@@ -87,6 +89,40 @@ def test_numbers_that_the_ranks_do_not_divide(monkeypatch):
     args.num_envs, args.batch_size = 6, 9
     own = parallel.share(args)
     assert (own.num_envs, own.batch_size, own.steps) == (2, 3, -(-args.steps // 3))
+
+
+def test_ranks_draw_different_windows_from_replays_of_the_same_length(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    draws = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        args = dreamer_v3.parse_args(["--preset", "debug"])
+        own = parallel.share(args)
+        example = TensorDict({key: torch.zeros(()).bool() for key in ("is_first", "is_last")})
+        replay = make_replay(own, example, tmp_path / rank, online=False)
+        for _ in range(60):
+            replay.append(example.expand(own.num_envs).clone())
+        draws.append(replay.sample(8)["index"])
+    assert not torch.equal(*draws)
+
+
+def test_what_the_ranks_refuse_costs_no_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    argv = ["--preset", "debug", "--num-envs", "4", "--run", str(tmp_path), "--fresh"]
+    (tmp_path / "args.json").write_text('{"script": "dreamer_v3"}')
+    (tmp_path / "checkpoint.pt").write_text("all that was learned")
+    with pytest.raises(RunError, match="--num-envs 4 must be a multiple of 3"):
+        parallel.open_run("dreamer_v3", dreamer_v3.parse_args(argv))
+    assert (tmp_path / "checkpoint.pt").read_text() == "all that was learned"
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RunError, match="more than the 1 GPUs"):
+        parallel.start()
 
 
 def test_pilco_trains_in_one_process(monkeypatch):
