@@ -25,6 +25,7 @@ FORMAT = 1  # of checkpoint.pt
 RUN_CONTROL = ("fresh", "eval", "run", "origin")  # not what is learned, so free to differ
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
 LOCKS = {}  # inode -> open lock file, held until the process ends
 
 
@@ -73,12 +74,12 @@ def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Pa
     for field, value in (decided or {}).items():
         if getattr(args, field) == "auto":
             setattr(args, field, saved.get(field, value) if saved and not args.fresh else value)
-    asked = {"script": script, **json.loads(json.dumps(asdict(args), default=str))}
+    asked = {"script": script, **plain(args)}
     if args.fresh:  # args.json stays until it is replaced: without it the folder would be foreign
         (folder / "checkpoint.pt").unlink(missing_ok=True)  # first: it refers to the others
         _remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
     elif (folder / "checkpoint.pt").exists():  # else there is nothing to protect
-        _compare(folder, saved, asked, may_change)
+        compare(folder, saved, asked, may_change)
     state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
     if state is None:
         _remove(folder / leftover for leftover in LEFTOVERS)
@@ -104,7 +105,7 @@ def _origin():
     cpu = (re.findall("model name\\s*: (.*)", cpu) or [platform.processor()])[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": f"{commit or 'unknown'}{' with changes' if changed else ''}",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         "hardware": f"{os.cpu_count()} cores of {cpu}, {gpu}",
@@ -122,15 +123,20 @@ def _saved_args(folder):
     raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
 
 
-def _compare(folder, saved, asked, may_change):
+def compare(folder, saved: dict, asked: dict, may_change, ways: str = FRESH):
+    """RunError that names the arguments in which a saved run is not the one asked for."""
     lines = [
         f"  {name}: {saved.get(name, '(none)')} -> {asked.get(name, '(none)')} (saved -> asked)"
         for name in {**saved, **asked}
         if name not in (*RUN_CONTROL, *may_change) and saved.get(name, {}) != asked.get(name, {})
     ]
     if lines:
-        ways = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
         raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
+
+
+def plain(args) -> dict:
+    """A dataclass of arguments as args.json has them."""
+    return json.loads(json.dumps(asdict(args), default=str))
 
 
 def _lock(folder):

@@ -230,11 +230,12 @@ def _row(observation, i: int):
 def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False, **options):
     """The world model of the run in that folder as a gymnasium.vector.VectorEnv.
 
-    An episode starts from a posterior of the run's replay (dreamer.py, dreamer_v3.py) or from the
-    run's start distribution (pilco.py); it terminates where the model gives what follows a
-    probability, or discount, below one half, and is truncated after `horizon` actions (0: the
-    length that the run itself dreams). Actions are Boxes in [-1, 1], or discrete. Observations are
-    decoded, or with `latent` the state itself, flat. An ended episode is replaced in the same step.
+    An episode starts from a posterior of the run's replay (dreamer.py, dreamer_v3.py; of several
+    ranks: the first one's) or from the run's start distribution (pilco.py); it terminates where the
+    model gives what follows a probability, or discount, below one half, and is truncated after
+    `horizon` actions (0: the length that the run itself dreams). Actions are Boxes in [-1, 1], or
+    discrete. Observations are decoded, or with `latent` the state itself, flat. An ended episode is
+    replaced in the same step.
     `options` go to the script's `load` (device="cuda").
 
     RunError where the run, its checkpoint or its replay is missing.

@@ -65,7 +65,7 @@ def make_replay(args, example: TensorDict, folder: Path, online: bool = True) ->
 def saved_replay(run, example: TensorDict, state: dict) -> "Replay":
     """The replay of a saved run, to draw windows from; `state` is its part of the checkpoint.
 
-    RunError if its files are gone.
+    RunError if its files are gone, or hold no window yet.
     """
     layout, folder = state["layout"], Path(run, "replay")
     if not folder.is_dir():
@@ -75,6 +75,8 @@ def saved_replay(run, example: TensorDict, state: dict) -> "Replay":
     replay = Replay(example, rows, layout["num_envs"], layout["length"], **options)
     replay.load_state_dict(state)
     replay.queue.clear()
+    if not len(replay):
+        raise RunError(f"{run} has only {replay.rows} rows, no window of {replay.length} so far")
     return replay
 
 
@@ -109,7 +111,7 @@ class Replay:
         self.layout |= {"length": length, "updatable": ", ".join(self.updatable), **shapes}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.found = all((directory / key).exists() for key in files)
+        self.missing = [directory / key for key in files if not (directory / key).exists()]
         self.storage = _map(files, directory)
         self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
@@ -266,8 +268,11 @@ class Replay:
 
         A larger capacity is accepted until the smaller ring has come round.
         """
-        if not self.found:
-            raise RunError("the run's replay/ is gone: put it back, or start over with --fresh")
+        if self.missing:
+            for path in self.missing:  # full of zeros, which must not be found next time
+                path.unlink(missing_ok=True)
+            text = f"the run's replay/ lacks {', '.join(path.name for path in self.missing)}"
+            raise RunError(f"{text}: put it back, or start over with --fresh")
         grown = state["total"] <= min(state["layout"]["physical"], self.capacity)
         for name in self.layout | state["layout"]:
             theirs, ours = state["layout"].get(name), self.layout.get(name)

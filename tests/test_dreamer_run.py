@@ -317,7 +317,8 @@ def test_nothing_is_lost(start, tmp_path):  # noqa: F811
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(run / "replay")
-    assert "replay/ is gone" in start(*argv, "--steps", 80).error()
+    for _ in range(2):  # what the first one creates is not taken for rows by the second one
+        assert "replay/ lacks" in start(*argv, "--steps", 80).error()
     text = start(*argv, "--steps", 60, "--fresh").done()
     assert "resumes" not in text and lines_of(run) == before
 

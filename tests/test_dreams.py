@@ -292,6 +292,11 @@ def test_errors_name_what_is_missing(runs, tmp_path):
     with pytest.raises(RunError, match="replay is gone"):
         dream_env(copy)
     assert not (copy / "replay").exists()
+    shutil.copytree(runs / "dreamer_v3" / "replay", copy / "replay")
+    (copy / "replay" / "reward").unlink()
+    for _ in range(2):
+        with pytest.raises(RunError, match="lacks reward"):
+            dream_env(copy)
     (copy / "checkpoint.pt").unlink()
     with pytest.raises(RunError, match="no checkpoint"):
         dream_env(copy)

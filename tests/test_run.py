@@ -1105,7 +1105,8 @@ def test_what_changed_under_a_run_is_named(start, tmp_path):
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(folder / "replay")
-    assert "replay/ is gone" in start(*argv, "--steps", 80).error()
+    for _ in range(2):  # what the first one creates is not taken for rows by the second one
+        assert "replay/ lacks" in start(*argv, "--steps", 80).error()
 
 
 def full_disk():
