@@ -46,8 +46,8 @@ class Args:
     env_ids: tuple[str, ...] = ()  # tasks; empty: the script's own, or its preset's
     seeds: tuple[int, ...] = (0,)  # of each task
     address: str = ""  # of a Ray cluster, auto: the one that this node belongs to; empty: start one
-    cpus: float = 1.0  # cores of a run, and its threads
-    gpus: float = 0.0  # of a run; with 0.25 four of them share one
+    cpus: float = 1.0  # cores of a run, and its threads where --threads leaves them open
+    gpus: float = 0.0  # of a run, which sees no other; with 0.25 four of them share one
     retries: int = 3  # of a run that dies
     every: float = 30.0  # seconds between tables
 
@@ -91,16 +91,18 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
             raise RunError(f"{flag} is not for a sweep, which sets --env-id, --seed and --run")
     if args.cpus <= 0 or args.gpus < 0 or args.retries < 0 or not args.seeds:
         raise RunError("--cpus must be positive, --gpus and --retries not negative, --seeds given")
-    path, jobs, mark = Path(args.script).resolve(), [], f"--- sweep {time.time():.0f}"
-    script = load_script(path)
+    path, jobs, mark = Path(args.script), [], f"--- sweep {time.time():.0f}"
+    script = load_script(path.resolve())
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
         own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
         parsed = script.parse_args(own)
         script.check(parsed)
         unit = "step" if hasattr(parsed, "steps") else "trial"
-        folder = checkpoint.run_folder(path.stem, parsed).resolve()
-        job = Job(f"{parsed.env_id} seed {seed}", [str(path), *own], folder, unit,
-                  getattr(parsed, f"{unit}s"), mark)  # fmt: skip
+        folder = checkpoint.run_folder(path.stem, parsed)
+        check_same(folder, parsed, script)
+        argv = [str(path), *own, "--run", str(folder)]  # a fork has another name than its runs
+        total = getattr(parsed, f"{unit}s")
+        job = Job(f"{parsed.env_id} seed {seed}", argv, folder.resolve(), unit, total, mark)
         job.state = DONE if finished(job) else WAITING
         jobs.append(job)
     if len({job.folder for job in jobs}) < len(jobs):
@@ -114,6 +116,16 @@ def load_script(path: Path):
         raise RunError(f"there is no {path}")
     sys.path.insert(0, str(path.parent))
     return importlib.import_module(path.stem)
+
+
+def check_same(folder: Path, parsed, script):
+    """RunError if the run in that folder has other arguments: its numbers are not those asked."""
+    path = folder / "args.json"
+    if path.exists() and (folder / "checkpoint.pt").exists():
+        saved, asked = json.loads(path.read_text()), checkpoint.plain(parsed)
+        free = [name for name, value in asked.items() if value == "auto"]
+        ways = "Move it away, or sweep in another directory."
+        checkpoint.compare(folder, saved, asked, ("script", *script.MAY_CHANGE, *free), ways)
 
 
 def work(args: Args, jobs: list[Job]) -> bool:
@@ -144,14 +156,13 @@ def on_ray(args: Args, jobs: list[Job]) -> bool:
     where = dict(address=args.address) if args.address else own
     ray.init(log_to_driver=False, logging_level="error", **where)
     try:
-        for name, wanted in (("CPU", args.cpus), ("GPU", args.gpus)):
-            if wanted > (there := ray.cluster_resources().get(name, 0)):
-                raise RunError(f"--{name.lower()}s {wanted:g}: Ray has only {there:g}")
+        check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)
         remote = ray.remote(**options, retry_exceptions=True)(run)
-        threads, here = max(1, round(args.cpus)), os.getcwd()
-        todo = [job for job in jobs if job.state != DONE]
-        left, shown = {remote.remote(job, threads, here): job for job in todo}, 0.0
+        own = {"OMP_NUM_THREADS": str(max(1, round(args.cpus))), "PYTHONUNBUFFERED": "1"}
+        own |= {} if args.gpus else {"CUDA_VISIBLE_DEVICES": ""}  # Ray leaves it alone
+        todo = [job for job in jobs if job.state == WAITING]
+        left, shown = {remote.remote(job, own, os.getcwd()): job for job in todo}, 0.0
         with Stop() as stop:  # here, because ray.init has handlers of its own
             while left and not stop.requested:
                 if time.monotonic() - shown > args.every:
@@ -168,6 +179,14 @@ def on_ray(args: Args, jobs: list[Job]) -> bool:
     return stop.requested
 
 
+def check_room(args: Args, nodes: list[dict]):
+    """RunError if no node has the cores and GPUs of a run: it would wait for ever."""
+    cores, gpus = ([node.get(name, 0) for node in nodes] for name in ("CPU", "GPU"))
+    if not any(args.cpus <= c and args.gpus <= g for c, g in zip(cores, gpus, strict=True)):
+        most = f"at most {max(cores):g} and {max(gpus):g}"
+        raise RunError(f"no node of Ray has --cpus {args.cpus:g} and --gpus {args.gpus:g}: {most}")
+
+
 def settle(ray, reference, job: Job):
     """Note whether a run has ended well, and if not, why; it still waits if Ray itself died."""
     lost = ray.exceptions.LocalRayletDiedError, ray.exceptions.NodeDiedError
@@ -177,25 +196,24 @@ def settle(ray, reference, job: Job):
     except lost as error:
         job.error = str(error).strip().splitlines()[-1]
     except ray.exceptions.RayError as error:
-        reason = getattr(error, "cause", None) or error
-        job.state, job.error = FAILED, str(reason).strip().splitlines()[-1]
+        cause = getattr(error, "cause", None)  # what `run` raised
+        job.state, job.error = FAILED, str(cause or str(error).strip().splitlines()[-1])
 
 
 # --- in a worker --------------------------------------------------------------------------------
 
 
-def run(job: Job, threads: int, directory: str):
+def run(job: Job, own: dict[str, str], directory: str):
     """One try: the script as a process of its own, to its end; RuntimeError if it does not come."""
     until_free(job.folder)
     if finished(job):  # by the process of a worker that has died
         return
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", CHILD, str(os.getpid()), *job.argv]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     with job.log.open("a") as log:
         print(job.mark, *job.argv, file=log, flush=True)
         files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        process = subprocess.Popen(command, cwd=directory, env=environment, **files)
+        process = subprocess.Popen(command, cwd=directory, env={**os.environ, **own}, **files)
         try:
             while (code := process.poll()) is None:
                 time.sleep(0.2)
@@ -203,8 +221,14 @@ def run(job: Job, threads: int, directory: str):
             process.terminate()
             process.wait()
     if code or not finished(job):
-        last = job.log.read_text(errors="replace").strip().splitlines()[-1]
-        raise RuntimeError(f"{last} (exit code {code})")
+        raise RuntimeError(f"{last_error(job)} (exit code {code})")
+
+
+def last_error(job: Job) -> str:
+    """The end of the log, from where the script names its error if it does."""
+    text = job.log.read_text(errors="replace").rpartition(job.mark)[2].strip()
+    begin = f"\n{text}".rfind("\nerror: ")
+    return text[begin:] if begin >= 0 else text.splitlines()[-1]
 
 
 def until_free(folder: Path):
@@ -255,7 +279,7 @@ def progress(job: Job) -> tuple[float, float | None, float | None]:
     share = min(1.0, done / job.total)
     returns = [row["episode/return"] for row in rows if "episode/return" in row][-10:]
     value = sum(returns) / len(returns) if returns else None
-    value = rows[-1].get("eval/return", value) if rows else None
+    value = rows[-1]["eval/return"] if rows and "eval/return_std" in rows[-1] else value
     return share, value, rows[-1]["time/wall"] * (1 / share - 1) if share else None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import psutil
 import pytest
 from test_run import ENVIRONMENT, REPO, lines_of, until
 
-from common import sweep
+import dreamer_v3
+from common import checkpoint, sweep
 from common.checkpoint import RunError
 
 COUNTING = REPO / "tests" / "counting.py"
@@ -147,10 +149,14 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(counting, tmp_path):
 
 
 def test_more_than_there_is(counting):
-    with pytest.raises(RunError, match="--gpus 1: Ray has only 0"):
+    with pytest.raises(RunError, match="no node of Ray has --cpus 1 and --gpus 1: at most 2 and 0"):
         counting("--gpus", 1)
-    with pytest.raises(RunError, match="--cpus 99: Ray has only"):
+    with pytest.raises(RunError, match="--cpus 99"):
         counting("--cpus", 99)
+    args, nodes = sweep.Args("", cpus=2, gpus=0.5), [{"CPU": 4}, {"CPU": 1, "GPU": 1}]
+    with pytest.raises(RunError, match="at most 4 and 1"):  # not on the same one
+        sweep.check_room(args, nodes)
+    sweep.check_room(args, [*nodes, {"CPU": 2, "GPU": 1}])
 
 
 def test_a_ray_of_its_own_that_dies(tmp_path):
@@ -171,10 +177,11 @@ def test_a_ray_of_its_own_that_dies(tmp_path):
     assert all(steps(folder) == list(range(1, 41)) for folder in folders)
 
 
-def test_dreamer_v3_on_a_ray_of_its_own(tmp_path):
+def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     flags = ["--preset", "debug", "--steps", "150", "--no-tensorboard", "--threads", "1"]
-    command = [sys.executable, "-m", "common.sweep", str(REPO / "dreamer_v3.py"), *flags]
+    shutil.copy(REPO / "dreamer_v3.py", tmp_path / "my_dreamer.py")
+    command = [sys.executable, "-m", "common.sweep", "my_dreamer.py", *flags]
     command += ["--env-ids", "CartPole-v1", "--seeds", "3"]
     options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run(command, **options, timeout=400)
@@ -182,7 +189,7 @@ def test_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     assert "done" in done.stdout.splitlines()[-1] and not done.stderr
     alone = [sys.executable, str(REPO / "dreamer_v3.py"), *flags, "--seed", "3", "--run", "alone"]
     subprocess.run([*alone, "--env-id", "CartPole-v1"], **options, check=True)
-    swept = tmp_path / "runs/dreamer_v3/CartPole-v1/seed3"
+    swept = tmp_path / "runs/my_dreamer/CartPole-v1/seed3"
     assert lines_of(swept) == lines_of(tmp_path / "alone") and len(lines_of(swept)) > 3
     assert (swept / "checkpoint.pt").exists()
     assert "all of it" in swept.with_name("seed3.log").read_text()
@@ -201,7 +208,8 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
     jobs = plan(str(COUNTING), "--env-ids", "A", "B", "--steps", "7", "--seeds", "0", "2")
     assert [job.name for job in jobs] == ["A seed 0", "A seed 2", "B seed 0", "B seed 2"]
     assert jobs[1].folder == tmp_path / "runs/counting/A/seed2"
-    assert jobs[3].argv == [str(COUNTING), *["--steps", "7", "--env-id", "B", "--seed", "2"]]
+    own = ["--steps", "7", "--env-id", "B", "--seed", "2", "--run", "runs/counting/B/seed2"]
+    assert jobs[3].argv == [str(COUNTING), *own]
     assert {(job.unit, job.total) for job in jobs} == {("step", 7)}
     (job,) = plan(str(REPO / "pilco.py"), "--preset", "pendulum", "--trials", "4")
     assert (job.unit, job.total, job.name) == ("trial", 4, "PILCO/Pendulum-v0 seed 0")
@@ -225,10 +233,33 @@ def test_progress_and_table(tmp_path, monkeypatch):
     assert line.split() == ["Good", "seed", "0", "waiting", "75%", "25.5", "0.2", "h"]
     end = {"step": 40, "eval/return": 3.0, "time/wall": 3600.0}
     path.write_text("\n".join([*lines, json.dumps(end)]) + "\n")
-    assert sweep.progress(job) == (1.0, 3.0, 0.0) and not sweep.finished(job)
+    assert sweep.progress(job) == (1.0, 25.5, 0.0) and not sweep.finished(job)
     path.write_text(json.dumps(end | {"eval/return_std": 1.0}) + "\n")
     assert sweep.finished(job)
     assert sweep.table(plan(str(COUNTING), "--steps", "40")).split()[8:] == ["done", "100%", "3.0"]
+
+
+def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = str(REPO / "dreamer_v3.py")
+    (job,) = plan(script, "--preset", "debug")
+    job.folder.mkdir(parents=True)
+    saved = checkpoint.plain(dreamer_v3.parse_args(["--preset", "debug"]))
+    saved |= {"script": "dreamer_v3", "render_quality": "fast", "origin": []}
+    (job.folder / "args.json").write_text(json.dumps(saved))
+    (job.folder / "checkpoint.pt").touch()
+    plan(script, "--preset", "debug", "--steps", "2000")
+    with pytest.raises(RunError, match=r"lr: 4e-05 -> 0.5 \(saved -> asked\)"):
+        plan(script, "--preset", "debug", "--lr", "0.5")
+    plan(script, "--preset", "debug", "--lr", "0.5", "--seeds", "1")
+
+
+def test_the_last_error(tmp_path):
+    job = sweep.Job("", [], tmp_path / "run", "step", 1, "--- sweep 7")
+    job.log.write_text("--- sweep 7\nerror: of the first try\n--- sweep 7\nerror: lr differs\n 1\n")
+    assert sweep.last_error(job) == "error: lr differs\n 1"
+    job.log.write_text("--- sweep 7\nTraceback\nKeyError: 'no line before it'\n")
+    assert sweep.last_error(job) == "KeyError: 'no line before it'"
 
 
 @pytest.mark.parametrize(
