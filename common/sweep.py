@@ -173,7 +173,9 @@ def on_ray(args: Args, jobs: list[Job]) -> bool:
             for reference in left:
                 ray.cancel(reference)
             if left:
-                ray.wait(list(left), num_returns=len(left))  # for the runs to save
+                ray.wait(list(left), num_returns=len(left))
+            for job in left.values():  # ray.wait may not, and at its end Ray kills what is there
+                until_free(job.folder)
     finally:
         ray.shutdown()
     return stop.requested

@@ -149,7 +149,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(counting, tmp_path):
 
 
 def test_more_than_there_is(counting):
-    with pytest.raises(RunError, match="no node of Ray has --cpus 1 and --gpus 1: at most 2 and 0"):
+    with pytest.raises(RunError, match="no node of Ray has --cpus 1 and --gpus 1: at most"):
         counting("--gpus", 1)
     with pytest.raises(RunError, match="--cpus 99"):
         counting("--cpus", 99)
