@@ -50,7 +50,7 @@ def test_two_ranks_make_the_updates_of_one_process(two, script, tmp_path):  # no
     assert max((a - b).abs().max() for a, b in moved) > 1e-3
 
 
-def test_a_run_resumes_exactly_but_not_with_another_number_of_ranks(two, start, tmp_path):  # noqa: F811
+def test_a_run_resumes_exactly_with_the_same_number_of_ranks(two, start, tmp_path):  # noqa: F811
     folder = resumes_exactly_on_two_ranks(two, tmp_path, FLAGS)
     message = start("--run", folder, *FLAGS, "--steps", 160).error()
     assert "saved by 2 processes, this is one of 1" in message and "--nproc-per-node 2" in message
