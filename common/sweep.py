@@ -9,6 +9,7 @@ dies, goes on from its checkpoint. The same command again starts what is missing
 is in seed<k>.log beside its folder.
 """
 
+import copy
 import importlib
 import itertools
 import json
@@ -96,7 +97,12 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
         own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
         parsed = script.parse_args(own)
-        script.check(parsed)
+        checked = copy.copy(parsed)
+        if args.address and hasattr(parsed, "device"):
+            checked.device = (
+                "cpu"  # the nodes' GPUs need not be here; a run tells if one is missing
+            )
+        script.check(checked)
         unit = "step" if hasattr(parsed, "steps") else "trial"
         folder = checkpoint.run_folder(path.stem, parsed)
         check_same(folder, parsed, script)

@@ -216,6 +216,16 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
     assert job.folder == tmp_path / "runs/pilco/PILCO-Pendulum-v0/seed0"
 
 
+def test_the_gpus_of_a_cluster_need_not_be_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = str(REPO / "dreamer_v3.py"), "--preset", "debug", "--device", "cuda:7"
+    with pytest.raises(RunError, match="--device cuda:7 cannot be used"):
+        plan(*asked)
+    (job,) = plan(*asked, "--address", "auto")
+    assert job.argv[job.argv.index("--device") + 1] == "cuda:7"
+    plan(str(REPO / "pilco.py"), "--address", "auto")
+
+
 def test_progress_and_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (job,) = plan(str(COUNTING), "--steps", "40")
