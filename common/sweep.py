@@ -285,8 +285,8 @@ def progress(job: Job) -> tuple[float, float | None, float | None]:
     rows = last_rows(job.folder)
     done = max((row.get(job.unit, 0) for row in rows), default=0)
     share = min(1.0, done / job.total)
-    returns = [row["episode/return"] for row in rows if "episode/return" in row][-10:]
-    value = sum(returns) / len(returns) if returns else None
+    returns = [row["episode/return"] for row in rows if row.get("episode/return") is not None]
+    value = sum(returns[-10:]) / len(returns[-10:]) if returns else None
     value = rows[-1]["eval/return"] if rows and "eval/return_std" in rows[-1] else value
     return share, value, rows[-1]["time/wall"] * (1 / share - 1) if share else None
 

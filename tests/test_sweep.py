@@ -232,6 +232,7 @@ def test_progress_and_table(tmp_path, monkeypatch):
     assert sweep.progress(job) == (0.0, None, None) and not sweep.finished(job)
     job.folder.mkdir(parents=True)
     rows = [{"step": s, "episode/return": float(s), "time/wall": 90.0 * s} for s in range(1, 31)]
+    rows.insert(25, {"step": 25, "episode/return": None, "time/wall": 2250.0})  # of a NaN
     lines = [json.dumps(row) for row in rows]
     path = job.folder / "metrics.jsonl"
     path.write_text("\n".join(lines) + '\n{"step": 31')  # the last line is being written
