@@ -22,6 +22,7 @@ the mean return of the training episodes in the last 10 % of the steps.
 import csv
 import gzip
 import json
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,12 +110,18 @@ def task_name(env_id: str) -> str:
     return name.replace("ball_in_cup_", "cup_")
 
 
+class NothingYetError(RunError):
+    """A run without a finished training episode."""
+
+
 def make_run(method, env_id, seed, episodes, where, args=None) -> Run:
-    """A Run from pairs of step and return; RunError if there is none."""
+    """A Run from pairs of step and return; RunError if there is none, or one is no number."""
     pairs = sorted(((int(step), float(value)) for step, value in episodes), key=lambda p: p[0])
     if not pairs:
-        raise RunError(f"{where}: no finished training episode so far")
+        raise NothingYetError(f"{where}: no finished training episode so far")
     steps, returns = (np.array(column) for column in zip(*pairs, strict=True))
+    if wrong := int((~np.isfinite(returns)).sum()):
+        raise RunError(f"{where}: {wrong} of {len(returns)} returns are not finite numbers")
     return Run(method, task_name(env_id), str(seed), steps, returns, where, env_id, args or {})
 
 
@@ -133,14 +140,20 @@ def _json(path: Path):
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
 
 
+def number(value) -> float:
+    """As metrics.jsonl has it, where null stands for nan and inf."""
+    return np.nan if value is None else float(value)
+
+
 def read_folder(folder: Path, name: str) -> Run:
     """The run in a run folder."""
     if not (folder / "metrics.jsonl").exists():
-        raise RunError(f"{folder} has no metrics.jsonl: the run has not begun, or is not whole")
+        text = f"{folder} has no metrics.jsonl: the run has not begun, or is not whole"
+        raise NothingYetError(text)
     with _layout(folder, "a run folder"):
         args, key = _json(folder / "args.json"), "episode/return"
         rows = read_metrics(folder / "metrics.jsonl")
-        episodes = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        episodes = [(row["step"], number(row[key])) for row in rows if key in row]
         method = name or args["script"]
         return make_run(method, args["env_id"], args["seed"], episodes, str(folder), args)
 
@@ -171,8 +184,20 @@ def read_scores(path: Path, name: str) -> list[Run]:
     return runs
 
 
-def find_runs(spec: str) -> list[Run]:
-    """All runs below a PATH or NAME=PATH."""
+def below(path: Path, name: str) -> list[Path]:
+    """The files of that name below a folder, sorted; links are followed, each folder read once."""
+    found, seen = [], set()
+    for folder, inner, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            inner.clear()
+        elif name in files:
+            found.append(Path(folder, name))
+        seen.add(real)
+    return sorted(found)
+
+
+def find_runs(spec: str) -> tuple[list[Run], list[str]]:
+    """All runs below a PATH or NAME=PATH, and notes on those that have nothing to show so far."""
     name, path = "", Path(spec)
     if not path.exists() and "=" in spec:
         name, path = spec.partition("=")[0], Path(spec.partition("=")[2])
@@ -182,16 +207,23 @@ def find_runs(spec: str) -> list[Run]:
         runs = (read_csv if path.suffix == ".csv" else read_scores)(path, name)
         if not runs:
             raise RunError(f"no runs found in {path}: it is empty")
-        return runs
-    runs = [read_folder(file.parent, name) for file in sorted(path.rglob("args.json"))]
-    for manifest in sorted(path.rglob("manifest.json")):
-        tables = sorted(
-            (manifest.with_name(table) for table in _json(manifest)), key=lambda t: t.stem
-        )
+        return runs, []
+    runs, notes = [], []
+    for file in below(path, "args.json"):
+        try:
+            runs.append(read_folder(file.parent, name))
+        except NothingYetError as error:
+            if file.parent == path:
+                raise
+            notes.append(f"Left out: {error}.")
+    for manifest in below(path, "manifest.json"):
+        with _layout(manifest, "a manifest of results/collect.py"):
+            tables = sorted(map(manifest.with_name, _json(manifest)), key=lambda t: t.stem)
         runs += [run for table in tables for run in read_csv(table, name)]
     if not runs:
-        raise RunError(f"no runs found in {path}: no args.json, no CSV file with a manifest.json")
-    return runs
+        why = " ".join(notes) or "no args.json, no CSV file with a manifest.json"
+        raise RunError(f"no runs found in {path}: {why}")
+    return runs, notes
 
 
 def read_reference(name: str) -> tuple[str, dict[str, np.ndarray], str]:
@@ -590,18 +622,20 @@ def write(path: Path, figure, rows):
 # --- main ---------------------------------------------------------------------------------------
 
 
-def read_all(args) -> list[Run]:
-    """All runs that the flags name; RunError for flags that cannot be."""
+def read_all(args) -> tuple[list[Run], list[str]]:
+    """All runs that the flags name, and notes; RunError for flags that cannot be."""
     if not args.runs:
         raise RunError("no runs given: name run folders, or folders that contain some")
     if not 0 < args.interval < 1 or args.bin < 0 or args.at < 0:
         raise RunError("--interval must be between 0 and 1, --bin and --at must not be negative")
-    runs = [run for spec in args.runs for run in find_runs(spec)]
+    found = [find_runs(spec) for spec in args.runs]
+    runs = [run for some, _ in found for run in some]
     tasks = {run.task for run in runs}
     if unknown := set(args.tasks) - tasks:
         text = f"no run of {', '.join(sorted(unknown))}"
         raise RunError(f"{text}: there are runs of {', '.join(sorted(tasks))}")
-    return [run for run in runs if not args.tasks or run.task in args.tasks]
+    runs = [run for run in runs if not args.tasks or run.task in args.tasks]
+    return runs, [note for _, notes in found for note in notes]
 
 
 def aggregate(table, methods, steps, published, known, styles, args):
@@ -632,7 +666,7 @@ def aggregate(table, methods, steps, published, known, styles, args):
 
 def main(argv=None):
     args = tyro.cli(Args, args=argv, description=__doc__)
-    runs = read_all(args)
+    runs, left_out = read_all(args)
     table, methods = group(runs), list(dict.fromkeys(run.method for run in runs))
     sources = [read_reference(name) for name in args.reference]
     references = {name: curves for name, curves, _ in sources}
@@ -657,7 +691,7 @@ def main(argv=None):
             aggregate_table(aggregate(table, methods, steps, published, known, styles, args))
         )
     about = [f"{name}: {text}" for name, _, text in sources]
-    notes = [describe(references, args), *about, *lacking, *notes]
+    notes = [describe(references, args), *about, *lacking, *left_out, *notes]
     (args.out / "table.md").write_text("\n\n".join([*map(markdown, tables), *notes]) + "\n")
     comments = [f"% {note}" for note in ("needs the package booktabs", *notes)]
     (args.out / "table.tex").write_text(

@@ -39,10 +39,11 @@ RETURNS = {  # what a reader has to know before comparing them: (returns, evalua
 
 def rows_of(metrics: list[dict], seed: int) -> list[dict]:
     """Rows of the CSV, as strings, from those of metrics.jsonl."""
-    episodes, rows = [row for row in metrics if row.get("episode/return") is not None], []
+    episodes, rows = [row for row in metrics if "episode/return" in row], []
     more = [key for key in PILCO if any(key in row for row in episodes)]
     for row in episodes:
-        cells = {"step": f"{row['step']}", "return": f"{row['episode/return']:.3f}"}
+        value = row["episode/return"]  # null is nan or inf
+        cells = {"step": f"{row['step']}", "return": "nan" if value is None else f"{value:.3f}"}
         cells |= {"seed": f"{seed}", "seconds": f"{row['time/wall']:.1f}"}
         for key in more:
             name = key.replace("episode/", "").replace("search/", "search_")

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dreamer
+import dreamer_v3
+import pilco
 from common import plot
 from common.checkpoint import RunError
 from common.plot import Args, bin_returns, bin_width, curve, find_runs, group, interval, task_name
@@ -52,6 +55,12 @@ def score_file(path, runs):
 
 def seed_run(steps, returns, seed="0", method="m", task="t"):
     return plot.make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}")
+
+
+def runs_of(spec):
+    runs, notes = find_runs(str(spec))
+    assert notes == []
+    return runs
 
 
 def read_csv(path):
@@ -264,7 +273,7 @@ def test_the_published_score_is_that_of_the_line_drawn():
 
 
 def test_a_file_of_results():
-    runs = find_runs(str(REPO / "results" / "dreamer_v3" / "Pendulum-v1.csv"))
+    runs = runs_of(REPO / "results" / "dreamer_v3" / "Pendulum-v1.csv")
     assert [run.seed for run in runs] == ["0", "1", "2"]
     assert {run.method for run in runs} == {"dreamer_v3"}
     assert runs[0].steps[:2].tolist() == [202, 404]
@@ -274,27 +283,27 @@ def test_a_file_of_results():
 def test_folders_are_searched_and_named(tmp_path):
     run_folder(tmp_path / "a" / "seed0", episodes=[(10, 1.5), (20, 2.5)])
     run_folder(tmp_path / "a" / "seed1", seed=1)
-    runs = find_runs(str(tmp_path))
+    runs = runs_of(tmp_path)
     assert [(run.method, run.task, run.seed) for run in runs] == [
         ("dreamer_v3", "walker_walk", "0"),
         ("dreamer_v3", "walker_walk", "1"),
     ]
     assert runs[0].steps.tolist() == [10, 20]
     assert runs[0].returns.tolist() == [1.5, 2.5]
-    assert {run.method for run in find_runs(f"mine={tmp_path}")} == {"mine"}
+    assert {run.method for run in runs_of(f"mine={tmp_path}")} == {"mine"}
 
 
 def test_a_path_may_hold_an_equals_sign(tmp_path):
     run_folder(tmp_path / "lr=1")
-    assert find_runs(str(tmp_path / "lr=1"))[0].method == "dreamer_v3"
+    assert runs_of(tmp_path / "lr=1")[0].method == "dreamer_v3"
 
 
 def test_a_collected_run_reads_as_its_folder_does(tmp_path):
     folder = run_folder(tmp_path / "run", seed=3, episodes=[(10, 1.5), (20, 2.5)])
     collect.collect(folder, tmp_path / "out")
     collect.collect(folder, tmp_path / "out", "pixels")
-    before = find_runs(str(folder))[0]
-    plain, tagged = find_runs(str(tmp_path / "out"))
+    before = runs_of(folder)[0]
+    plain, tagged = runs_of(tmp_path / "out")
     assert (plain.method, tagged.method) == ("dreamer_v3", "dreamer_v3-pixels")
     for after in (plain, tagged):
         assert (after.task, after.seed, after.env_id) == (before.task, "3", WALKER)
@@ -307,14 +316,14 @@ def test_a_collected_run_reads_as_its_folder_does(tmp_path):
 def test_the_authors_score_files(tmp_path, ending):
     rows = [("dmc_walker_walk", "dreamerv3", 0, [10000.0, 20000.0], [3, 4.5]),
             ("atari_pong", "dreamerv3", "1", [5], [-21])]  # fmt: skip
-    walker, pong = find_runs(str(score_file(tmp_path / f"scores.{ending}", rows)))
+    walker, pong = runs_of(score_file(tmp_path / f"scores.{ending}", rows))
     assert (walker.method, walker.task, walker.seed) == ("dreamerv3", "walker_walk", "0")
     assert walker.steps.tolist() == [10000, 20000] and walker.returns.tolist() == [3, 4.5]
     assert (pong.task, pong.seed) == ("atari_pong", "1")
 
 
 def test_the_committed_results_can_be_read():
-    table = group(find_runs(str(REPO / "results")))
+    table = group(runs_of(REPO / "results"))
     assert set(table["Pendulum-v1"]) >= {"dreamer_v3", "dreamer", "dreamer-pixels"}
     assert len(table["PILCO/CartPole-v0"]["pilco"]) >= 10
     assert all(run.args["action_repeat"] == 2 for run in table["Pendulum-v1"]["dreamer"])
@@ -505,21 +514,51 @@ def test_a_run_that_has_not_begun(tmp_path, run):
     assert f"{folder}: no finished training episode" in refuse(folder)
 
 
+def test_a_run_under_way_is_left_out_with_a_note(tmp_path, run):
+    run_folder(tmp_path / "more" / "early", seed=1, episodes=())
+    message = refuse(tmp_path / "more")
+    assert message.startswith(f"no runs found in {tmp_path / 'more'}: Left out: ")
+    run.rename(tmp_path / "more" / "run")
+    plot.main([str(tmp_path / "more"), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert f"Left out: {tmp_path / 'more' / 'early'}: no finished training episode so far." in text
+
+
+def test_links_are_followed_once(tmp_path, run):
+    run_folder(tmp_path / "far" / "seed1", seed=1)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name, target in {"a": run, "b": tmp_path / "far", "c": run, "round": linked}.items():
+        (linked / name).symlink_to(target)
+    assert sorted(run.seed for run in runs_of(linked)) == ["0", "1"]
+
+
+def test_returns_that_are_no_numbers(tmp_path, run):
+    folder = run_folder(tmp_path / "nan", episodes=[(10, 1.0), (20, None), (30, 2.0)])
+    wrong = "1 of 3 returns are not finite numbers"
+    assert f"{folder}: {wrong}" in refuse(folder)
+    table = collect.collect(folder, tmp_path / "out")
+    assert table.read_text().splitlines()[2] == "20,nan,0,2.0"
+    assert wrong in refuse(table)
+    xs, ys = [1, 2, 3], [1.0, float("inf"), 2.0]
+    assert wrong in refuse(score_file(tmp_path / "x.json", [("t", "m", 0, xs, ys)]))
+
+
 @pytest.mark.parametrize("field", ["action_repeat", "lr"])
 def test_runs_that_do_not_go_together(tmp_path, run, field):
     other = run_folder(tmp_path / "other", seed=1, **{field: 4})
     message = refuse(run, other)
     assert f"runs of dreamer_v3 on walker_walk do not go together: {field} " in message
     assert "and 4" in message and str(other) in message and "NAME=PATH" in message
-    assert len(group([*find_runs(f"a={run}"), *find_runs(f"b={other}")])["walker_walk"]) == 2
+    assert len(group([*runs_of(f"a={run}"), *runs_of(f"b={other}")])["walker_walk"]) == 2
 
 
 def test_arguments_that_may_differ(tmp_path, run):
     more = {"steps": 9, "device": "cuda", "log_every": 3, "run": "elsewhere"}
     other = run_folder(tmp_path / "other", seed=1, **more)
-    assert (
-        len(group([*find_runs(str(run)), *find_runs(str(other))])["walker_walk"]["dreamer_v3"]) == 2
-    )
+    assert len(group([*runs_of(run), *runs_of(other)])["walker_walk"]["dreamer_v3"]) == 2
+    for script in (dreamer, dreamer_v3, pilco):
+        assert set(script.MAY_CHANGE) <= set(plot.FREE)
 
 
 def test_a_seed_twice(tmp_path, run):
@@ -556,6 +595,10 @@ def test_files_of_another_kind(tmp_path, run):
     for text in ("{", '{"a": 1}', '[{"task": "t"}]'):
         scores.write_text(text)
         assert f'{scores} is not a list of {{"task"' in refuse(scores)
+    (tmp_path / "web").mkdir()
+    for text in ("{", "3"):
+        (tmp_path / "web" / "manifest.json").write_text(text)
+        assert "manifest.json is not a manifest of results/collect.py" in refuse(tmp_path / "web")
     for text in ('{"a": [1, 0]}', '{"a": 3}', "[1]"):
         scores.write_text(text)
         assert f"{scores} is not a JSON file {{task: [low, high]}}" in refuse(
