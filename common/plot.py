@@ -26,7 +26,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations, cycle
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -331,7 +331,10 @@ def bin_returns(steps, returns, width):
 
 
 def curve(runs: list[Run], width, args) -> Line:
-    """The statistic over seeds with its interval, in the bins where every seed has a value."""
+    """The statistic over seeds with its interval, in the bins where every seed has a value.
+
+    The last bin ends where the first seed does.
+    """
     binned = [bin_returns(run.steps, run.returns, width) for run in runs]
     first, last = max(x[0] for x, _ in binned), min(x[-1] for x, _ in binned)
     if first > last:  # the seeds do not overlap
@@ -340,6 +343,7 @@ def curve(runs: list[Run], width, args) -> Line:
     statistic = SEEDS[args.statistic]
     band = interval(statistic, [values], args.interval)
     x = np.arange(first, last + 1, width)
+    x[-1] = min(last, *(run.steps[-1] for run in runs))
     return Line(runs[0].method, np.full(len(x), len(runs)), x, statistic(values), *band)
 
 
@@ -430,6 +434,15 @@ def why_no_aggregates(table, methods, known) -> str:
 # --- figures ------------------------------------------------------------------------------------
 
 
+def assign(styles, names) -> dict:
+    """A colour, a line and a marker for each name; the second time round with other markers."""
+    markers, count = [marker for _, _, marker in styles], len(styles)
+    return {
+        name: (*styles[i % count][:2], markers[(i + i // count) % count])
+        for i, name in enumerate(names)
+    }
+
+
 def draw_curves(panels, styles, args) -> Figure:
     """A panel per task, the legend below them."""
     columns = min(len(panels), 3 if len(panels) <= 12 else 5)
@@ -473,7 +486,8 @@ def draw_aggregates(rows, styles) -> Figure:
         for row in (row for row in rows if row["metric"] == metric):
             color, _, marker = styles[row["method"]]
             at = names.index(row["method"])
-            axes.plot([row["low"], row["high"]], [at, at], color=color, lw=7, alpha=0.35)
+            bar = {"color": color, "lw": 7, "alpha": 0.35, "solid_capstyle": "butt"}
+            axes.plot([row["low"], row["high"]], [at, at], **bar)
             axes.plot(row["value"], at, marker=marker, color=color, ms=7)
         less = " (less is better)" if metric == "optimality gap" else ""
         axes.set_title(metric + less, fontsize=10)
@@ -676,8 +690,7 @@ def main(argv=None):
     published, lacking = published_scores(references, steps)
     panels, notes = make_panels(table, references, args)
     known = ranges(table, args.normalise)
-    styles = dict(zip(methods, cycle(STYLES)))
-    styles |= dict(zip(references, cycle(PUBLISHED)))
+    styles = assign(STYLES, methods) | assign(PUBLISHED, references)
 
     tables = [task_table(table, methods, steps, published, args)]  # before anything is written
     args.out.mkdir(parents=True, exist_ok=True)

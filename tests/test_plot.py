@@ -373,6 +373,62 @@ def test_pictures(plots, name):
     assert {label.strip() for label in text} >= labels[name]
 
 
+def test_the_curves_are_drawn_where_the_numbers_are():
+    runs = [seed_run([10, 20, 27], [1, 2, 3], "0"), seed_run([10, 20, 30], [3, 6, 9], "1")]
+    published = {"paper": np.array([[10, 2, 1, 3, 5], [40, 8, 7, 9, 5]], float)}
+    args = Args((), bin=10)
+    panels, _ = plot.make_panels({"t": {"m": runs}}, {"paper": {"t": published["paper"]}}, args)
+    styles = {"m": plot.STYLES[0], "paper": plot.PUBLISHED[0]}
+    (axes,) = plot.draw_curves(panels, styles, args).axes
+    own, paper = axes.lines
+    assert own.get_xydata().tolist() == [[10, 2], [20, 4], [27, 6]]  # 27: where the first one ends
+    assert paper.get_xydata().tolist() == [[10, 2], [40, 8]]
+    bands = [band.get_paths()[0].vertices for band in axes.collections]
+    for band, low, high in zip(bands, ((1, 2, 3), (1, 7)), ((3, 6, 9), (3, 9)), strict=True):
+        for x, ends in zip(np.unique(band[:, 0]), zip(low, high, strict=True), strict=True):
+            at = band[band[:, 0] == x, 1]
+            assert (at.min(), at.max()) == ends
+    hatched = [band.get_hatch() is not None for band in axes.collections]
+    assert hatched == [False, True]
+
+
+def test_the_bars_are_as_long_as_the_intervals():
+    rows = [
+        {"method": name, "metric": metric, "value": 0.5, "low": low, "high": high}
+        for metric in plot.METRICS
+        for name, low, high in (("a", 0.4, 0.6), ("b", 0.1, 0.9))
+    ]
+    figure = plot.draw_aggregates(rows, dict(a=plot.STYLES[0], b=plot.STYLES[1]))
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        first, at, second, _ = axes.lines
+        assert first.get_xydata().tolist() == [[0.4, 0], [0.6, 0]]
+        assert second.get_xydata().tolist() == [[0.1, 1], [0.9, 1]]
+        assert at.get_xydata().tolist() == [[0.5, 0]]
+        assert first.get_solid_capstyle() == "butt"  # nothing beyond the ends
+
+
+def test_the_profile_has_its_band():
+    taus, share = np.linspace(0, 1, 3), np.array([1.0, 0.5, 0.0])
+    band = np.array([[0.9, 0.2, 0.0], [1.0, 0.7, 0.1]])
+    (axes,) = plot.draw_profiles({"m": (share, band)}, taus, {"m": plot.STYLES[0]}).axes
+    assert axes.lines[0].get_ydata().tolist() == [100, 50, 0]
+    vertices = axes.collections[0].get_paths()[0].vertices
+    middle = vertices[vertices[:, 0] == 0.5, 1]
+    assert (middle.min(), middle.max()) == (pytest.approx(20), pytest.approx(70))
+
+
+def test_labels_of_steps():
+    labels = {0: "0", 500: "500", 20_000: "20k", 1_500: "1.5k", 1_100_000: "1.1M"}
+    assert {x: plot._short(x, 0) for x in labels} == labels
+
+
+def test_no_two_methods_look_alike():
+    names = [f"m{i}" for i in range(36)]
+    assert len(set(map(str, plot.assign(plot.STYLES, names).values()))) == 36
+    assert plot.assign(plot.STYLES, names)["m1"] == plot.STYLES[1]
+
+
 def test_curves_csv(plots):
     rows = {(r["task"], r["method"], r["step"]): r for r in read_csv(plots / "curves.csv")}
     walker = rows["walker_walk", "plain", "1000"]
