@@ -238,14 +238,18 @@ def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False,
     replaced in the same step.
     `options` go to the script's `load` (device="cuda").
 
-    RunError where the run, its checkpoint or its replay is missing.
+    RunError where the run, its script, its checkpoint or its replay is missing.
     """
     path = Path(run, "args.json")
     if not path.is_file():
         raise RunError(f"{run} is not a run folder: it has no args.json")
     if num_envs < 1 or horizon < 0:
         raise RunError("num_envs must be at least 1, horizon not negative")
-    agent = importlib.import_module(json.loads(path.read_text())["script"]).load(run, **options)
+    try:
+        load = importlib.import_module(json.loads(path.read_text())["script"]).load
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise RunError(f"{path} names no script that can be imported here: {error!r}") from error
+    agent = load(run, **options)
     env, draw = agent.dreams(run)
     own = vars(agent.args).get("imagination_horizon") or agent.args.horizon  # of pilco.py
     return DreamVectorEnv(env, draw, agent.decode, agent.spec, num_envs, horizon or own, latent)

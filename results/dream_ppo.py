@@ -1,11 +1,12 @@
 """Stable-Baselines3's PPO, trained in the dreams of a saved run and, beside it, in the real thing.
 
     pip install -r requirements-extra.txt
-    python results/dream_ppo.py runs/dreamer_v3/Pendulum-v1/seed0 [horizon] [actions] [seeds]
+    python results/dream_ppo.py runs/dreamer_v3/Pendulum-v1/seed0 [--horizon 50] [--out PATH]
 
-Both are evaluated in the real environment, with the policy's mode. The first one gets that many
-actions in the dream, whose episodes have that horizon; the second one as many real actions as the
-run had. Writes <script>.csv and <script>.png into results/dreams/.
+Both are evaluated in the real environment, with the policy's mode. The first one gets --actions in
+the dream, whose episodes have that horizon; the second one as many real actions as the run had,
+rounded up to PPO's rollouts of 512. For one vector of observations and continuous actions. Writes
+--out, by default results/dreams/<script>, with the endings .csv and .png.
 """
 
 import argparse
@@ -17,11 +18,15 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import torch
+import tyro
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import checkpoint
+from common.checkpoint import RunError
 from common.envs import make_envs
 from common.imagination import dream_env
 from common.logger import read_metrics
@@ -38,6 +43,7 @@ class Real(gymnasium.Env):
 
     def __init__(self, args, space, seed: int):
         self.envs, self.rows = make_envs(args, 1, seed), None
+        (self.key,) = self.envs.spec["shapes"]
         self.observation_space, self.action_space = space
 
     def reset(self, *, seed=None, options=None):
@@ -55,7 +61,7 @@ class Real(gymnasium.Env):
         return self.observe(), self.rows["reward"].item(), terminal, ends and not terminal, {}
 
     def observe(self):
-        return self.rows["observation"][0].numpy()
+        return self.rows[self.key][0].numpy()
 
 
 class Stable(VecEnv):
@@ -160,35 +166,44 @@ def draw(scores: dict, agent: float, path: Path):
     figure.savefig(path, dpi=150)
 
 
-def main(run: str, horizon: str = "50", actions: str = "200000", seeds: str = "3"):
+def main(
+    run: tyro.conf.Positional[Path],  # folder of a finished run
+    horizon: int = 50,  # of the dreams
+    actions: int = 200_000,  # in the dreams
+    seeds: int = 3,
+    out: Path | None = None,  # without ending
+):
     torch.set_num_threads(1)
+    dreams = dream_env(run, 16, horizon=horizon)
+    space = dreams.single_observation_space, dreams.single_action_space
+    if not all(isinstance(box, spaces.Box) and len(box.shape) == 1 for box in space):
+        raise RunError(f"{run}: this is for one vector and continuous actions, not {space}")
     args = json.loads(Path(run, "args.json").read_text())
     rows = list(read_metrics(Path(run, "metrics.jsonl")))
     real_actions = rows[-1]["step"] // args["action_repeat"]
-    own = [row["eval/return"] for row in rows if "eval/return" in row][-1]
+    if not (evaluations := [row["eval/return"] for row in rows if "eval/return" in row]):
+        raise RunError(f"{run} has not come to its end: it lacks the evaluation")
     flags, scores = argparse.Namespace(**args), {}
-    for seed in range(int(seeds)):
-        dreams = dream_env(run, 16, horizon=int(horizon))
-        space = dreams.single_observation_space, dreams.single_action_space
+    for seed in range(seeds):
         test = Real(flags, space, 10_000 + seed)
         print(f"seed {seed}, in the dream")
         settings = dict(n_steps=256, batch_size=256)
-        scores["dream", seed] = train(dreams, test, int(actions), seed, **settings)
+        scores["dream", seed] = train(dreams, test, actions, seed, **settings)
         print(f"seed {seed}, {real_actions:,} real actions")
         real = gymnasium.vector.SyncVectorEnv(
             [partial(Real, flags, space, seed)], autoreset_mode=SAME_STEP
         )
         settings = dict(n_steps=512, batch_size=64)
         scores["real", seed] = train(real, test, real_actions, seed, **settings)
-    folder = Path(__file__).parent / "dreams"
     lines = [f"# {k}: {v}" for origin in args["origin"] for k, v in origin.items()]
-    lines += [f"# real actions of the run: {real_actions}", f"# its own return: {own:.1f}"]
-    lines += ["trained in,seed,actions,real return"]
+    lines += [f"# real actions of the run: {real_actions}"]
+    lines += [f"# its own return: {evaluations[-1]:.1f}", "trained in,seed,actions,real return"]
     lines += [f"{k},{s},{x},{y:.1f}" for (k, s), curve in scores.items() for x, y in curve]
-    folder.mkdir(exist_ok=True)
-    (folder / f"{args['script']}.csv").write_text("\n".join(lines) + "\n")
-    draw(scores, own, folder / f"{args['script']}.png")
+    out = out or Path(__file__).parent / "dreams" / args["script"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_name(f"{out.name}.csv").write_text("\n".join(lines) + "\n")
+    draw(scores, evaluations[-1], out.with_name(f"{out.name}.png"))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    checkpoint.run(lambda: tyro.cli(main, description=__doc__))

@@ -284,6 +284,10 @@ def test_pilcos_starts_are_its_start_distribution(runs):
 def test_errors_name_what_is_missing(runs, tmp_path):
     with pytest.raises(RunError, match="not a run folder"):
         dream_env(tmp_path)
+    for text in ("{", "3", "{}", '{"script": "no_such_fork"}', '{"script": "math"}'):
+        (tmp_path / "args.json").write_text(text)
+        with pytest.raises(RunError, match="names no script that can be imported"):
+            dream_env(tmp_path)
     with pytest.raises(RunError, match="num_envs"):
         dream_env(runs / "pilco", 0)
     copy = tmp_path / "copy"
