@@ -34,6 +34,7 @@ import matplotlib
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from scipy import stats
 
 from common import checkpoint
@@ -110,16 +111,11 @@ def task_name(env_id: str) -> str:
     return name.replace("ball_in_cup_", "cup_")
 
 
-class NothingYetError(RunError):
-    """A run without a finished training episode."""
-
-
 def make_run(method, env_id, seed, episodes, where, args=None) -> Run:
-    """A Run from pairs of step and return; RunError if there is none, or one is no number."""
-    pairs = sorted(((int(step), float(value)) for step, value in episodes), key=lambda p: p[0])
-    if not pairs:
-        raise NothingYetError(f"{where}: no finished training episode so far")
-    steps, returns = (np.array(column) for column in zip(*pairs, strict=True))
+    """A Run from pairs of step and return; RunError if a return is no number."""
+    rows = np.array(list(episodes), float).reshape(-1, 2)  # null, which stands for nan and inf: nan
+    rows = rows[rows[:, 0].argsort(kind="stable")]
+    steps, returns = rows[:, 0].astype(int), rows[:, 1]
     if wrong := int((~np.isfinite(returns)).sum()):
         raise RunError(f"{where}: {wrong} of {len(returns)} returns are not finite numbers")
     return Run(method, task_name(env_id), str(seed), steps, returns, where, env_id, args or {})
@@ -140,20 +136,12 @@ def _json(path: Path):
     return json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
 
 
-def number(value) -> float:
-    """As metrics.jsonl has it, where null stands for nan and inf."""
-    return np.nan if value is None else float(value)
-
-
 def read_folder(folder: Path, name: str) -> Run:
     """The run in a run folder."""
-    if not (folder / "metrics.jsonl").exists():
-        text = f"{folder} has no metrics.jsonl: the run has not begun, or is not whole"
-        raise NothingYetError(text)
     with _layout(folder, "a run folder"):
         args, key = _json(folder / "args.json"), "episode/return"
         rows = read_metrics(folder / "metrics.jsonl")
-        episodes = [(row["step"], number(row[key])) for row in rows if key in row]
+        episodes = [(row["step"], row[key]) for row in rows if key in row]
         method = name or args["script"]
         return make_run(method, args["env_id"], args["seed"], episodes, str(folder), args)
 
@@ -204,26 +192,19 @@ def find_runs(spec: str) -> tuple[list[Run], list[str]]:
     if not path.exists():
         raise RunError(f"{path} does not exist")
     if path.is_file():
-        runs = (read_csv if path.suffix == ".csv" else read_scores)(path, name)
-        if not runs:
-            raise RunError(f"no runs found in {path}: it is empty")
-        return runs, []
-    runs, notes = [], []
-    for file in below(path, "args.json"):
-        try:
-            runs.append(read_folder(file.parent, name))
-        except NothingYetError as error:
-            if file.parent == path:
-                raise
-            notes.append(f"Left out: {error}.")
-    for manifest in below(path, "manifest.json"):
-        with _layout(manifest, "a manifest of results/collect.py"):
-            tables = sorted(map(manifest.with_name, _json(manifest)), key=lambda t: t.stem)
-        runs += [run for table in tables for run in read_csv(table, name)]
-    if not runs:
-        why = " ".join(notes) or "no args.json, no CSV file with a manifest.json"
+        found = (read_csv if path.suffix == ".csv" else read_scores)(path, name)
+    else:
+        found = [read_folder(file.parent, name) for file in below(path, "args.json")]
+        for manifest in below(path, "manifest.json"):
+            with _layout(manifest, "a manifest of results/collect.py"):
+                tables = sorted(map(manifest.with_name, _json(manifest)), key=lambda t: t.stem)
+            found += [run for table in tables for run in read_csv(table, name)]
+    early = [run.where for run in found if not len(run.steps)]
+    notes = [f"Left out: {where}: no finished training episode so far." for where in early]
+    if len(early) == len(found):
+        why = " ".join(notes) or "no args.json, no CSV file with a manifest.json, no scores"
         raise RunError(f"no runs found in {path}: {why}")
-    return runs, notes
+    return [run for run in found if len(run.steps)], notes
 
 
 def read_reference(name: str) -> tuple[str, dict[str, np.ndarray], str]:
@@ -463,7 +444,7 @@ def draw_curves(panels, styles, args) -> Figure:
         own = [line.x[-1] for line in lines if len(line.x) and not line.published]
         axes.set(xlim=(0, 1.04 * max(own, default=1)), ylabel="return", xlabel="environment steps")
         axes.set_title(task, fontsize=10)
-        axes.xaxis.set_major_formatter(_short)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _tidy(axes)
     for axes in grid:  # those that are left over
         axes.remove()
@@ -512,10 +493,6 @@ def draw_profiles(profiles, taus, styles) -> Figure:
     _tidy(axes)
     _legend(figure, handles, list(profiles), 2)
     return figure
-
-
-def _short(x, _):
-    return f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e3 else f"{x:g}"
 
 
 def _tidy(axes):

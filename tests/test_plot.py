@@ -418,11 +418,6 @@ def test_the_profile_has_its_band():
     assert (middle.min(), middle.max()) == (pytest.approx(20), pytest.approx(70))
 
 
-def test_labels_of_steps():
-    labels = {0: "0", 500: "500", 20_000: "20k", 1_500: "1.5k", 1_100_000: "1.1M"}
-    assert {x: plot._short(x, 0) for x in labels} == labels
-
-
 def test_no_two_methods_look_alike():
     names = [f"m{i}" for i in range(36)]
     assert len(set(map(str, plot.assign(plot.STYLES, names).values()))) == 36
@@ -565,7 +560,7 @@ def test_no_runs(tmp_path):
 
 def test_a_run_that_has_not_begun(tmp_path, run):
     (run / "metrics.jsonl").unlink()
-    assert f"{run} has no metrics.jsonl" in refuse(run)
+    assert f"{run}: no finished training episode" in refuse(run)
     folder = run_folder(tmp_path / "early", episodes=())
     assert f"{folder}: no finished training episode" in refuse(folder)
 
