@@ -3,13 +3,8 @@
 The data convention is TorchRL's: `step` takes a TensorDict with the state and an `action` and
 returns it with the result under "next"; `rollout` stacks such steps along a new time axis after
 the batch axes. The scripts derive their own environment (DreamerEnv, ImaginedEnv) from
-`ModelBasedEnvBase`; `WorldModelEnv` wraps a model that is a plain callable.
-
-`dream_env` gives the world model of a saved run to agents from elsewhere, as vector environment:
-
-    envs = dream_env("runs/dreamer_v3/Pendulum-v1/seed0", num_envs=16, horizon=50)
-    observation, _ = envs.reset(seed=0)
-    observation, reward, terminated, truncated, info = envs.step(envs.action_space.sample())
+`ModelBasedEnvBase`; `WorldModelEnv` wraps a model that is a plain callable. `dream_env` gives the
+world model of a saved run to agents from elsewhere.
 """
 
 import importlib
@@ -29,7 +24,7 @@ from common.checkpoint import RunError
 
 
 class ModelBasedEnvBase(nn.Module):
-    """Base of the imagination environments: derive, implement `_step` and, if needed, `_reset`.
+    """Base of the imagination environments: derive and implement `_step`.
 
     `world_model` is held, not copied: the environment and the training share its parameters.
     `state_keys` name the entries that the next step starts from.
@@ -43,21 +38,13 @@ class ModelBasedEnvBase(nn.Module):
         """State and `action` [*B] -> next state [*B], with `reward` and, if it can end, `done`."""
         raise NotImplementedError
 
-    def _reset(self, tensordict: TensorDictBase | None) -> TensorDictBase:
-        if tensordict is None:
-            raise ValueError(
-                f"{type(self).__name__}.reset needs a TensorDict with the latent state to start "
-                f"from ({', '.join(self.state_keys)}): a model has no start of its own"
-            )
-        return tensordict.select(*self.state_keys)
-
     def reset(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
         """The state to start from, [*B]; raises ValueError if it lacks a state key."""
-        state = self._reset(tensordict)
-        missing = [k for k in self.state_keys if k not in state.keys(True)]
-        if missing:
-            raise ValueError(f"the start state lacks {missing}; it has {sorted(state.keys())}")
-        return state
+        given = [] if tensordict is None else tensordict.keys(True)
+        if missing := [k for k in self.state_keys if k not in given]:
+            text = "needs a TensorDict to start from, a model has no start of its own: it lacks"
+            raise ValueError(f"{type(self).__name__} {text} {missing}")
+        return tensordict.select(*self.state_keys)
 
     def step(self, tensordict: TensorDictBase) -> TensorDictBase:
         """State and `action` [*B] -> the same with the outcome under "next"."""
@@ -78,9 +65,8 @@ class ModelBasedEnvBase(nn.Module):
         `tensordict` is used as it is, as the first state; otherwise it goes through `reset`.
         Stops early only if the model says `done` in every element of the batch.
         """
-        if tensordict is None and not auto_reset:
-            raise ValueError("rollout with auto_reset=False needs the tensordict to start from")
-        state, steps = self.reset(tensordict) if auto_reset else tensordict, []
+        given = tensordict is not None and not auto_reset
+        state, steps = tensordict if given else self.reset(tensordict), []
         for _ in range(max_steps):
             step = self.step(policy(state.copy()))
             steps.append(step)
@@ -100,14 +86,11 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         out = self.world_model(tensordict.copy())
-        missing = [k for k in self.state_keys if k not in out.keys(True)]
-        if missing:
+        if missing := [k for k in self.state_keys if k not in out.keys(True)]:
             raise ValueError(f"the world model returned no {missing}, which the next step needs")
         zeros = torch.zeros(tensordict.batch_size, device=tensordict.device)
         predicted = {"reward": out.get("reward", zeros), "done": out.get("done", zeros.bool())}
-        return TensorDict(
-            {k: out[k] for k in out.keys() if k != "action"} | predicted, tensordict.batch_size
-        )
+        return TensorDict(out.exclude("action"), tensordict.batch_size).update(predicted)
 
 
 class DreamVectorEnv(gymnasium.vector.VectorEnv):
@@ -117,9 +100,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     draw(seed): states [K] to start from; decode(states): adds the observations of `shapes`.
     """
 
-    metadata = {  # noqa: RUF012
-        "autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP, "render_modes": []
-    }  # fmt: skip
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
 
     def __init__(self, env: ModelBasedEnvBase, draw: Callable, decode: Callable, spec: dict,
                  num_envs: int, horizon: int, latent: bool):  # fmt: skip
@@ -130,7 +111,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         single = next(iter(boxes.values())) if len(boxes) == 1 else spaces.Dict(boxes)
         if latent:
             with torch.random.fork_rng():
-                single = _box([flat(draw(0)[:1], env.state_keys).shape[1]])
+                single = _box(self.observe(draw(0)[:1]).shape[1:])
         action = spaces.Box(-1.0, 1.0, (spec["action_dim"],))
         if self.classes:
             many = len(self.classes) > 1
@@ -168,9 +149,9 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             self.state = after.select(*self.env.state_keys)
             observation, over = self.observe(self.state), terminated | truncated
             if over.any():
+                rows = list(gymnasium.vector.utils.iterate(self.observation_space, observation))
                 for i in np.flatnonzero(over):
-                    final = {"final_obs": _row(observation, i), "final_info": {}}
-                    infos = self._add_info(infos, final, i)
+                    infos = self._add_info(infos, {"final_obs": rows[i], "final_info": {}}, i)
                 self.state[torch.from_numpy(over)] = self.starts(int(over.sum()))
                 self.elapsed[over] = 0
                 observation = self.observe(self.state)
@@ -202,16 +183,12 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def observe(self, states: TensorDict):
         """States [N] -> what the observation space says: an array (N, ...) or a dict of them."""
-        if self.latent:
-            return flat(states, self.env.state_keys).float().cpu().numpy()
+        if self.latent:  # side by side
+            parts = [states[key].flatten(1) for key in self.env.state_keys]
+            return torch.cat(parts, -1).float().cpu().numpy()
         decoded = self.decode(states.copy())
         arrays = {key: decoded[key].cpu().numpy() for key in self.shapes}
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
-
-
-def flat(states: TensorDict, keys: tuple[str, ...]) -> torch.Tensor:
-    """States [N] -> their numbers side by side (N, F)."""
-    return torch.cat([states[key].flatten(1) for key in keys], -1)
 
 
 def _box(shape) -> spaces.Box:
@@ -219,12 +196,6 @@ def _box(shape) -> spaces.Box:
     if len(shape) == 3:
         return spaces.Box(0, 255, tuple(shape), np.uint8)
     return spaces.Box(-np.inf, np.inf, tuple(shape), np.float32)
-
-
-def _row(observation, i: int):
-    if isinstance(observation, dict):
-        return {key: value[i].copy() for key, value in observation.items()}
-    return observation[i].copy()
 
 
 def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False, **options):
