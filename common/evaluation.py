@@ -8,18 +8,21 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from tensordict import TensorDict
 from torch.profiler import profile
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import checkpoint
+from common.checkpoint import RunError
 from common.envs import example_rows, make_envs
 from common.logger import Logger, dream_plot, dream_video
-from common.replay import saved_replay
+from common.replay import Replay
 
 FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
 
@@ -114,7 +117,14 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
 def posteriors(agent, run, windows: int = 16) -> Callable[[int], TensorDict]:
     """draw(seed) -> latents [K] to dream from: those of all rows of some windows of the replay."""
     example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
-    replay = saved_replay(run, example, checkpoint.load(run)["replay"])
+    state, folder = checkpoint.load(run)["replay"], Path(run, "replay")
+    if not folder.is_dir():
+        raise RunError(f"{folder} is gone: put it back")
+    layout = state["layout"]
+    rows, slack = layout["capacity"] * layout["num_envs"], layout["physical"] - layout["capacity"]
+    options = dict(directory=folder, slack=slack, online=False)
+    replay = Replay(example, rows, layout["num_envs"], layout["length"], **options)
+    replay.load_state_dict(state)
 
     def draw(seed: int) -> TensorDict:
         replay.generator.manual_seed(seed)
@@ -185,10 +195,7 @@ def benchmark(make_agent, args, device: torch.device, phases: tuple[str, ...], u
 
 
 def product_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> float:
-    """GFLOP/s of the device in an n x n matrix product, the median of 9."""
-    x, seconds = torch.rand(n, n, device=device, dtype=dtype), []
-    for _ in range(11):
-        start = time.perf_counter()
-        (x @ x)[0, 0].item()  # waits for a GPU
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / statistics.median(seconds[2:]) / 1e9
+    """GFLOP/s of the device in an n x n matrix product, the median."""
+    x = torch.rand(n, n, device=device, dtype=dtype)
+    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange().median / 1e9

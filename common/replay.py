@@ -13,15 +13,6 @@ from torch import Tensor
 from common.checkpoint import DISK_FULL, RunError
 
 
-def _files(example, capacity, num_envs, slack, updatable):
-    """{key: (shape, dtype)} of the files: [physical * N, ...], twice as many rows if updatable."""
-    rows = num_envs * (capacity // num_envs + slack)
-    return {
-        key: ((rows * (1 + (key in updatable)), *leaf.shape), leaf.dtype)
-        for key, leaf in example.items()
-    }
-
-
 def _map(files, directory):
     """Map the files, made or grown where needed; RunError when the disk cannot hold them."""
     sizes = {directory / key: prod(shape) * dtype.itemsize for key, (shape, dtype) in files.items()}
@@ -32,16 +23,14 @@ def _map(files, directory):
         message = f"the replay needs {need / 1e9:.2f} GB more, only {free / 1e9:.2f} GB are free"
         raise RunError(f"{message} in {directory}: choose a smaller --replay-size")
     for path, size in sizes.items():
-        # Never truncates: the rows outlive a start with other flags.
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:  # a full disk or quota is an error here, not a bus error later
-            os.posix_fallocate(file, 0, size)
-        except (AttributeError, OSError) as error:  # not on every system: the file is sparse
-            if getattr(error, "errno", None) in DISK_FULL:
-                text = f"no room for {path}, {size / 1e9:.2f} GB"
-                raise RunError(f"{text}: choose a smaller --replay-size") from error
-        finally:
-            os.close(file)
+        path.touch()  # never truncates: the rows outlive a start with other flags
+        with path.open("r+b") as file:
+            try:  # a full disk or quota is an error here, not a bus error later
+                os.posix_fallocate(file.fileno(), 0, size)
+            except (AttributeError, OSError) as error:  # not on every system: the file is sparse
+                if getattr(error, "errno", None) in DISK_FULL:
+                    text = f"no room for {path}, {size / 1e9:.2f} GB"
+                    raise RunError(f"{text}: choose a smaller --replay-size") from error
     return TensorDict(
         {k: MemoryMappedTensor.from_filename(directory / k, d, s) for k, (s, d) in files.items()}
     )
@@ -56,27 +45,10 @@ def make_replay(args, example: TensorDict, folder: Path, online: bool = True) ->
     needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)
     capacity = min(args.replay_size, needed)
     slack = ceil(args.save_every / per_row) + 1 if capacity < needed else 0
-    size = Replay.gigabytes(example, capacity, args.num_envs, slack)
-    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     options = dict(directory=folder / "replay", slack=slack, seed=args.seed, online=online)
-    return Replay(example, capacity, args.num_envs, args.batch_length + 1, **options)
-
-
-def saved_replay(run, example: TensorDict, state: dict) -> "Replay":
-    """The replay of a saved run, to draw windows from; `state` is its part of the checkpoint.
-
-    RunError if its files are gone, or hold no window yet.
-    """
-    layout, folder = state["layout"], Path(run, "replay")
-    if not folder.is_dir():
-        raise RunError(f"{folder} is gone: put it back")
-    rows, slack = layout["capacity"] * layout["num_envs"], layout["physical"] - layout["capacity"]
-    options = dict(directory=folder, slack=slack, online=False)
-    replay = Replay(example, rows, layout["num_envs"], layout["length"], **options)
-    replay.load_state_dict(state)
-    replay.queue.clear()
-    if not len(replay):
-        raise RunError(f"{run} has only {replay.rows} rows, no window of {replay.length} so far")
+    replay = Replay(example, capacity, args.num_envs, args.batch_length + 1, **options)
+    size = sum(leaf.nbytes for leaf in replay.storage.values()) / 1e9
+    print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return replay
 
 
@@ -104,7 +76,10 @@ class Replay:
         if self.capacity < length:
             have = f"{self.capacity} rows for each of {num_envs} environments"
             raise RunError(f"{have} are less than a window of {length}: raise --replay-size")
-        files = _files(example, capacity, num_envs, slack, updatable)
+        files = {  # shape and dtype of each: [physical * N, ...], twice as many rows if updatable
+            key: ((num_envs * self.physical * (1 + (key in updatable)), *leaf.shape), leaf.dtype)
+            for key, leaf in example.items()
+        }
         self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
         shapes = {key: f"{dtype} {list(shape[1:])}" for key, (shape, dtype) in files.items()}
         self.updatable = [key for key in files if key in updatable]
@@ -121,12 +96,6 @@ class Replay:
         self.begun = [0] * num_envs  # first row of the episodes under way
         self.long = None, None  # (rows appended, last) and what `episodes` found then
         self.generator = torch.Generator().manual_seed(seed)
-
-    @staticmethod
-    def gigabytes(example, capacity, num_envs, slack=0, updatable=("deter", "stoch")) -> float:
-        """Size on disk, in units of 1e9 bytes, of a replay with these arguments."""
-        files = _files(example, capacity, num_envs, slack, updatable).values()
-        return sum(prod(shape) * dtype.itemsize for shape, dtype in files) / 1e9
 
     @property
     def oldest(self) -> int:
@@ -174,10 +143,10 @@ class Replay:
         """Copies of windows, TensorDict[B, length], and their "index" [B, length, 2]: (env, row).
 
         New windows come first, in order, then uniform draws. A window may cross episodes:
-        is_first is set on its row 0, is_last before an is_first. ValueError if there is none.
+        is_first is set on its row 0, is_last before an is_first. RunError if there is none.
         """
         if not len(self):
-            raise ValueError(f"no window of {self.length} rows in {self.rows} rows")
+            raise RunError(f"no window of {self.length} rows in {self.rows} rows of the replay")
         fresh = [self.queue.popleft() for _ in range(min(batch_size, len(self.queue)))]
         starts = len(self) // self.num_envs
         draw = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
@@ -279,7 +248,7 @@ class Replay:
             if theirs != ours and not (grown and name in ("capacity", "physical")):
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         self.total = self.saved_total = state["total"]
-        self.queue = deque(map(tuple, state["queue"].tolist()))
+        self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
         self.whole = deque(map(tuple, state["whole"].tolist()))
         self.begun = list(state["begun"])
         self.current[: len(state["current"])] = state["current"]

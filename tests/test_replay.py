@@ -416,9 +416,10 @@ def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message
 
 
 def test_sizes(tmp_path, monkeypatch):
-    """gigabytes() is what the files take, and a disk that is too small is refused at once."""
+    """A disk that is too small is refused at once; the files take what was asked for."""
     arguments = dict(example=EXAMPLE, capacity=60_000, num_envs=2, slack=500)
-    size = Replay.gigabytes(**arguments)
+    row = 2 * (2 * 2 + 2 * 1) + 3 * 4 + 4 * 4 * 3 + 1 + 1  # bytes, the latents twice
+    size = row * 2 * (30_000 + 500) / 1e9
     usage = namedtuple("usage", "total used free")
     free = int(size * 1e9) - 10
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
