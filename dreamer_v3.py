@@ -45,7 +45,7 @@ from torch.profiler import record_function
 
 from common import checkpoint, parallel
 from common.checkpoint import Every, Ratio, RunError, Stop
-from common.envs import make_envs, usual_quality
+from common.envs import example_rows, make_envs, usual_quality
 from common.evaluation import benchmark, draw_dreams, finish, posteriors, show
 from common.imagination import ModelBasedEnvBase
 from common.logger import Logger, check_finite, plot_curve
@@ -1164,11 +1164,9 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-
-    def make(spec: dict, args: dict) -> Agent:
-        return Agent(spec, Args(**args | {"compile": False}), device)
-
-    return checkpoint.load_agent(run, "dreamer_v3", make)
+    return checkpoint.load_agent(
+        run, "dreamer_v3", lambda spec, args: Agent(spec, Args(**args | {"compile": False}), device)
+    )
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1195,7 +1193,7 @@ def main(argv: list[str] | None = None):
     checkpoint.check_spec(agent.spec, saved, args.env_id)
     for name, module in agent.modules.items():
         print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    example = agent.row(envs.example[None], agent.initial(1))[0]
+    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
     replay = make_replay(own, example, parallel.own_folder(folder))
     logs = parallel.rank() == 0
     logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)

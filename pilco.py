@@ -1448,11 +1448,7 @@ class Agent:
 
 def load(run: str | Path) -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-
-    def make(spec: dict, args: dict) -> Agent:
-        return Agent(spec, Args(**args))
-
-    return checkpoint.load_agent(run, "pilco", make)
+    return checkpoint.load_agent(run, "pilco", lambda spec, args: Agent(spec, Args(**args)))
 
 
 # --- evaluate -----------------------------------------------------------------------------------

@@ -35,26 +35,21 @@ from torch import Tensor
 from common.checkpoint import EnvError, RunError
 
 if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoco is imported
-    try:  # a library is not enough: in a container it may know no device
+    os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
+    with contextlib.suppress(OSError, TypeError):  # with the library: in a container no device
         find = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
         find.restype, devices = ctypes.c_void_p, ctypes.c_int()
         query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
         query(find(b"eglQueryDevicesEXT"))(0, None, ctypes.addressof(devices))
         os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"
-    except (OSError, TypeError):
-        os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
-if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
-    os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
 RESERVED = ("action", "index", "previous", "deter", "stoch")  # keys of a row besides observations
 MODULES = {"dm_control": ("dm_control", "shimmy"), "ALE": ("ale_py",)}  # register these ids
-PACKAGES = {  # part of an id or of its entry point: what to install
+PACKAGES = {  # how an id begins: what to install; gymnasium names its own
     "dm_control/": "shimmy dm-control",
     "ALE/": "ale-py opencv-python",
     "crafter/": "crafter",
-    "gymnasium.envs.mujoco": '"gymnasium[mujoco]"',
-    "gymnasium.envs.box2d": '"gymnasium[box2d]"',
 }
 
 
@@ -68,9 +63,7 @@ class Options:
     workers: bool = False  # a process for each environment
     sticky: bool = False  # Atari: 25 % repeated actions and the full action set
     camera: int = -1  # of MuJoCo; -1: the usual one (dm_control: quadruped 2, rodent 4, else 0)
-    # fast: MuJoCo draws no shadows and no anti-aliasing, which on a CPU gives 130 instead of 25
-    # frames/s of walker-walk but other pictures; auto: fast without a GPU, else full
-    render_quality: str = "auto"
+    render_quality: str = "auto"  # fast: MuJoCo without shadows, anti-aliasing; auto: on a CPU fast
     frames: int = 0  # side of the pictures for videos, 0 for none
     max_crashes: int = 10  # an environment that raises is built again so many times in a row
 
@@ -84,7 +77,7 @@ class Envs:
     """`num_envs` environments stepped together; each of their episodes has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to finite bounds) or one-hots of `action_classes` choices. `example` is a row of zeros, and
+    to finite bounds) or one-hots of `action_classes` choices. `spec` is what a network has to know,
     `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
     unsupported space, NaN, or if it cannot render or crashes too often.
     """
@@ -106,21 +99,14 @@ class Envs:
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
         self._vector = make(makers, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
         self.action_dim = self._vector.single_action_space.shape[0]
-        self.action_classes = self._vector.get_attr("action_classes")[0]
+        self.action_classes = classes = self._vector.get_attr("action_classes")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
-        row = self._vector.single_observation_space.items()
-        row = {key: torch.from_numpy(np.zeros(box.shape, box.dtype)) for key, box in row}
-        self.example = TensorDict(row).exclude("_episode", "_crashes")
+        boxes = sorted(self._vector.get_attr("boxes")[0].items())
+        shapes = {key: list(box.shape) for key, box in boxes}
+        self.spec = dict(shapes=shapes, action_dim=self.action_dim, classes=list(classes))
         self._episodes = self._crashes = torch.zeros(num_envs, dtype=torch.int64)
         self._actions = [bytearray() for _ in makers]  # of the episode, float32
         self._row = None
-
-    @property
-    def spec(self) -> dict:
-        """What a network needs to know of them, in a form that a checkpoint can hold."""
-        keys = set(self.example.keys()) - {"reward", "is_first", "is_last", "is_terminal"}
-        shapes = {key: list(self.example[key].shape) for key in sorted(keys)}
-        return dict(shapes=shapes, action_dim=self.action_dim, classes=list(self.action_classes))
 
     @property
     def crashes(self) -> int:
@@ -268,9 +254,7 @@ class _Rows(gymnasium.Env):
                 env = gymnasium.wrappers.AtariPreprocessing(env, grayscale_obs=False, **skip)
             return env
         except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
-            spec = gymnasium.registry.get(name)
-            where = f"{name} {spec.entry_point if spec else ''}"
-            fix = [f"; pip install {names}" for part, names in PACKAGES.items() if part in where]
+            fix = [f"; pip install {p}" for start, p in PACKAGES.items() if name.startswith(start)]
             raise RunError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
         except (AttributeError, OSError, ImportError) as error:  # of MuJoCo without its library
             if "gl" in str(error).lower():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.envs import Envs
+from common.envs import Envs, example_rows
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
@@ -55,7 +55,8 @@ def same(a, b):
 def test_rows_of_two_episodes():
     envs = dummy("Base", 2, seed=3)
     assert (envs.num_envs, envs.action_dim, envs.action_classes) == (2, 2, ())
-    example = {k: (tuple(v.shape), v.dtype) for k, v in envs.example.items()}
+    zeros = example_rows(envs.spec)[0]
+    example = {k: (tuple(v.shape), v.dtype) for k, v in zeros.items()}
     flag = ((), torch.bool)
     assert example == {
         "observation": ((2,), torch.float32),
@@ -64,10 +65,9 @@ def test_rows_of_two_episodes():
         "is_last": flag,
         "is_terminal": flag,
     }
-    assert envs.example.batch_size == torch.Size([])
     rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(11)]
     assert all(row.batch_size == torch.Size([2]) for row in rows)
-    assert rows[0].keys() == envs.example.keys()
+    assert rows[0].keys() == zeros.keys()
     for i in range(2):  # 5 steps are 6 rows; the 7th is the next episode's reset
         assert [r["reward"][i].item() for r in rows] == [0, 1, 2, 3, 4, 5] * 2
         assert [r["observation"][i, 0].item() for r in rows] == [0, 1, 2, 3, 4, 5] * 2
@@ -357,7 +357,9 @@ def test_unknown_ids_and_missing_packages(monkeypatch):
         Envs("ALE/Pong-v5")
     with pytest.raises(ValueError, match=r"crafter/Reward-v0 needs.*pip install crafter"):
         Envs("crafter/Reward-v0")
-    missing("mujoco", *[name for name in sys.modules if "gymnasium.envs.mujoco" in name])
+    for name in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    missing("mujoco")
     with pytest.raises(ValueError, match=r'Ant-v5 needs.*pip install "gymnasium\[mujoco\]"'):
         Envs("Ant-v5")
     missing("Box2D")

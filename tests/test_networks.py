@@ -589,20 +589,11 @@ def test_26_vector_encoder():
 
 
 def test_26_reward_and_flags_are_no_inputs():
-    example = TensorDict(
-        reward=torch.zeros(()),
-        is_first=torch.zeros(()).bool(),
-        is_last=torch.zeros(()).bool(),
-        is_terminal=torch.zeros(()).bool(),
-        velocity=torch.zeros(2),
-        image=torch.zeros(4, 4, 3).byte(),
-    )
-    found = Envs.spec.fget(SimpleNamespace(example=example, action_dim=5, action_classes=(2, 3)))
-    assert found == {
-        "shapes": {"image": [4, 4, 3], "velocity": [2]},
-        "action_dim": 5,
-        "classes": [2, 3],
-    }
+    shapes = {"body.alone": [1], "body.place": [4], "bytes": [7]}
+    shapes |= {"depth": [16, 16, 1], "eye": [16, 16, 3]}
+    found = Envs("dummy_envs:Nested-v0", image_size=16).spec
+    assert found == {"shapes": shapes, "action_dim": 2, "classes": []}
+    assert Envs("dummy_envs:EchoMulti-v0").spec["classes"] == [2, 3]
 
 
 def convolve(x, layer):

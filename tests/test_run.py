@@ -29,7 +29,7 @@ from tensordict import TensorDict
 import dreamer
 import dreamer_v3
 from common import checkpoint, logger
-from common.envs import make_envs
+from common.envs import example_rows, make_envs
 from common.evaluation import benchmark, evaluate, open_loop
 from common.replay import make_replay
 from dreamer_v3 import Agent, parse_args
@@ -359,7 +359,7 @@ def replay_rows(folder, argv):
     args = parse_args([*map(str, argv), "--run", str(folder)])
     envs = make_envs(args, args.num_envs, args.seed)
     agent = Agent(envs.spec, args)
-    held = make_replay(args, agent.row(envs.example[None], agent.initial(1))[0], folder)
+    held = make_replay(args, agent.row(example_rows(agent.spec), agent.initial(1))[0], folder)
     envs.close()
     held.load_state_dict(checkpoint.load(folder)["replay"])
     held.queue.clear()
