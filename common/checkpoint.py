@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Pa
     past, now = saved["origin"] if state else [], _origin()
     asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
     text = json.dumps(asked, indent=2) + "\n"
-    _write(folder / "args.json", lambda file: file.write(text.encode()))
+    write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
 
 
@@ -95,18 +95,17 @@ def _origin():
 
     args.json holds a list of them, one for each way in which the run was started or resumed.
     """
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = changed = ""
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    commit = ""
     with suppress(OSError):
-        ask = {"capture_output": True, "text": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **ask).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **ask).stdout.strip()
+        ask = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = subprocess.run(git, **ask).stdout.strip().replace("-dirty", " with changes")
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = (re.findall("model name\\s*: (.*)", cpu) or [platform.processor()])[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": f"{commit or 'unknown'}{' with changes' if changed else ''}",
+        "commit": commit or "unknown",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         "hardware": f"{os.cpu_count()} cores of {cpu}, {gpu}",
     }
@@ -142,17 +141,22 @@ def plain(args) -> dict:
 def _lock(folder):
     file = (folder / "lock").open("a")
     key = os.fstat(file.fileno()).st_ino
-    if key in LOCKS:
-        return
+    if key not in LOCKS and not lock(file):
+        raise RunError(f"another process is running in {folder}: wait for it or stop it")
+    LOCKS.setdefault(key, file)
+
+
+def lock(file) -> bool:
+    """Lock an open file, until it is closed; False if another process has locked it."""
     try:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunError(f"another process is running in {folder}: wait for it or stop it") from None
+        return False
     except (ImportError, OSError):
         pass  # nor on some network file systems: better no lock than no run
-    LOCKS[key] = file
+    return True
 
 
 def _remove(paths):
@@ -163,15 +167,16 @@ def _remove(paths):
             path.unlink(missing_ok=True)
 
 
-def _write(path, fill):
+def write(path, fill) -> Path:
     """Call fill(file), so that a crash at any time leaves the old or the new content in `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
             fill(file)
             file.flush()
             os.fsync(file.fileno())
-    except Exception as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
         while error and getattr(error, "errno", None) not in DISK_FULL:
             error = error.__context__  # torch.save covers the first error with one of its own
@@ -179,11 +184,12 @@ def _write(path, fill):
             text = f"disk full: {path} was not written, the last good one is kept if there was one"
             raise RunError(text) from None
         raise
-    os.replace(temporary, path)
+    temporary.replace(path)
     if os.name == "posix":  # only this makes the new name durable
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+    return path
 
 
 def save(folder, name="checkpoint.pt", /, **parts):
@@ -205,7 +211,7 @@ def save(folder, name="checkpoint.pt", /, **parts):
 
     Stop.saving = True
     try:
-        _write(Path(folder, name), fill)
+        write(Path(folder, name), fill)
     finally:
         Stop.saving = False
 
@@ -246,21 +252,16 @@ def load_agent(run, script, make):
     return agent
 
 
-@contextmanager
-def rescue(save):
-    """Call save() before an EnvError ends the run."""
-    try:
-        yield
-    except EnvError:
-        save()
-        raise
-
-
 def restore(saved, parts):
-    """Load every part of a run, {name: part}, and then the random generators."""
+    """Load every part of a run, {name: part}, and then what `rng_state` gave of the generators."""
     for name, part in parts.items():
         part.load_state_dict(saved[name])
-    set_rng_state(saved["rng"])
+    state = saved["rng"]
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(value, device)
 
 
 def pick_device(name="") -> torch.device:
@@ -284,7 +285,9 @@ def prepare(seed, threads=0):
         torch.set_num_threads(threads)
         threadpool_limits(threads)  # numpy's, which else wait for each other where a core is busy
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
-    seed_everything(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # of every GPU, too
 
 
 def check_spec(spec, saved, env_id):
@@ -294,29 +297,13 @@ def check_spec(spec, saved, env_id):
         raise RunError(f"{text}. --fresh starts over")
 
 
-def seed_everything(seed):
-    """Seed python, numpy and torch (CPU and every GPU)."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
 def rng_state() -> dict:
-    """The generators that seed_everything seeds, as numbers, lists and tensors."""
+    """The generators that `prepare` seeds, as numbers, lists and tensors."""
     name, keys, *rest = np.random.get_state()
     # A GPU not used so far has no generator yet, and asking for it would start CUDA.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numbers = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     return {**numbers, "torch": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state):
-    """Put back what rng_state returned, as far as the GPUs of then are here now."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(value, device)
 
 
 class Stop:

@@ -12,13 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import RunError
+from common.checkpoint import RunError, write
 
-LOSSES = {  # what the progress bar calls the sums of these
-    "model": "train/loss_model",
-    "actor": "train/loss_actor",
-    "value": "train/loss_value",
-}
+LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train/loss_<each>*
 
 
 class Logger:
@@ -96,19 +92,19 @@ class Logger:
         odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
         even = np.pad(frames, odd, mode="edge") if height % 2 or width % 2 else frames
         try:
-            return _replace(self.folder / f"{name}.mp4", lambda file: _write_mp4(file, even, fps))
+            return write(self.folder / f"{name}.mp4", lambda file: _mp4(file.name, even, fps))
         except (ImportError, OSError, RuntimeError) as error:
             from PIL import Image
 
             self.note(f"a gif, as mp4 failed (pip install imageio-ffmpeg): {error}")
             first, *others = map(Image.fromarray, frames)
             options = {"save_all": True, "append_images": others, "duration": 1000 / fps, "loop": 0}
-            path = self.folder / f"{name}.gif"
-            return _replace(path, lambda file: first.save(file, **options))
+            options["format"] = "GIF"
+            return write(self.folder / f"{name}.gif", lambda file: first.save(file, **options))
 
     def picture(self, name, figure) -> Path:
         """Save a matplotlib Figure as png and clear it."""
-        path = _replace(self.folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150))
+        path = write(self.folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150))
         figure.clear()
         return path
 
@@ -154,8 +150,9 @@ class Logger:
 
     def _show(self):
         """Bring the losses and updates/s in `shown` up to date."""
-        for label, prefix in LOSSES.items():
-            means = [self.sums[k] / self.counts[k] for k in self.sums if k.startswith(prefix)]
+        for label in LOSSES:
+            keys = [key for key in self.sums if key.startswith(f"train/loss_{label}")]
+            means = [self.sums[key] / self.counts[key] for key in keys]
             self.shown |= {label: sum(means)} if means else {}
         if self.paced and self.shown["updates"] > self.paced[1]:
             seconds = time.monotonic() - self.paced[0]
@@ -187,43 +184,34 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _replace(path, write):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}")  # the ending stays, since it chooses the format
-    try:
-        write(part)
-        return part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _write_mp4(path, frames, fps):
+def _mp4(path, frames, fps):
     import imageio_ffmpeg
 
     height, width = frames.shape[1:3]
     options = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 1}
-    writer = imageio_ffmpeg.write_frames(str(path), (width, height), fps=fps, **options)
+    options |= {"output_params": ["-f", "mp4"], "fps": fps}
+    writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
     writer.send(None)
     for frame in frames:
         writer.send(np.ascontiguousarray(frame))
     writer.close()
 
 
-def plot_curve(folder, key="episode/return", title=None, reference=None) -> Path:
-    """Draw `key` and eval/return of metrics.jsonl against environment steps: learning_curve.png.
+def plot_curve(folder) -> Path:
+    """Draw the returns in metrics.jsonl against environment steps: learning_curve.png.
 
-    `reference` is a score to compare with (dashed). Raises RunError while there is nothing to draw.
+    Raises RunError while there is nothing to draw.
     """
     from matplotlib.figure import Figure
 
     rows = list(read_metrics(Path(folder) / "metrics.jsonl"))
     curves = {
         name: np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
-        for name in (key, "eval/return")
+        for name in ("episode/return", "eval/return")
     }
-    raw, tests = curves[key], curves["eval/return"] if key == "episode/return" else np.empty(0)
+    raw, tests = curves.values()
     if not raw.size and not tests.size:
-        raise RunError(f"no {key} in {folder}/metrics.jsonl so far")
+        raise RunError(f"no episode/return in {folder}/metrics.jsonl so far")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
     if raw.size:
@@ -233,25 +221,27 @@ def plot_curve(folder, key="episode/return", title=None, reference=None) -> Path
         axes.plot(raw[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
     if tests.size:
         axes.plot(*tests, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
-    if reference is not None:
-        axes.axhline(reference, color="0.35", ls="--", lw=1.2, label=f"reference {reference:g}")
     axes.set_xlabel("environment steps")
-    axes.set_ylabel("return (sum of rewards per episode)" if key == "episode/return" else key)
-    axes.set_title(title or "  ".join(Path(folder).resolve().parts[-3:]), loc="left")
+    axes.set_ylabel("return (sum of rewards per episode)")
+    axes.set_title("  ".join(Path(folder).resolve().parts[-3:]), loc="left")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axes.set_xlim(left=0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    path = Path(folder) / "learning_curve.png"
-    return _replace(path, lambda file: figure.savefig(file, dpi=150))
+    return write(Path(folder, "learning_curve.png"), lambda file: figure.savefig(file, dpi=150))
 
 
-def read_metrics(path):
-    """The rows of a metrics.jsonl, as dicts."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # the last line of a killed run may be incomplete
-            yield json.loads(line)
+def read_metrics(path, size=None):
+    """The rows of a metrics.jsonl, as dicts; with `size` those in its last so many bytes."""
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size) if size else 0)
+            lines = file.read().splitlines()
+        for line in lines:
+            with suppress(ValueError):  # the first may be cut, the last one unfinished
+                if isinstance(row := json.loads(line), dict):
+                    yield row
 
 
 def dream_video(truth, model, context):

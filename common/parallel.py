@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from common import checkpoint
-from common.checkpoint import RunError
+from common.checkpoint import EnvError, RunError
 
 DIVIDED = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
 OWN = ("replay", "envs", "state", "score", "rng")  # parts of a checkpoint that differ between ranks
@@ -138,11 +139,6 @@ def any_rank(flag) -> bool:
     return total.item() > 0
 
 
-def all_ranks(flag) -> bool:
-    """Whether the flag is true on all ranks."""
-    return not any_rank(not flag)
-
-
 def collect(values: list) -> list:
     """The lists of all ranks, of any length, as one."""
     if size() == 1:
@@ -195,6 +191,12 @@ def save(folder: Path, **parts):
                 path.unlink()
 
 
+@contextmanager
 def rescue(save):
-    """checkpoint.rescue for a single process: ranks that did not fail cannot save with this one."""
-    return checkpoint.rescue(save if size() == 1 else lambda: None)
+    """Call save() before an EnvError ends the run, if all other ranks could."""
+    try:
+        yield
+    except EnvError:
+        if size() == 1:  # ranks that did not fail cannot save with this one
+            save()
+        raise

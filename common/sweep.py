@@ -9,7 +9,6 @@ dies, goes on from its checkpoint. The same command again starts what is missing
 is in seed<k>.log beside its folder.
 """
 
-import copy
 import importlib
 import itertools
 import json
@@ -17,7 +16,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +23,11 @@ import tyro
 
 from common import checkpoint
 from common.checkpoint import RunError, Stop
+from common.logger import read_metrics
 
 OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+TAIL = 2**16  # bytes of metrics.jsonl that are read to see how a run is doing
 # Becomes the script. If the worker dies, Linux tells it to save and stop (PR_SET_PDEATHSIG is 1).
 CHILD = """
 import ctypes, os, signal, sys
@@ -93,16 +93,15 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     if args.cpus <= 0 or args.gpus < 0 or args.retries < 0 or not args.seeds:
         raise RunError("--cpus must be positive, --gpus and --retries not negative, --seeds given")
     path, jobs, mark = Path(args.script), [], f"--- sweep {time.time():.0f}"
-    script = load_script(path.resolve())
+    if not path.is_file():
+        raise RunError(f"there is no {path.resolve()}")
+    sys.path.insert(0, str(path.resolve().parent))
+    script = importlib.import_module(path.stem)  # which knows its flags
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
         own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
         parsed = script.parse_args(own)
-        checked = copy.copy(parsed)
-        if args.address and hasattr(parsed, "device"):
-            checked.device = (
-                "cpu"  # the nodes' GPUs need not be here; a run tells if one is missing
-            )
-        script.check(checked)
+        here = {"device": "cpu"} if args.address and hasattr(parsed, "device") else {}
+        script.check(type(parsed)(**vars(parsed) | here))  # the nodes' GPUs need not be here
         unit = "step" if hasattr(parsed, "steps") else "trial"
         folder = checkpoint.run_folder(path.stem, parsed)
         check_same(folder, parsed, script)
@@ -114,14 +113,6 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     if len({job.folder for job in jobs}) < len(jobs):
         raise RunError("--env-ids and --seeds name a run twice")
     return jobs
-
-
-def load_script(path: Path):
-    """The script as a module, which knows its flags."""
-    if not path.is_file():
-        raise RunError(f"there is no {path}")
-    sys.path.insert(0, str(path.parent))
-    return importlib.import_module(path.stem)
 
 
 def check_same(folder: Path, parsed, script):
@@ -241,48 +232,25 @@ def last_error(job: Job) -> str:
 
 def until_free(folder: Path):
     """Wait until no process is in a run folder: one whose worker died still has to save."""
-    while locked(folder):
-        time.sleep(0.5)
-
-
-def locked(folder: Path) -> bool:
-    """Whether a process trains in that folder."""
-    try:
-        import fcntl  # not on Windows
-
+    while (folder / "lock").exists():
         with (folder / "lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        pass
-    return False
+            if checkpoint.lock(file):
+                return
+        time.sleep(0.5)
 
 
 # --- how the runs are doing ---------------------------------------------------------------------
 
 
-def last_rows(folder: Path, size: int = 2**16) -> list[dict]:
-    """The last lines of metrics.jsonl, without reading all of it."""
-    path, rows = folder / "metrics.jsonl", []
-    if path.exists():
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
-            for line in file.read().splitlines():
-                with suppress(ValueError):  # cut in the middle
-                    rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
-
-
 def finished(job: Job) -> bool:
     """Whether the run has got all its steps and its evaluation at the end."""
-    rows = last_rows(job.folder)
+    rows = list(read_metrics(job.folder / "metrics.jsonl", TAIL))
     return progress(job)[0] == 1 and "eval/return_std" in rows[-1]
 
 
 def progress(job: Job) -> tuple[float, float | None, float | None]:
     """Share done, return (of the last ten episodes, or the evaluation), seconds left."""
-    rows = last_rows(job.folder)
+    rows = list(read_metrics(job.folder / "metrics.jsonl", TAIL))
     done = max((row.get(job.unit, 0) for row in rows), default=0)
     share = min(1.0, done / job.total)
     returns = [row["episode/return"] for row in rows if row.get("episode/return") is not None]

@@ -27,10 +27,10 @@ from common.checkpoint import (
     Stop,
     load,
     open_run,
+    prepare,
+    restore,
     rng_state,
     save,
-    seed_everything,
-    set_rng_state,
 )
 
 REPO = Path(__file__).resolve().parents[1]
@@ -399,19 +399,19 @@ def draws():
 
 
 def test_generators_continue_after_a_round_trip(tmp_path):
-    seed_everything(5)
+    prepare(5)
     draws()  # leaves half a pair of normal numbers in python's and numpy's generator
     save(tmp_path, rng=rng_state())
     expected = [draws() for _ in range(3)]
-    seed_everything(6)
-    set_rng_state(load(tmp_path)["rng"])
+    prepare(6)
+    restore(load(tmp_path), {})
     assert [draws() for _ in range(3)] == expected
 
 
-def test_seed_everything_repeats():
-    seed_everything(2**40 + 1)
+def test_a_seed_repeats():
+    prepare(2**40 + 1)
     first = draws()
-    seed_everything(2**40 + 1)
+    prepare(2**40 + 1)
     assert draws() == first
 
 

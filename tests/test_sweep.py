@@ -239,7 +239,7 @@ def test_progress_and_table(tmp_path, monkeypatch):
     # 30 of 40; the mean of 21..30; a quarter of 3,600 s
     assert sweep.progress(job) == (0.75, 25.5, pytest.approx(900.0))
     size = len("\n".join(lines[-5:]) + '\n{"step": 31') - 3  # cuts into the first of five
-    assert [row["step"] for row in sweep.last_rows(job.folder, size)] == [27, 28, 29, 30]
+    assert [row["step"] for row in sweep.read_metrics(path, size)] == [27, 28, 29, 30]
     _, line = sweep.table([job]).splitlines()
     assert line.split() == ["Good", "seed", "0", "waiting", "75%", "25.5", "0.2", "h"]
     end = {"step": 40, "eval/return": 3.0, "time/wall": 3600.0}
