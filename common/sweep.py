@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -204,6 +205,8 @@ def settle(ray, reference, job: Job):
 
 def run(job: Job, own: dict[str, str], directory: str):
     """One try: the script as a process of its own, to its end; RuntimeError if it does not come."""
+    # Ray cancels by SIGINT, which a Ray that a shell started in the background would ignore.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     until_free(job.folder)
     if finished(job):  # by the process of a worker that has died
         return

@@ -25,9 +25,12 @@ def cluster():
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
     from ray.cluster_utils import Cluster
 
+    # A shell that starts it in the background has Ctrl-C ignored, from then on in every process.
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
     cluster = Cluster(
         initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False)
     )
+    signal.signal(signal.SIGINT, usual)
     yield cluster
     cluster.shutdown()
 
@@ -100,11 +103,11 @@ def test_what_is_killed_is_tried_again_and_resumes(counting, tmp_path):
             (process.parent() if seed else process).kill()  # the run, then a worker
 
     thread = in_background(kill)
-    code, text = counting("--steps", 40, "--pause", 0.0503, "--seeds", 0, 1)
+    code, text = counting("--steps", 120, "--pause", 0.0503, "--seeds", 0, 1)
     thread.join()
     assert code == 0 and text[text.rindex("run  ") :].count("done, try 2") == 2
     for seed, folder in enumerate(folders):
-        assert steps(folder) == list(range(1, 41))  # nothing twice, nothing left out
+        assert steps(folder) == list(range(1, 121))  # nothing twice, nothing left out
         log = folder.with_name(f"seed{seed}.log").read_text()
         assert log.count("starts at") == 2 and log.count("starts at 0") == 1
         assert ("told to stop" in log) == (seed == 1)
