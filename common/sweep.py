@@ -214,8 +214,9 @@ def run(job: Job, own: dict[str, str], directory: str):
     command = [sys.executable, "-c", CHILD, str(os.getpid()), *job.argv]
     with job.log.open("a") as log:
         print(job.mark, *job.argv, file=log, flush=True)
-        files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        process = subprocess.Popen(command, cwd=directory, env={**os.environ, **own}, **files)
+        # In a process group of its own: Ray kills that of a worker that has died, saved or not.
+        options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
+        process = subprocess.Popen(command, cwd=directory, env={**os.environ, **own}, **options)
         try:
             while (code := process.poll()) is None:
                 time.sleep(0.2)

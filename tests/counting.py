@@ -16,6 +16,7 @@ def parse_args(argv=None):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--run", default="")
     parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--saving", type=float, default=0.0)
     return parser.parse_args(argv)
 
 
@@ -30,7 +31,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     lock = (folder / "lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(args.saving), sys.exit("told to stop")))
     path = folder / "metrics.jsonl"
     done = len(path.read_text().splitlines()) if path.exists() else 0
     print(f"starts at {done}", flush=True)

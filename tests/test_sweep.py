@@ -103,7 +103,7 @@ def test_what_is_killed_is_tried_again_and_resumes(counting, tmp_path):
             (process.parent() if seed else process).kill()  # the run, then a worker
 
     thread = in_background(kill)
-    code, text = counting("--steps", 120, "--pause", 0.0503, "--seeds", 0, 1)
+    code, text = counting("--steps", 120, "--pause", 0.0503, "--saving", 3, "--seeds", 0, 1)
     thread.join()
     assert code == 0 and text[text.rindex("run  ") :].count("done, try 2") == 2
     for seed, folder in enumerate(folders):
