@@ -246,8 +246,8 @@ def test_windows_of_episodes(tmp_path, reopened):
             if n > 4 and first >= oldest and first + n <= replay.total:
                 expected |= {(env, first + k): 1 / (n - 4) for k in range(n - 4)}
             first += n
-    whole = sum(expected.values())
-    assert 5 < whole < 7 and oldest > 0, "some episodes are too short, some overwritten"
+    whole = round(sum(expected.values()))  # of 13: some episodes are too short, some overwritten
+    assert whole == 7 and oldest > 0
     draws = 40_000
     index = replay.sample_episodes(draws)["index"]
     assert index.shape == (draws, 5, 2) and (index.diff(dim=1)[..., 1] == 1).all()
