@@ -388,6 +388,8 @@ def test_the_curves_are_drawn_where_the_numbers_are():
         for x, ends in zip(np.unique(band[:, 0]), zip(low, high, strict=True), strict=True):
             at = band[band[:, 0] == x, 1]
             assert (at.min(), at.max()) == ends
+    labels = {0: "0", 500: "500", 20_000: "20k", 1_500: "1.5k", 1_100_000: "1.1M"}
+    assert {x: axes.xaxis.get_major_formatter()(x, 0) for x in labels} == labels
     hatched = [band.get_hatch() is not None for band in axes.collections]
     assert hatched == [False, True]
 

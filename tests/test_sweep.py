@@ -189,7 +189,9 @@ def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run(command, **options, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "done" in done.stdout.splitlines()[-1] and "ray" not in done.stderr.lower()
+    # torch's CUDA builds say so where there is no GPU
+    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert "done" in done.stdout.splitlines()[-1] and not said
     alone = [sys.executable, str(REPO / "dreamer_v3.py"), *flags, "--seed", "3", "--run", "alone"]
     subprocess.run([*alone, "--env-id", "CartPole-v1"], **options, check=True)
     swept = tmp_path / "runs/my_dreamer/CartPole-v1/seed3"
