@@ -125,6 +125,8 @@ def posteriors(agent, run, windows: int = 16) -> Callable[[int], TensorDict]:
     options = dict(directory=folder, slack=slack, online=False)
     replay = Replay(example, rows, layout["num_envs"], layout["length"], **options)
     replay.load_state_dict(state)
+    if not len(replay):
+        raise RunError(f"{run} has only {replay.rows} rows, no window of {replay.length} so far")
 
     def draw(seed: int) -> TensorDict:
         replay.generator.manual_seed(seed)

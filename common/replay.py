@@ -143,10 +143,10 @@ class Replay:
         """Copies of windows, TensorDict[B, length], and their "index" [B, length, 2]: (env, row).
 
         New windows come first, in order, then uniform draws. A window may cross episodes:
-        is_first is set on its row 0, is_last before an is_first. RunError if there is none.
+        is_first is set on its row 0, is_last before an is_first. ValueError if there is none.
         """
         if not len(self):
-            raise RunError(f"no window of {self.length} rows in {self.rows} rows of the replay")
+            raise ValueError(f"no window of {self.length} rows in {self.rows} rows")
         fresh = [self.queue.popleft() for _ in range(min(batch_size, len(self.queue)))]
         starts = len(self) // self.num_envs
         draw = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
