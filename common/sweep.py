@@ -28,7 +28,6 @@ from common.logger import read_metrics
 
 OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
-TAIL = 2**16  # bytes of metrics.jsonl that are read to see how a run is doing
 # Becomes the script. If the worker dies, Linux tells it to save and stop (PR_SET_PDEATHSIG is 1).
 CHILD = """
 import ctypes, os, signal, sys
@@ -70,6 +69,10 @@ class Job:
     @property
     def log(self) -> Path:
         return self.folder.with_name(f"{self.folder.name}.log")
+
+    def rows(self) -> list[dict]:
+        """The last rows of metrics.jsonl, without reading all of it."""
+        return list(read_metrics(self.folder / "metrics.jsonl", 2**16))
 
 
 def main(argv: list[str] | None = None):
@@ -248,13 +251,13 @@ def until_free(folder: Path):
 
 def finished(job: Job) -> bool:
     """Whether the run has got all its steps and its evaluation at the end."""
-    rows = list(read_metrics(job.folder / "metrics.jsonl", TAIL))
+    rows = job.rows()
     return progress(job)[0] == 1 and "eval/return_std" in rows[-1]
 
 
 def progress(job: Job) -> tuple[float, float | None, float | None]:
     """Share done, return (of the last ten episodes, or the evaluation), seconds left."""
-    rows = list(read_metrics(job.folder / "metrics.jsonl", TAIL))
+    rows = job.rows()
     done = max((row.get(job.unit, 0) for row in rows), default=0)
     share = min(1.0, done / job.total)
     returns = [row["episode/return"] for row in rows if row.get("episode/return") is not None]
