@@ -104,7 +104,7 @@ class Logger:
 
     def picture(self, name, figure) -> Path:
         """Save a matplotlib Figure as png and clear it."""
-        path = write(self.folder / f"{name}.png", lambda file: figure.savefig(file, dpi=150))
+        path = _png(self.folder / f"{name}.png", figure)
         figure.clear()
         return path
 
@@ -184,6 +184,11 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _png(path, figure) -> Path:
+    # the format is named, because the file that is written ends in .tmp
+    return write(path, lambda file: figure.savefig(file, format="png", dpi=150))
+
+
 def _mp4(path, frames, fps):
     import imageio_ffmpeg
 
@@ -229,7 +234,7 @@ def plot_curve(folder) -> Path:
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return write(Path(folder, "learning_curve.png"), lambda file: figure.savefig(file, dpi=150))
+    return _png(Path(folder, "learning_curve.png"), figure)
 
 
 def read_metrics(path, size=None):
