@@ -36,7 +36,7 @@ from common.checkpoint import EnvError, RunError
 
 if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoco is imported
     os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
-    with contextlib.suppress(OSError, TypeError):  # with the library: in a container no device
+    with contextlib.suppress(OSError, TypeError):  # a library may find no device
         find = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
         find.restype, devices = ctypes.c_void_p, ctypes.c_int()
         query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)

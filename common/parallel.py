@@ -173,6 +173,7 @@ def open_run(script, args, may_change=(), decided=None) -> tuple[Path, dict | No
 
 
 def own_name(counters: dict) -> str:
+    """File of this rank that goes with the checkpoint of these counters."""
     return f"rank{rank()}-{counters['step']}-{counters['updates']}.pt"
 
 
@@ -193,7 +194,7 @@ def save(folder: Path, **parts):
 
 @contextmanager
 def rescue(save):
-    """Call save() before an EnvError ends the run, if all other ranks could."""
+    """Call save() before an EnvError ends the run, where it is the only process."""
     try:
         yield
     except EnvError:
