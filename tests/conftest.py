@@ -3,3 +3,14 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def as_main_found_it():
+    """A script's main() sets these for its whole process, which goes on with other tests."""
+    yield
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(False)

@@ -121,14 +121,12 @@ def test_actions_are_clipped_or_become_one_hots():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished tiny run of each script."""
-    folder, torch_threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    folder = tmp_path_factory.mktemp("runs")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, script in SCRIPTS.items():
             argv = f"--preset debug --no-tensorboard --run {folder / name} {SHORT[name]}"
             script.main(argv.split())
-    torch.set_num_threads(torch_threads)
-    torch.set_flush_denormal(False)
     return folder
 
 

@@ -6,7 +6,6 @@ import os
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 
 import dreamer
@@ -105,10 +104,7 @@ def play(policy, episodes):
 
 def train(folder, seed, script=dreamer_v3, flags=FLAGS):
     """Mean return of 50 episodes with the policy of a run."""
-    threads = torch.get_num_threads()
     script.main([*flags.split(), "--run", str(folder), "--seed", str(seed)])
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval/return"]
 
 

@@ -25,13 +25,10 @@ def reference():
     return dict(np.load(Path(__file__).with_name("dreamer_v3_jax.npz")))
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def flush_denormal():
     """XLA on a CPU flushes denormal numbers to zero; squares of tiny gradients are denormal."""
-    before = torch.tensor(1e-40) * 1 == 0
     torch.set_flush_denormal(True)
-    yield
-    torch.set_flush_denormal(bool(before))
 
 
 def dense(name, layer):
