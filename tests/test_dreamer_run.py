@@ -204,7 +204,7 @@ def test_prefill_is_random(inside, monkeypatch):  # noqa: F811
 
 
 CASES = {
-    "two pendulums": "--env-id Pendulum-v1 --num-envs 2 --steps 1000 --prefill 440",
+    "two pendulums": "--env-id test_run:ShortPendulum-v0 --num-envs 2 --steps 400 --prefill 100",
     "discrete, the replay wraps around": (
         "--env-id CartPole-v1 --steps 400 --prefill 60 --replay-size 120 --pcont --pcont-scale 3"
         " --eval-every 70 --dream-every 90"

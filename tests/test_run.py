@@ -149,6 +149,8 @@ for cls in (Long, Both, Walk, Pixels, Spoiled, Huge):
     gymnasium.register(f"{cls.__name__}-v0", f"test_run:{cls.__name__}")
 gymnasium.register("Slow-v0", "test_run:Long", kwargs={"slow": 0.02})
 gymnasium.register("ShortCartpole-v0", "test_run:short_cartpole")
+PENDULUM = "gymnasium.envs.classic_control:PendulumEnv"
+gymnasium.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
 
 
 # --- sub-processes ------------------------------------------------------------------------------
@@ -392,7 +394,8 @@ def same_runs(a, b, argv):
 
 CASES = {
     "pendulum, the replay wraps around": (
-        "--env-id Pendulum-v1 --num-envs 2 --steps 400 --replay-size 160 --train-ratio 1"
+        "--env-id test_run:ShortPendulum-v0 --num-envs 2 --steps 400 --replay-size 160"
+        " --train-ratio 1"
     ),
     "dm_control": "--env-id test_run:ShortCartpole-v0 --steps 160 --log-every 5",
     "pixels": "--env-id test_run:Pixels-v0 --steps 130 --log-every 5 --save-every 30",
@@ -681,15 +684,12 @@ def test_observations_and_actions(start, tmp_path, env_id, flags, width, classes
 def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
-    threads, denormal = torch.get_num_threads(), np.float32(1e-42) * np.float32(1) != 0
     results = {"finish": {}, "score": ({}, None), "plot_curve": None, "trial_plot": None}
     for name, result in results.items():
         if hasattr(script, name):
             monkeypatch.setattr(script, name, lambda *_, result=result, **__: result)
     monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
-    yield lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(not denormal)
+    return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 
 
 @pytest.mark.parametrize(
