@@ -34,6 +34,7 @@ RETURNS = {  # what a reader has to know before comparing them: (returns, evalua
         "one rollout per trial, deterministic policy; trial 0: random actions",
         "deterministic policy",
     ),
+    "jax": ("training episodes, sampling policy", "not evaluated"),  # results/jax_train.py
 }
 
 
