@@ -14,3 +14,8 @@ def as_main_found_it():
     yield
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
+
+
+def pytest_collection_modifyitems(items):
+    """Sweeps first: they mostly wait, and so one worker does them all, on one Ray."""
+    items.sort(key=lambda item: item.path.stem != "test_sweep")
