@@ -216,8 +216,10 @@ def read_reference(name: str) -> tuple[str, dict[str, np.ndarray], str]:
     with _layout(path, "laid out as results/reference/*.json"):
         data, curves = _json(path), {}
         for task, curve in data["curves"].items():
-            curves[task] = np.array([(step, *row) for step, row in curve.items()], float)
-            curves[task] = curves[task].reshape(-1, 5)
+            rows = sorted((float(step), *row) for step, row in curve.items())
+            curves[task] = np.array(rows, float).reshape(-1, 5)
+            if not rows or not np.isfinite(curves[task]).all():
+                raise ValueError(f"{task} has no points, or one that is no number")
         return f"{path.stem} (published)", curves, data["notes"]
 
 
@@ -240,7 +242,8 @@ def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
 
 # --- statistics: Agarwal et al. (2021), Deep RL at the edge of the statistical precipice --------
 # Of scores as one array [..., runs] per task. Where tasks have different numbers of runs each task
-# counts the same, but the IQM pools the runs. With equal numbers all agree with rliable's.
+# counts the same, but the IQM pools the runs. With equal numbers all agree with rliable's (1.2.0,
+# which needs pandas < 3 and equal numbers).
 
 
 def iqm(*tasks, axis=-1):
@@ -277,7 +280,8 @@ def interval(statistic, tasks, confidence):
     """
     if min(task.shape[-1] for task in tasks) < 2:
         return np.full((2, *tasks[0].shape[:-1]), np.nan)
-    options = {"n_resamples": 10_000, "batch": 1000, "vectorized": True, "axis": -1}
+    batch = max(1, min(1000, 10**6 // tasks[0].size))  # many narrow bins must fit the memory
+    options = {"n_resamples": 10_000, "batch": batch, "vectorized": True, "axis": -1}
     options |= {"confidence_level": confidence, "rng": np.random.default_rng(0)}
     result = stats.bootstrap(tasks, statistic, method="percentile", **options)
     return np.stack(result.confidence_interval)
@@ -329,10 +333,16 @@ def curve(runs: list[Run], width, args) -> Line:
 
 
 def make_panels(table, references, args) -> tuple[dict[str, list[Line]], list[str]]:
-    """The lines of each task, and notes on what was cut."""
+    """The lines of each task, and notes on what was cut or has to be known."""
     panels, notes = {}, []
     for task, by_method in table.items():
         runs = [run for same in by_method.values() for run in same]
+        repeats = {run.method: run.args.get("action_repeat") for run in runs}
+        if len(set(repeats.values()) - {None}) > 1:
+            each = ", ".join(
+                f"{repeat} in {method}" for method, repeat in repeats.items() if repeat
+            )
+            notes.append(f"{task}: the action repeat is {each}; steps count it.")
         width = args.bin or bin_width(runs)
         panels[task] = [curve(same, width, args) for same in by_method.values()]
         for line, same in zip(panels[task], by_method.values(), strict=True):
@@ -459,7 +469,7 @@ def draw_curves(panels, styles, args) -> Figure:
     return figure
 
 
-def draw_aggregates(rows, styles) -> Figure:
+def draw_aggregates(rows, styles, confidence) -> Figure:
     """A panel per metric, a line per method: the value and its interval."""
     names = list(dict.fromkeys(row["method"] for row in rows))
     figure = Figure(figsize=(11, 1.2 + 0.4 * len(names)), layout="constrained")
@@ -470,17 +480,18 @@ def draw_aggregates(rows, styles) -> Figure:
             bar = {"color": color, "lw": 7, "alpha": 0.35, "solid_capstyle": "butt"}
             axes.plot([row["low"], row["high"]], [at, at], **bar)
             axes.plot(row["value"], at, marker=marker, color=color, ms=7)
-        less = " (less is better)" if metric == "optimality gap" else ""
+        less = "\n(less is better)" if metric == "optimality gap" else ""
         axes.set_title(metric + less, fontsize=10)
-        axes.set(yticks=range(len(names)), yticklabels=names, xlabel="normalised score")
+        axes.set(yticks=range(len(names)), yticklabels=names)
         axes.set(ylim=(len(names) - 0.4, -0.6))
         axes.margins(x=0.15)
         _tidy(axes)
         axes.locator_params(axis="x", nbins=3)  # four narrow panels: labels would touch
+    figure.supxlabel(f"normalised score (bar: {100 * confidence:g} % interval)", fontsize=10)
     return figure
 
 
-def draw_profiles(profiles, taus, styles) -> Figure:
+def draw_profiles(profiles, taus, styles, confidence) -> Figure:
     """Share of runs above a score, a line per method."""
     figure, handles = Figure(figsize=(6.4, 4.2), layout="constrained"), []
     axes = figure.subplots()
@@ -489,7 +500,8 @@ def draw_profiles(profiles, taus, styles) -> Figure:
         options = {"color": color, "ls": dashes, "marker": marker, "ms": 4, "markevery": 10}
         handles += axes.plot(taus, 100 * share, **options)
         axes.fill_between(taus, 100 * low, 100 * high, color=color, alpha=0.18, lw=0)
-    axes.set(xlabel="normalised score", ylabel="runs with a higher score, %", ylim=(-2, 103))
+    axes.set(xlabel=f"normalised score (band: {100 * confidence:g} % interval)")
+    axes.set(ylabel="runs with a higher score, %", ylim=(-2, 103))
     _tidy(axes)
     _legend(figure, handles, list(profiles), 2)
     return figure
@@ -534,19 +546,18 @@ def aggregate_rows(scores, published, confidence):
             yield {**row, "low": np.nan, "high": np.nan, "tasks": len(means)}
 
 
-def task_table(table, methods, steps, published, args) -> list[list[str]]:
+def task_table(scores, methods, steps, published, args) -> list[list[str]]:
     """Header and a row per task: the score at that step, per method and published."""
-    rows, statistic = [], SEEDS[args.statistic]
-    for task, by_method in table.items():
-        cells = [task, f"{steps[task]:,}"]
-        for method in methods:
-            values = np.array([score(run, steps[task]) for run in by_method.get(method, ())])
-            band = interval(statistic, [values], args.interval) if len(values) else None
-            cells.append(f"{_cell(statistic(values), band)} ({len(values)})" if len(values) else "")
-        for found in published.values():
-            value, low, high, seeds = found.get(task, (None,) * 4)
-            cells.append(f"{_cell(value, (low, high))} ({seeds})" if seeds else "")
-        rows.append(cells)
+    statistic, rows = SEEDS[args.statistic], []
+    for task, by_method in scores.items():
+        cells = dict.fromkeys((*methods, *published), "")
+        for method, values in by_method.items():
+            band = interval(statistic, [values], args.interval)
+            cells[method] = f"{_cell(statistic(values), band)} ({len(values)})"
+        for name in (name for name, found in published.items() if task in found):
+            value, low, high, seeds = published[name][task]
+            cells[name] = f"{_cell(value, (low, high))} ({seeds})"
+        rows.append([task, f"{steps[task]:,}", *cells.values()])
     return [["task", "steps", *methods, *published], *rows]
 
 
@@ -576,10 +587,8 @@ def markdown(rows) -> str:
 def latex(rows) -> str:
     """A LaTeX tabular, with the rules of the package booktabs."""
     named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    lines = [
-        " & ".join(re.sub(r"[\\~^_%&#${}]", lambda c: named.get(c[0], f"\\{c[0]}"), cell)
-                   for cell in row) + r" \\" for row in rows
-    ]  # fmt: skip
+    escapes = str.maketrans({character: f"\\{character}" for character in "_%&#${}"} | named)
+    lines = [" & ".join(cell.translate(escapes) for cell in row) + r" \\" for row in rows]
     lines = [rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}", r"\toprule", lines[0],
              r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]  # fmt: skip
     return "\n".join(lines)
@@ -629,29 +638,27 @@ def read_all(args) -> tuple[list[Run], list[str]]:
     return runs, [note for _, notes in found for note in notes]
 
 
-def aggregate(table, methods, steps, published, known, styles, args):
+def aggregate(scores, published, known, styles, args):
     """Write aggregates and profile; returns the rows of the former."""
-    scores = {method: [] for method in methods}
-    for task, (low, high) in ((task, known[task]) for task in table):
-        for method, runs in table[task].items():
-            values = np.array([score(run, steps[task]) for run in runs])
-            scores[method].append((values - low) / (high - low))
-    means = {
-        name: [(found[t][0] - known[t][0]) / (known[t][1] - known[t][0]) for t in table]
-        for name, found in published.items()
-        if len(found) == len(table)
-    }
-    rows = list(aggregate_rows(scores, means, args.interval))
-    write(args.out / "aggregates", draw_aggregates(rows, styles), rows)
-    every = np.concatenate([values for tasks in scores.values() for values in tasks])
+    own, means = {}, {}
+    for task, by_method in scores.items():
+        low, high = known[task]
+        for method, values in by_method.items():
+            own.setdefault(method, []).append((values - low) / (high - low))
+        for name, found in published.items():
+            if len(found) == len(scores):  # else it has no mean over these tasks
+                means.setdefault(name, []).append((found[task][0] - low) / (high - low))
+    rows = list(aggregate_rows(own, means, args.interval))
+    write(args.out / "aggregates", draw_aggregates(rows, styles, args.interval), rows)
+    every = np.concatenate([values for tasks in own.values() for values in tasks])
     taus = np.linspace(min(0, every.min()), max(1, every.max()), 101)
-    profiles = {method: profile(tasks, taus, args.interval) for method, tasks in scores.items()}
+    profiles = {method: profile(tasks, taus, args.interval) for method, tasks in own.items()}
     shares = [
         {"method": method, "tau": tau, "share": share, "low": low, "high": high}
-        for method, (shares, band) in profiles.items()
-        for tau, share, low, high in zip(taus, shares, *band, strict=True)
+        for method, (line, band) in profiles.items()
+        for tau, share, low, high in zip(taus, line, *band, strict=True)
     ]
-    write(args.out / "profile", draw_profiles(profiles, taus, styles), shares)
+    write(args.out / "profile", draw_profiles(profiles, taus, styles, args.interval), shares)
     return rows
 
 
@@ -668,18 +675,24 @@ def main(argv=None):
     panels, notes = make_panels(table, references, args)
     known = ranges(table, args.normalise)
     styles = assign(STYLES, methods) | assign(PUBLISHED, references)
+    scores = {
+        task: {name: np.array([score(run, steps[task]) for run in runs])
+               for name, runs in by_method.items()}
+        for task, by_method in table.items()
+    }  # fmt: skip
 
-    tables = [task_table(table, methods, steps, published, args)]  # before anything is written
-    args.out.mkdir(parents=True, exist_ok=True)
+    tables = [task_table(scores, methods, steps, published, args)]  # before anything is written
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"--out {args.out} cannot be made: {error}") from None
     write(args.out / "curves", draw_curves(panels, styles, args), list(curve_rows(panels)))
     if why := why_no_aggregates(table, methods, known):
         notes.append(why)
         for old in (f"{name}.{end}" for name in ("aggregates", "profile") for end in ENDINGS):
             (args.out / old).unlink(missing_ok=True)  # of other runs: not to stay beside the rest
     else:
-        tables.append(
-            aggregate_table(aggregate(table, methods, steps, published, known, styles, args))
-        )
+        tables.append(aggregate_table(aggregate(scores, published, known, styles, args)))
     about = [f"{name}: {text}" for name, _, text in sources]
     notes = [describe(references, args), *about, *lacking, *left_out, *notes]
     (args.out / "table.md").write_text("\n\n".join([*map(markdown, tables), *notes]) + "\n")

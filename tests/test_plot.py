@@ -366,9 +366,10 @@ def test_pictures(plots, name):
     labels = {
         "curves": {"environment steps", "return", "walker_walk", "cheetah_run", "hopper_stand",
                    "plain: 3 seeds, 95 % interval", "paper (published): 5-7 seeds, min-max"},
-        "aggregates": {"IQM", "median", "mean", "optimality gap (less is better)", "plain",
-                       "low_lr", "paper (published)", "normalised score"},
-        "profile": {"normalised score", "runs with a higher score, %", "plain", "low_lr"},
+        "aggregates": {"IQM", "median", "mean", "optimality gap", "(less is better)", "plain",
+                       "low_lr", "paper (published)", "normalised score (bar: 95 % interval)"},
+        "profile": {"normalised score (band: 95 % interval)", "runs with a higher score, %",
+                    "plain", "low_lr"},
     }  # fmt: skip
     assert {label.strip() for label in text} >= labels[name]
 
@@ -400,7 +401,7 @@ def test_the_bars_are_as_long_as_the_intervals():
         for metric in plot.METRICS
         for name, low, high in (("a", 0.4, 0.6), ("b", 0.1, 0.9))
     ]
-    figure = plot.draw_aggregates(rows, dict(a=plot.STYLES[0], b=plot.STYLES[1]))
+    figure = plot.draw_aggregates(rows, dict(a=plot.STYLES[0], b=plot.STYLES[1]), 0.95)
     assert len(figure.axes) == 4
     for axes in figure.axes:
         first, at, second, _ = axes.lines
@@ -413,7 +414,7 @@ def test_the_bars_are_as_long_as_the_intervals():
 def test_the_profile_has_its_band():
     taus, share = np.linspace(0, 1, 3), np.array([1.0, 0.5, 0.0])
     band = np.array([[0.9, 0.2, 0.0], [1.0, 0.7, 0.1]])
-    (axes,) = plot.draw_profiles({"m": (share, band)}, taus, {"m": plot.STYLES[0]}).axes
+    (axes,) = plot.draw_profiles({"m": (share, band)}, taus, {"m": plot.STYLES[0]}, 0.95).axes
     assert axes.lines[0].get_ydata().tolist() == [100, 50, 0]
     vertices = axes.collections[0].get_paths()[0].vertices
     middle = vertices[vertices[:, 0] == 0.5, 1]
@@ -614,6 +615,15 @@ def test_arguments_that_may_differ(tmp_path, run):
         assert set(script.MAY_CHANGE) <= set(plot.FREE)
 
 
+def test_other_action_repeats_are_told(tmp_path):
+    for repeat in (1, 2):
+        run_folder(tmp_path / f"repeat{repeat}", WALKER, action_repeat=repeat)
+    named = [f"{name}={tmp_path / name}" for name in ("repeat1", "repeat2")]
+    plot.main([*named, "--out", str(tmp_path / "out")])
+    note = "walker_walk: the action repeat is 1 in repeat1, 2 in repeat2; steps count it."
+    assert note in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_a_seed_twice(tmp_path, run):
     other = run_folder(tmp_path / "other")
     message = refuse(run, other)
@@ -628,6 +638,16 @@ def test_references(tmp_path, run):
     broken = tmp_path / "broken.json"
     broken.write_text('{"curves": {"walker_walk": {"1": [1, 2]}}}')
     assert f"{broken} is not laid out as" in refuse(run, "--reference", broken)
+    for points in ("{}", '{"1": [1, null, 2, 5]}'):
+        broken.write_text(f'{{"notes": "", "curves": {{"walker_walk": {points}}}}}')
+        assert "walker_walk has no points, or one that is no number" in refuse(
+            run, "--reference", broken)  # fmt: skip
+
+
+def test_a_reference_in_any_order(tmp_path):
+    path, points = tmp_path / "paper.json", {"300": [3, 3, 3, 5], "100": [1, 1, 1, 5]}
+    path.write_text(json.dumps({"notes": "", "curves": {"t": points}}))
+    assert plot.read_reference(str(path))[1]["t"][:, :2].tolist() == [[100, 1], [300, 3]]
 
 
 def test_a_reference_that_has_some_of_the_tasks(tmp_path, run):
@@ -666,6 +686,7 @@ def test_flags_that_cannot_be(run):
     out = run.parent / "out"
     assert "no score at step 5,000" in refuse(run, "--at", "5000", "--out", out)
     assert not out.exists()
+    assert f"--out {run / 'args.json'} cannot be made" in refuse(run, "--out", run / "args.json")
 
 
 def test_an_error_is_one_line(tmp_path):
