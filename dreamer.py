@@ -164,6 +164,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
+    if parallel.size() > 1 and (args.eval or args.benchmark):
+        raise RunError("--eval and --benchmark are of one process: without torchrun")
     counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every depth"
     counts += " train_every train_steps pretrain imagination_horizon deter hidden stoch units"
     for name in counts.split():
@@ -917,6 +919,7 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
+    device = checkpoint.pick_device(device)
     return checkpoint.load_agent(
         run, "dreamer", lambda spec, args: Agent(spec, Args(**args | {"compile": False}), device)
     )

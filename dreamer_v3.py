@@ -172,6 +172,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
+    if parallel.size() > 1 and (args.eval or args.benchmark):
+        raise RunError("--eval and --benchmark are of one process: without torchrun")
     counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every horizon"
     widths = "imagination_horizon deter hidden stoch classes depth units blocks"
     for name in (*counts.split(), *widths.split()):
@@ -1164,6 +1166,7 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
+    device = checkpoint.pick_device(device)
     return checkpoint.load_agent(
         run, "dreamer_v3", lambda spec, args: Agent(spec, Args(**args | {"compile": False}), device)
     )

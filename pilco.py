@@ -1286,10 +1286,12 @@ class Agent:
     def numbers(self, name: str, count: int, empty: float) -> Tensor:
         """A flag of `count` numbers; RunError for another count."""
         values = getattr(self.args, name) or (empty,) * count
+        flag, preset = f"--{name.replace('_', '-')}", self.args.preset
         if len(values) != count:
-            raise RunError(f"--{name.replace('_', '-')} needs {count} numbers, not {len(values)}")
+            given = f", those of --preset {preset}" if values == PRESETS[preset].get(name) else ""
+            raise RunError(f"{flag} needs {count} numbers, not {len(values)}{given}")
         if not all(map(math.isfinite, values)):
-            raise RunError(f"--{name.replace('_', '-')} needs finite numbers")
+            raise RunError(f"{flag} needs finite numbers")
         return torch.tensor(values, dtype=torch.float64)
 
     def weights(self, size: int) -> Tensor:
@@ -1447,8 +1449,11 @@ class Agent:
 
 
 def load(run: str | Path) -> Agent:
-    """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    return checkpoint.load_agent(run, "pilco", lambda spec, args: Agent(spec, Args(**args)))
+    """The trained agent of a run folder, ready to `act`; RunError if it has no policy so far."""
+    agent = checkpoint.load_agent(run, "pilco", lambda spec, args: Agent(spec, Args(**args)))
+    if not agent.drawn:
+        raise RunError(f"{run} has no policy so far: its first trial is not over")
+    return agent
 
 
 # --- evaluate -----------------------------------------------------------------------------------

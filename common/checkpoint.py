@@ -57,13 +57,16 @@ def run_folder(script, args, root="runs") -> Path:
     return Path(args.run or Path(root, script, name, f"seed{args.seed}"))
 
 
-def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Path, dict | None]:
+def open_run(
+    script, args, may_change=(), decided=None, root="runs", ranks=1
+) -> tuple[Path, dict | None]:
     """Create or reopen the run folder of `args` (a dataclass) and lock it for this process.
 
     The folder is that of `run_folder`; `args.fresh` empties it first. Returns it with the state to
     resume from, None at the beginning. A field of `decided` that is "auto" is set to its saved
     value, at the beginning to that in `decided`. Raises RunError if a field outside `may_change`
-    differs from the saved args, another process runs there, or it is no run folder of `script`.
+    differs from the saved args, another number of `ranks` saved it, another process runs there, or
+    it is no run folder of `script`.
     """
     folder = run_folder(script, args, root)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +84,9 @@ def open_run(script, args, may_change=(), decided=None, root="runs") -> tuple[Pa
     elif (folder / "checkpoint.pt").exists():  # else there is nothing to protect
         compare(folder, saved, asked, may_change)
     state = load(folder, script) if (folder / "checkpoint.pt").exists() else None
+    if state and (before := state.get("ranks", 1)) != ranks:
+        text = f"{folder} was saved by {before} processes, this is one of {ranks}"
+        raise RunError(f"{text}: resume it with torchrun --nproc-per-node {before}")
     if state is None:
         _remove(folder / leftover for leftover in LEFTOVERS)
     past, now = saved["origin"] if state else [], _origin()
@@ -223,7 +229,8 @@ def load(path, script=None, name="checkpoint.pt") -> dict:
     """
     file = Path(path, name)
     if not file.is_file():
-        raise RunError(f"no checkpoint in {path}: the run has not saved one yet")
+        why = "not saved yet, or moved" if Path(path).is_dir() else "there is no such folder"
+        raise RunError(f"no {name} in {path}: {why}")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch.load ignores the checksums

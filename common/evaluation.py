@@ -115,7 +115,7 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
 
 
 def posteriors(agent, run, windows: int = 16) -> Callable[[int], TensorDict]:
-    """draw(seed) -> latents [K] to dream from: those of all rows of some windows of the replay."""
+    """draw(seed) -> latents [K] of rows of the replay, in some windows, but for episodes' last."""
     example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
     state, folder = checkpoint.load(run)["replay"], Path(run, "replay")
     if not folder.is_dir():

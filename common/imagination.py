@@ -173,10 +173,13 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def encode(self, actions) -> torch.Tensor:
         """Actions of the space -> (N, A) as the model knows them: clipped, or one-hots."""
+        actions, space = np.asarray(actions), self.action_space
+        known = space.contains(actions) if self.classes else np.isfinite(actions).all()
+        if actions.shape != space.shape or not known:
+            raise gymnasium.error.InvalidAction(f"{actions} is not of the space {space}")
         if not self.classes:
-            state = self.state[self.env.state_keys[0]]
-            return torch.as_tensor(np.asarray(actions)).to(state).clamp(-1, 1)
-        index = torch.as_tensor(np.asarray(actions)).long().view(self.num_envs, -1)
+            return torch.as_tensor(actions).to(self.state[self.env.state_keys[0]]).clamp(-1, 1)
+        index = torch.as_tensor(actions).long().view(self.num_envs, -1)
         parts = zip(index.unbind(1), self.classes, strict=True)
         hots = torch.cat([F.one_hot(part, size) for part, size in parts], -1)
         return hots.float().to(self.state.device)
@@ -207,7 +210,7 @@ def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False,
     `horizon` actions (0: the length that the run itself dreams). Actions are Boxes in [-1, 1], or
     discrete. Observations are decoded, or with `latent` the state itself, flat. An ended episode is
     replaced in the same step.
-    `options` go to the script's `load` (device="cuda").
+    `options` go to the script's `load` (of the Dreamers: device="cuda").
 
     RunError where the run, its script, its checkpoint or its replay is missing.
     """
@@ -220,7 +223,8 @@ def dream_env(run, num_envs: int = 1, *, horizon: int = 0, latent: bool = False,
         load = importlib.import_module(json.loads(path.read_text())["script"]).load
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise RunError(f"{path} names no script that can be imported here: {error!r}") from error
-    agent = load(run, **options)
+    with torch.random.fork_rng():  # it draws the networks before it reads them
+        agent = load(run, **options)
     env, draw = agent.dreams(run)
     own = vars(agent.args).get("imagination_horizon") or agent.args.horizon  # of pilco.py
     return DreamVectorEnv(env, draw, agent.decode, agent.spec, num_envs, horizon or own, latent)

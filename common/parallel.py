@@ -1,4 +1,4 @@
-"""One training on several devices: torchrun --nproc-per-node N dreamer_v3.py ...
+"""One training on several devices: torchrun --nproc-per-node N -- dreamer_v3.py ...
 
 torchrun starts N processes (ranks) of a script. Each has its own environments and its shard of the
 replay, updates a copy of the agent with its share of the batch, and averages the gradients with the
@@ -155,10 +155,7 @@ def open_run(script, args, may_change=(), decided=None) -> tuple[Path, dict | No
     """checkpoint.open_run for all ranks; RunError if another number of them saved the run."""
     share(args)  # what it refuses must not cost a run that --fresh would delete
     if rank() == 0:
-        folder, saved = checkpoint.open_run(script, args, may_change, decided)
-        if (ranks := (saved or {}).get("ranks", size())) != size():
-            text = f"{folder} was saved by {ranks} processes, this is one of {size()}"
-            raise RunError(f"{text}: resume it with torchrun --nproc-per-node {ranks}")
+        folder, saved = checkpoint.open_run(script, args, may_change, decided, ranks=size())
         wait()
         return folder, saved
     wait()
@@ -187,7 +184,7 @@ def save(folder: Path, **parts):
         checkpoint.save(folder, **parts, ranks=size())
     wait()
     if rank():
-        for path in folder.glob(f"rank{rank()}-*.pt"):
+        for path in folder.glob(f"rank{rank()}-*"):  # a killed one leaves a .tmp
             if path.name != own_name(parts):
                 path.unlink()
 

@@ -20,9 +20,13 @@ import numpy as np
 import torch
 import tyro
 from gymnasium import spaces
-from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+
+try:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+except ImportError:
+    sys.exit("error: this needs Stable-Baselines3: pip install -r requirements-extra.txt")
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import checkpoint
@@ -47,13 +51,10 @@ class Real(gymnasium.Env):
         self.observation_space, self.action_space = space
 
     def reset(self, *, seed=None, options=None):
+        none = torch.zeros(1, self.envs.action_dim)
         while self.rows is None or not self.rows["is_first"].item():
-            self.rows = self.envs.step(None if self.rows is None else torch.zeros(1, self.width))
+            self.rows = self.envs.step(None if self.rows is None else none)
         return self.observe(), {}
-
-    @property
-    def width(self) -> int:
-        return self.envs.action_dim
 
     def step(self, action):
         self.rows = self.envs.step(torch.as_tensor(action).view(1, -1))
@@ -103,18 +104,22 @@ class Stable(VecEnv):
 
 
 class Evaluate(BaseCallback):
-    """Plays the policy's mode in the real environment now and then: [(actions, mean return)]."""
+    """Plays the policy's mode in the real environment now and then: [(actions, mean return)].
+
+    Before a rollout and at the end, so that the policy has learned from all those actions: PPO
+    calls `_on_rollout_end` before it learns from that rollout.
+    """
 
     def __init__(self, real: gymnasium.Env, every: int):
         super().__init__()
         self.real, self.every, self.scores = real, every, []
 
-    def _on_training_start(self):
-        self.play()
-
-    def _on_rollout_end(self):
-        if self.num_timesteps - self.scores[-1][0] >= self.every:
+    def _on_rollout_start(self):
+        if not self.scores or self.num_timesteps - self.scores[-1][0] >= self.every:
             self.play()
+
+    def _on_training_end(self):
+        self.play()
 
     def _on_step(self):
         return True
@@ -137,8 +142,6 @@ def train(envs, real: Real, actions: int, seed: int, **settings) -> list[tuple[i
     callback = Evaluate(real, actions // 10)
     model = PPO("MlpPolicy", VecMonitor(Stable(envs, seed)), seed=seed, **SETTINGS, **settings)
     model.learn(actions, callback)
-    if callback.scores[-1][0] < model.num_timesteps:
-        callback.play()
     return callback.scores
 
 
@@ -173,6 +176,8 @@ def main(
     seeds: int = 3,
     out: Path | None = None,  # without ending
 ):
+    if min(actions, seeds) < 1:
+        raise RunError("--actions and --seeds must be at least 1")
     torch.set_num_threads(1)
     dreams = dream_env(run, 16, horizon=horizon)
     space = dreams.single_observation_space, dreams.single_action_space

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -118,6 +120,49 @@ def test_actions_are_clipped_or_become_one_hots():
         line().step(np.zeros((2, 1)))
 
 
+@pytest.mark.parametrize(
+    ("classes", "action"),
+    [((), [[np.nan], [0]]), ((), [[0], [np.inf]]), ((), [0, 0]), ((), [[0]]), ([3], [0, 3]),
+     ([3], [-1, 0]), ([3], [0.5, 0]), ([3], [[0], [1]]), ([2, 3], [[0, 3], [0, 0]])],
+)  # fmt: skip
+def test_actions_that_are_not_of_the_space(classes, action):
+    envs = line(classes=classes)
+    envs.reset(seed=0)
+    before = envs.state.clone()
+    with pytest.raises(gymnasium.error.InvalidAction, match="is not of the space"):
+        envs.step(np.array(action))
+    assert (envs.state == before).all()
+
+
+def test_ppo_is_evaluated_when_it_has_learned_from_all_its_actions(monkeypatch):
+    reason = "Stable-Baselines3 is not installed (requirements-extra.txt)"
+    pytest.importorskip("stable_baselines3", reason=reason)
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "results")
+    import dream_ppo
+
+    seen = []
+
+    class Watch(dream_ppo.Evaluate):
+        def play(self):
+            seen.append(torch.cat([p.detach().flatten() for p in self.model.policy.parameters()]))
+            super().play()
+
+    monkeypatch.setattr(dream_ppo, "Evaluate", Watch)
+    settings = dict(n_steps=16, batch_size=16)
+    scores = dream_ppo.train(line(2), One(line(1)), actions=64, seed=0, **settings)
+    assert [actions for actions, _ in scores] == [0, 32, 64]
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert all(-4 * 5 < value < 0 for _, value in scores)
+
+
+def test_ppo_without_stable_baselines3(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "results")
+    monkeypatch.delitem(sys.modules, "dream_ppo", raising=False)
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(SystemExit, match=r"pip install -r requirements-extra\.txt"):
+        import dream_ppo  # noqa: F401
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished tiny run of each script."""
@@ -195,6 +240,13 @@ def test_rewards_and_terminations_are_the_heads(runs, script):
         assert not truncated.any()
         ended += terminated.sum()
     assert 0 < ended < 48 if script == "dreamer_v3" else ended == 0  # no --pcont, no end
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_making_one_leaves_the_global_generator_alone(runs, script):
+    before = torch.get_rng_state()
+    dream_env(runs / script, latent=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
@@ -288,6 +340,16 @@ def test_errors_name_what_is_missing(runs, tmp_path):
             dream_env(tmp_path)
     with pytest.raises(RunError, match="num_envs"):
         dream_env(runs / "pilco", 0)
+    for script in ("dreamer", "dreamer_v3"):
+        with pytest.raises(RunError, match="--device gpu cannot be used"):
+            dream_env(runs / script, device="gpu")
+    early = tmp_path / "early"  # as it is after the random rollout
+    shutil.copytree(runs / "pilco", early)
+    state = torch.load(early / "checkpoint.pt", weights_only=True)
+    state["agent"] |= {"drawn": False, "hyper": None}
+    torch.save(state, early / "checkpoint.pt")
+    with pytest.raises(RunError, match="no policy so far: its first trial is not over"):
+        dream_env(early)
     copy = tmp_path / "copy"
     shutil.copytree(runs / "dreamer_v3", copy)
     shutil.rmtree(copy / "replay")

@@ -20,6 +20,7 @@ from test_run import (  # noqa: F401  fixtures: nursery, start, two
     until,
 )
 
+import dreamer
 import dreamer_v3
 import pilco
 from common import parallel
@@ -52,8 +53,10 @@ def test_two_ranks_make_the_updates_of_one_process(two, script, tmp_path):  # no
 
 def test_a_run_resumes_exactly_with_the_same_number_of_ranks(two, start, tmp_path):  # noqa: F811
     folder = resumes_exactly_on_two_ranks(two, tmp_path, FLAGS)
-    message = start("--run", folder, *FLAGS, "--steps", 160).error()
+    record = (folder / "args.json").read_bytes()
+    message = start("--run", folder, *FLAGS, "--steps", 999).error()
     assert "saved by 2 processes, this is one of 1" in message and "--nproc-per-node 2" in message
+    assert (folder / "args.json").read_bytes() == record  # that command never ran
 
 
 def test_torchrun_and_a_signal_that_stops_all_ranks(tmp_path):
@@ -123,6 +126,16 @@ def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RunError, match="more than the 1 GPUs"):
         parallel.start()
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3])
+@pytest.mark.parametrize("flags", [["--eval", "runs/x"], ["--benchmark"]])
+def test_one_process_plays_and_times(monkeypatch, script, flags):
+    args = script.parse_args(["--preset", "debug", *flags])
+    script.check(args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="without torchrun"):
+        script.check(args)
 
 
 def test_pilco_trains_in_one_process(monkeypatch):
