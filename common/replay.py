@@ -86,7 +86,8 @@ class Replay:
         self.layout |= {"length": length, "updatable": ", ".join(self.updatable), **shapes}
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        self.missing = [directory / key for key in files if not (directory / key).exists()]
+        paths = [directory / key for key in files]
+        self.found = {path: path.stat().st_size if path.exists() else 0 for path in paths}  # bytes
         self.storage = _map(files, directory)
         self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
@@ -237,16 +238,20 @@ class Replay:
 
         A larger capacity is accepted until the smaller ring has come round.
         """
-        if self.missing:
-            for path in self.missing:  # full of zeros, which must not be found next time
-                path.unlink(missing_ok=True)
-            text = f"the run's replay/ lacks {', '.join(path.name for path in self.missing)}"
-            raise RunError(f"{text}: put it back, or start over with --fresh")
-        grown = state["total"] <= min(state["layout"]["physical"], self.capacity)
-        for name in self.layout | state["layout"]:
-            theirs, ours = state["layout"].get(name), self.layout.get(name)
+        saved, sizes = state["layout"], self.found.items()
+        rows, own = saved["physical"] * saved["num_envs"], self.physical * self.num_envs
+        lost = [p for p, size in sizes if size * own < rows * self.storage[p.name].nbytes]
+        for path in lost:  # filled up with zeros, which must not be found next time
+            os.truncate(path, self.found[path])
+        grown = state["total"] <= min(saved["physical"], self.capacity)
+        for name in self.layout | saved:
+            theirs, ours = saved.get(name), self.layout.get(name)
             if theirs != ours and not (grown and name in ("capacity", "physical")):
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
+        if lost:
+            names = ", ".join(path.name for path in lost)
+            text = f"the run's replay/ lacks {names}, or a part of it"
+            raise RunError(f"{text}: put it back, or start over with --fresh")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
         self.whole = deque(map(tuple, state["whole"].tolist()))

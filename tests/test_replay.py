@@ -382,10 +382,18 @@ def test_lost_files_are_noticed(tmp_path):
     replay = Replay(PLAIN, 10, 1, 4, tmp_path)
     fill(replay, 9)
     state = replay.state_dict()
-    (tmp_path / "observation").unlink()
-    for _ in range(2):
-        with pytest.raises(RunError, match="lacks observation"):
-            Replay(PLAIN, 10, 1, 4, tmp_path).load_state_dict(state)
+    path = tmp_path / "observation"
+    whole = path.read_bytes()
+    for part in (whole[:-4], whole[:1], None):
+        path.unlink() if part is None else path.write_bytes(part)
+        for _ in range(2):
+            with pytest.raises(RunError, match="lacks observation"):
+                Replay(PLAIN, 10, 1, 4, tmp_path).load_state_dict(state)
+        assert path.read_bytes() == (part or b"")  # not filled up with zeros
+    path.write_bytes(whole)
+    again = Replay(PLAIN, 10, 1, 4, tmp_path)
+    again.load_state_dict(state)
+    assert again.storage["observation"][:9, 1].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(
