@@ -363,7 +363,7 @@ def score(run: Run, at: int) -> float:
     """Mean return of the training episodes in the steps (0.9 at, at], else of the last before."""
     if run.steps[-1] <= 0.9 * at or run.steps[0] > at:
         ends = f"its episodes end at steps {run.steps[0]:,} to {run.steps[-1]:,}"
-        raise RunError(f"{run.where} has no score at step {at:,}: {ends}. Choose another --at")
+        raise RunError(f"{run.where} has no score at step {at:,}: {ends}; choose another --at")
     before = run.steps[run.steps <= at]
     chosen = before > min(0.9 * at, before[-1] - 1)  # long gaps: environments that end together
     return run.returns[: len(before)][chosen].mean()
@@ -410,13 +410,30 @@ def ranges(table, path: str) -> dict[str, tuple[float, float]]:
     return known
 
 
-def why_no_aggregates(table, methods, known) -> str:
-    """Empty if every method has runs of all tasks and their ranges are known."""
+def all_scores(table, steps, args) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """{task: {method: scores [runs]}}, and notes on methods that have none at the task's step.
+
+    With --at that is an error.
+    """
+    scores, notes = {task: {} for task in table}, []
+    for task, by_method in table.items():
+        for method, runs in by_method.items():
+            try:
+                scores[task][method] = np.array([score(run, steps[task]) for run in runs])
+            except RunError as error:
+                if args.at:
+                    raise
+                notes.append(f"{method} is not scored on {task}: {error}.")
+    return scores, notes
+
+
+def why_no_aggregates(scores, methods, known) -> str:
+    """Empty if every method has scores of all tasks and their ranges are known."""
     for method in methods:
-        if lacking := [task for task in table if method not in table[task]]:
-            text = f"No aggregates: {method} has no run of {', '.join(lacking)}"
+        if lacking := [task for task in scores if method not in scores[task]]:
+            text = f"No aggregates: {method} has no score on {', '.join(lacking)}"
             return f"{text}. --tasks chooses those that all methods have."
-    if unknown := [task for task in table if task not in known]:
+    if unknown := [task for task in scores if task not in known]:
         text = f"No aggregates: the returns that count as 0 and 1 are not known for {unknown[0]}"
         return f"{text}{' and others' * (len(unknown) > 1)}. --normalise FILE.json names them."
     return ""
@@ -675,11 +692,7 @@ def main(argv=None):
     panels, notes = make_panels(table, references, args)
     known = ranges(table, args.normalise)
     styles = assign(STYLES, methods) | assign(PUBLISHED, references)
-    scores = {
-        task: {name: np.array([score(run, steps[task]) for run in runs])
-               for name, runs in by_method.items()}
-        for task, by_method in table.items()
-    }  # fmt: skip
+    scores, unscored = all_scores(table, steps, args)
 
     tables = [task_table(scores, methods, steps, published, args)]  # before anything is written
     try:
@@ -687,14 +700,14 @@ def main(argv=None):
     except OSError as error:
         raise RunError(f"--out {args.out} cannot be made: {error}") from None
     write(args.out / "curves", draw_curves(panels, styles, args), list(curve_rows(panels)))
-    if why := why_no_aggregates(table, methods, known):
+    if why := why_no_aggregates(scores, methods, known):
         notes.append(why)
         for old in (f"{name}.{end}" for name in ("aggregates", "profile") for end in ENDINGS):
             (args.out / old).unlink(missing_ok=True)  # of other runs: not to stay beside the rest
     else:
         tables.append(aggregate_table(aggregate(scores, published, known, styles, args)))
     about = [f"{name}: {text}" for name, _, text in sources]
-    notes = [describe(references, args), *about, *lacking, *left_out, *notes]
+    notes = [describe(references, args), *about, *lacking, *left_out, *unscored, *notes]
     (args.out / "table.md").write_text("\n\n".join([*map(markdown, tables), *notes]) + "\n")
     comments = [f"% {note}" for note in ("needs the package booktabs", *notes)]
     (args.out / "table.tex").write_text(

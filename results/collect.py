@@ -5,8 +5,8 @@
 One file per task, with the rows of all its seeds. Columns: environment steps, return of the
 training episode that ended there, seed, wall-clock seconds; for PILCO also the trial (0: random),
 mean cost of all its steps and of the last ten, what the model predicted and the evaluations of the
-search. A seed that is there already is replaced, the others stay. --tag names a variant: its runs
-get a file of their own.
+search. A seed that is there already is replaced, the others stay. Runs with other arguments than
+those in the file are refused: --tag names a variant, whose runs get a file of their own.
 
 manifest.json beside the files says for each seed of each file which commands, commits, versions and
 hardware made it, with which arguments, how long it took, how its policy was evaluated and what the
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import read_metrics
+from common.plot import FREE
 
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
 RETURNS = {  # what a reader has to know before comparing them: (returns, evaluations)
@@ -95,13 +96,28 @@ def collect(run: Path, folder: Path, tag: str = "") -> Path:
     if path.exists():
         with path.open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["seed"] != str(seed)]
-    write_rows(path, rows)
     manifest = path.with_name("manifest.json")
     files = json.loads(manifest.read_text()) if manifest.exists() else {}
     file = files.setdefault(path.name, {"script": args["script"], "tag": tag, "seeds": {}})
-    file["seeds"][str(seed)] = entry_of(args, metrics)
+    entry = entry_of(args, metrics)
+    compare(run, path, entry, file["seeds"])
+    if str(seed) in file["seeds"]:
+        commits = [origin["commit"][:7] for origin in file["seeds"][str(seed)]["origin"]]
+        print(f"replaces seed {seed} of commit {', '.join(commits)}")
+    file["seeds"][str(seed)] = entry
+    write_rows(path, rows)
     write_manifest(manifest, files)
     return path
+
+
+def compare(run: Path, path: Path, entry: dict, seeds: dict):
+    """RunError if the file's seeds were made with other arguments, as far as those are known."""
+    new = entry["args"]
+    for seed, args in ((seed, other.get("args", {})) for seed, other in seeds.items()):
+        both = [key for key in new if key in args and key not in (*FREE, "script")]
+        if other := [f"{key} {args[key]} -> {new[key]}" for key in both if args[key] != new[key]]:
+            text = f"{path} has seed {seed} with other arguments than {run}: {', '.join(other)}"
+            raise RunError(f"{text}. Name the variant with --tag, or choose another --into")
 
 
 def write_rows(path: Path, rows: list[dict]):

@@ -532,13 +532,25 @@ def test_other_tasks_than_the_other_method(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     plot.main([str(tmp_path), *out, "--reference", "v3_dmc_proprio"])
     text = capsys.readouterr().out
-    assert "No aggregates: dreamer has no run of hopper_stand" in text
+    assert "No aggregates: dreamer has no score on hopper_stand" in text
     assert {row["task"] for row in read_csv(tmp_path / "out" / "curves.csv")} == {
         "walker_walk", "hopper_stand"}  # fmt: skip
     plot.main([str(tmp_path), *out, "--tasks", "walker_walk"])
     assert "No aggregates" not in capsys.readouterr().out
     assert {row["method"] for row in read_csv(tmp_path / "out" / "aggregates.csv")} == {
         "dreamer_v3", "dreamer"}  # fmt: skip
+
+
+def test_a_method_whose_first_episode_ends_after_the_last_of_another(tmp_path, capsys):
+    run_folder(tmp_path / "early", WALKER, episodes=[(100, 1.0), (500, 2.0)])
+    run_folder(tmp_path / "late", WALKER, script="dreamer", episodes=[(1000, 3.0)])
+    run_folder(tmp_path / "other", HOPPER)
+    plot.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| walker_walk | 500 | 2.0 (1) |  |" in text
+    assert "dreamer is not scored on walker_walk" in text and "end at steps 1,000 to 1,000" in text
+    with pytest.raises(RunError, match="no score at step 900"):
+        plot.main([str(tmp_path), "--at", "900", "--out", str(tmp_path / "out")])
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -735,6 +747,21 @@ def test_a_seed_is_replaced_and_the_others_stay(tmp_path):
     assert list(after) == ["2", "3", "10"]
     assert {seed: after[seed] for seed in ("2", "10")} == {s: entries[s] for s in ("2", "10")}
     assert (entries["3"]["steps"], after["3"]["steps"]) == (20, 5)
+
+
+def test_a_run_with_other_arguments_gets_no_place_beside_the_others(tmp_path, capsys):
+    first = run_folder(tmp_path / "first", seed=0, steps=100)
+    path = collect.collect(first, tmp_path / "out")
+    before = path.read_text(), path.with_name("manifest.json").read_text()
+    for seed in (0, 1):
+        other = run_folder(tmp_path / f"other{seed}", seed=seed, steps=200, lr=0.5)
+        with pytest.raises(RunError, match=r"has seed 0 with other.*: lr 0.1 -> 0.5. .*--tag"):
+            collect.collect(other, tmp_path / "out")
+    assert before == (path.read_text(), path.with_name("manifest.json").read_text())
+    assert collect.collect(other, tmp_path / "out", "fast") != path
+    assert "replaces" not in capsys.readouterr().out
+    collect.collect(run_folder(tmp_path / "longer", seed=0, steps=300), tmp_path / "out")
+    assert capsys.readouterr().out == "replaces seed 0 of commit abc\n"
 
 
 def test_the_columns_of_pilco(tmp_path):
