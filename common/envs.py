@@ -42,6 +42,8 @@ if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoc
         query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
         query(find(b"eglQueryDevicesEXT"))(0, None, ctypes.addressof(devices))
         os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"
+if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for one, and complains
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
 RESERVED = ("action", "index", "previous", "deter", "stoch")  # keys of a row besides observations

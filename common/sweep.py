@@ -27,6 +27,7 @@ from common.checkpoint import RunError, Stop
 from common.logger import read_metrics
 
 OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
+NEEDED = ("parse_args", "check")  # of a script
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 # Becomes the script. If the worker dies, Linux tells it to save and stop (PR_SET_PDEATHSIG is 1).
 CHILD = """
@@ -96,16 +97,22 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
             raise RunError(f"{flag} is not for a sweep, which sets --env-id, --seed and --run")
     if args.cpus <= 0 or args.gpus < 0 or args.retries < 0 or not args.seeds:
         raise RunError("--cpus must be positive, --gpus and --retries not negative, --seeds given")
+    if args.gpus > 1 and args.gpus % 1:
+        raise RunError("--gpus above 1 must be a whole number")
     path, jobs, mark = Path(args.script), [], f"--- sweep {time.time():.0f}"
-    if not path.is_file():
-        raise RunError(f"there is no {path.resolve()}")
+    if not path.is_file() or path.suffix != ".py":
+        raise RunError(f"there is no script {path.resolve()}")
     sys.path.insert(0, str(path.resolve().parent))
     script = importlib.import_module(path.stem)  # which knows its flags
+    if lacking := [name for name in NEEDED if not hasattr(script, name)]:
+        raise RunError(f"{path} cannot be swept: it has no {', '.join(lacking)}")
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
         own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
         parsed = script.parse_args(own)
-        here = {"device": "cpu"} if args.address and hasattr(parsed, "device") else {}
-        script.check(type(parsed)(**vars(parsed) | here))  # the nodes' GPUs need not be here
+        if getattr(parsed, "device", "").startswith("cuda") and not args.gpus:
+            raise RunError(f"--device {parsed.device} needs --gpus: without it a run sees none")
+        here = {"device": "cpu"} if hasattr(parsed, "device") else {}  # GPUs are for the runs
+        script.check(type(parsed)(**vars(parsed) | here))
         unit = "step" if hasattr(parsed, "steps") else "trial"
         folder = checkpoint.run_folder(path.stem, parsed)
         check_same(folder, parsed, script)
@@ -124,7 +131,7 @@ def check_same(folder: Path, parsed, script):
     path = folder / "args.json"
     if path.exists() and (folder / "checkpoint.pt").exists():
         saved, asked = json.loads(path.read_text()), checkpoint.plain(parsed)
-        free = [name for name, value in asked.items() if value == "auto"]
+        free = ["render_quality"] if asked.get("render_quality") == "auto" else []  # was decided
         ways = "Move it away, or sweep in another directory."
         checkpoint.compare(folder, saved, asked, ("script", *script.MAY_CHANGE, *free), ways)
 
@@ -134,12 +141,12 @@ def work(args: Args, jobs: list[Job]) -> bool:
 
     A Ray of its own that dies takes waiting runs with it: they go on in another one.
     """
-    stopped = on_ray(args, jobs)
-    for _ in range(args.retries):
+    for attempt in range(1 + args.retries):
+        if attempt:
+            print("Ray has died and is started again", flush=True)
+        stopped = on_ray(args, jobs)
         if args.address or stopped or all(job.state in (DONE, FAILED) for job in jobs):
             break
-        print("Ray has died and is started again", flush=True)
-        stopped = on_ray(args, jobs)
     for job in jobs:
         if job.state == WAITING and not stopped:
             job.state = FAILED
@@ -155,15 +162,18 @@ def on_ray(args: Args, jobs: list[Job]) -> bool:
         raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
     own = dict(address="local", include_dashboard=False)  # without address: the last one started
     where = dict(address=args.address) if args.address else own
-    ray.init(log_to_driver=False, logging_level="error", **where)
+    try:
+        ray.init(log_to_driver=False, logging_level="error", **where)
+    except ConnectionError as error:
+        raise RunError(f"no Ray answers at --address {args.address}: {error}") from None
     try:
         check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)
         remote = ray.remote(**options, retry_exceptions=True)(run)
-        own = {"OMP_NUM_THREADS": str(max(1, round(args.cpus))), "PYTHONUNBUFFERED": "1"}
-        own |= {} if args.gpus else {"CUDA_VISIBLE_DEVICES": ""}  # Ray leaves it alone
+        variables = {"OMP_NUM_THREADS": str(max(1, round(args.cpus))), "PYTHONUNBUFFERED": "1"}
+        variables |= {} if args.gpus else {"CUDA_VISIBLE_DEVICES": ""}  # Ray leaves it alone
         todo = [job for job in jobs if job.state == WAITING]
-        left, shown = {remote.remote(job, own, os.getcwd()): job for job in todo}, 0.0
+        left, shown = {remote.remote(job, variables, os.getcwd()): job for job in todo}, 0.0
         with Stop() as stop:  # here, because ray.init has handlers of its own
             while left and not stop.requested:
                 if time.monotonic() - shown > args.every:
@@ -206,7 +216,7 @@ def settle(ray, reference, job: Job):
 # --- in a worker --------------------------------------------------------------------------------
 
 
-def run(job: Job, own: dict[str, str], directory: str):
+def run(job: Job, variables: dict[str, str], directory: str):
     """One try: the script as a process of its own, to its end; RuntimeError if it does not come."""
     # Ray cancels by SIGINT, which a Ray that a shell started in the background would ignore.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -219,7 +229,7 @@ def run(job: Job, own: dict[str, str], directory: str):
         print(job.mark, *job.argv, file=log, flush=True)
         # In a process group of its own: Ray kills that of a worker that has died, saved or not.
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
-        process = subprocess.Popen(command, cwd=directory, env={**os.environ, **own}, **options)
+        process = subprocess.Popen(command, cwd=directory, env=os.environ | variables, **options)
         try:
             while (code := process.poll()) is None:
                 time.sleep(0.2)
@@ -227,14 +237,16 @@ def run(job: Job, own: dict[str, str], directory: str):
             process.terminate()
             process.wait()
     if code or not finished(job):
-        raise RuntimeError(f"{last_error(job)} (exit code {code})")
+        raise RuntimeError(f"{last_error(job, code)} (exit code {code})")
 
 
-def last_error(job: Job) -> str:
+def last_error(job: Job, code: int) -> str:
     """The end of the log, from where the script names its error if it does."""
     text = job.log.read_text(errors="replace").rpartition(job.mark)[2].strip()
     begin = f"\n{text}".rfind("\nerror: ")
-    return text[begin:] if begin >= 0 else text.splitlines()[-1]
+    # libraries write "error: ", too, and go on
+    own = code == 1 and begin >= 0 and "\nTraceback (" not in text[begin:]
+    return text[begin:] if own else text.splitlines()[-1]
 
 
 def until_free(folder: Path):

@@ -162,6 +162,18 @@ def test_more_than_there_is(counting):
     sweep.check_room(args, [*nodes, {"CPU": 2, "GPU": 1}])
 
 
+def test_no_ray_at_the_address(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(**_):  # what ray.init does where `ray start` has not been run
+        raise ConnectionError("Could not find any running Ray instance")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(RunError, match="no Ray answers at --address auto: Could not find"):
+        sweep.main([str(COUNTING), "--address", "auto"])
+
+
 def test_a_ray_of_its_own_that_dies(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     cores, folders = os.cpu_count(), [tmp_path / f"runs/counting/Good/seed{i}" for i in (0, 1)]
@@ -221,12 +233,13 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
     assert job.folder == tmp_path / "runs/pilco/PILCO-Pendulum-v0/seed0"
 
 
-def test_the_gpus_of_a_cluster_need_not_be_here(tmp_path, monkeypatch):
+def test_the_gpus_of_the_runs_need_not_be_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = str(REPO / "dreamer_v3.py"), "--preset", "debug", "--device", "cuda:7"
-    with pytest.raises(RunError, match="--device cuda:7 cannot be used"):
-        plan(*asked)
-    (job,) = plan(*asked, "--address", "auto")
+    for address in ("", "auto"):
+        with pytest.raises(RunError, match="--device cuda:7 needs --gpus"):
+            plan(*asked, "--address", address)
+    (job,) = plan(*asked, "--address", "auto", "--gpus", "0.5")
     assert job.argv[job.argv.index("--device") + 1] == "cuda:7"
     plan(str(REPO / "pilco.py"), "--address", "auto")
 
@@ -268,14 +281,23 @@ def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path,
     with pytest.raises(RunError, match=r"lr: 4e-05 -> 0.5 \(saved -> asked\)"):
         plan(script, "--preset", "debug", "--lr", "0.5")
     plan(script, "--preset", "debug", "--lr", "0.5", "--seeds", "1")
+    (job.folder / "args.json").write_text(json.dumps(saved | {"precision": "bfloat16"}))
+    with pytest.raises(RunError, match="precision: bfloat16 -> auto"):  # only what was decided
+        plan(script, "--preset", "debug")
 
 
 def test_the_last_error(tmp_path):
     job = sweep.Job("", [], tmp_path / "run", "step", 1, "--- sweep 7")
     job.log.write_text("--- sweep 7\nerror: of the first try\n--- sweep 7\nerror: lr differs\n 1\n")
-    assert sweep.last_error(job) == "error: lr differs\n 1"
+    assert sweep.last_error(job, 1) == "error: lr differs\n 1"
     job.log.write_text("--- sweep 7\nTraceback\nKeyError: 'no line before it'\n")
-    assert sweep.last_error(job) == "KeyError: 'no line before it'"
+    assert sweep.last_error(job, 1) == "KeyError: 'no line before it'"
+    # a library's complaint, after which the run went on
+    job.log.write_text("--- sweep 7\nerror: no display\nstep 5 of 9\n")
+    assert sweep.last_error(job, -9) == "step 5 of 9"
+    trace = "Traceback (most recent call last):\n  File\nKeyError: 3\n"
+    job.log.write_text(f"--- sweep 7\nerror: no display\nstep 5 of 9\n{trace}")
+    assert sweep.last_error(job, 1) == "KeyError: 3"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +309,10 @@ def test_the_last_error(tmp_path):
         ((COUNTING, "--steps", "0"), "--steps must be at least 1"),
         ((COUNTING, "--seeds", "1", "1"), "name a run twice"),
         ((COUNTING, "--cpus", "0"), "--cpus must be positive"),
-        (("nothing.py",), "there is no .*nothing.py"),
+        ((COUNTING, "--gpus", "1.5"), "--gpus above 1 must be a whole number"),
+        (("nothing.py",), "there is no script .*nothing.py"),
+        ((REPO / "README.md",), "there is no script .*README.md"),
+        ((REPO / "results" / "success.py",), "cannot be swept: it has no parse_args, check"),
         ((REPO / "dreamer_v3.py", "--lr", "0"), "--lr and --clip must be positive"),
     ],
 )
