@@ -574,6 +574,16 @@ def test_opengl_without_a_device():
     assert "cannot be made" in done.stderr and "libegl1" in done.stderr, done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="displays have names on Linux alone")
+def test_pygame_without_a_display():
+    """Pictures need none, and looking for one prints an error that looks like the run's own."""
+    code = "import os, common.envs; print(os.environ.get('SDL_VIDEODRIVER'))"
+    names = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
+    without = {name: value for name, value in os.environ.items() if name not in names}
+    for more, driver in (({}, "dummy"), ({"DISPLAY": ":0"}, "None")):
+        assert in_process(code, without | more).stdout.split() == [driver]
+
+
 @needs("ale_py", "cv2")
 def test_atari():
     import ale_py
