@@ -223,6 +223,12 @@ def read_reference(name: str) -> tuple[str, dict[str, np.ndarray], str]:
         return f"{path.stem} (published)", curves, data["notes"]
 
 
+def differences(one: dict, two: dict) -> list[str]:
+    """What keeps runs with these arguments from being seeds of one thing, as far as both know."""
+    shared = [key for key in one if key in two and key not in FREE]
+    return [f"{key} {one[key]} and {two[key]}" for key in shared if one[key] != two[key]]
+
+
 def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
     """{task: {method: runs}}; RunError where runs under one name are not seeds of one thing."""
     methods, table = list(dict.fromkeys(run.method for run in runs)), {}
@@ -230,11 +236,8 @@ def group(runs: list[Run]) -> dict[str, dict[str, list[Run]]]:
         table.setdefault(run.task, {}).setdefault(run.method, []).append(run)
     for same in (same for by_method in table.values() for same in by_method.values()):
         for one, two in combinations(same, 2):
-            shared = [key for key in one.args if key in two.args and key not in FREE]
-            pairs = [(key, one.args[key], two.args[key]) for key in shared]
-            what = [f"{key} {a} and {b}" for key, a, b in pairs if a != b]
-            what = [f"seed {one.seed} twice"] if one.seed == two.seed else what
-            if what:
+            same_seed = [f"seed {one.seed} twice"] if one.seed == two.seed else []
+            if what := same_seed or differences(one.args, two.args):
                 text = f"runs of {one.method} on {one.task} do not go together: {', '.join(what)}"
                 raise RunError(f"{text} ({one.where}, {two.where}). Name variants: NAME=PATH")
     return dict(sorted(table.items()))

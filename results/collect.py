@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import read_metrics
-from common.plot import FREE
+from common.plot import differences
 
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
 RETURNS = {  # what a reader has to know before comparing them: (returns, evaluations)
@@ -100,7 +100,10 @@ def collect(run: Path, folder: Path, tag: str = "") -> Path:
     files = json.loads(manifest.read_text()) if manifest.exists() else {}
     file = files.setdefault(path.name, {"script": args["script"], "tag": tag, "seeds": {}})
     entry = entry_of(args, metrics)
-    compare(run, path, entry, file["seeds"])
+    for other, known in file["seeds"].items():
+        if what := differences(known.get("args", {}), entry["args"]):
+            text = f"{path} has seed {other} with other arguments than {run}: {', '.join(what)}"
+            raise RunError(f"{text}. Name the variant with --tag, or choose another --into")
     if str(seed) in file["seeds"]:
         commits = [origin["commit"][:7] for origin in file["seeds"][str(seed)]["origin"]]
         print(f"replaces seed {seed} of commit {', '.join(commits)}")
@@ -108,16 +111,6 @@ def collect(run: Path, folder: Path, tag: str = "") -> Path:
     write_rows(path, rows)
     write_manifest(manifest, files)
     return path
-
-
-def compare(run: Path, path: Path, entry: dict, seeds: dict):
-    """RunError if the file's seeds were made with other arguments, as far as those are known."""
-    new = entry["args"]
-    for seed, args in ((seed, other.get("args", {})) for seed, other in seeds.items()):
-        both = [key for key in new if key in args and key not in (*FREE, "script")]
-        if other := [f"{key} {args[key]} -> {new[key]}" for key in both if args[key] != new[key]]:
-            text = f"{path} has seed {seed} with other arguments than {run}: {', '.join(other)}"
-            raise RunError(f"{text}. Name the variant with --tag, or choose another --into")
 
 
 def write_rows(path: Path, rows: list[dict]):

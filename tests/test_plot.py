@@ -755,7 +755,7 @@ def test_a_run_with_other_arguments_gets_no_place_beside_the_others(tmp_path, ca
     before = path.read_text(), path.with_name("manifest.json").read_text()
     for seed in (0, 1):
         other = run_folder(tmp_path / f"other{seed}", seed=seed, steps=200, lr=0.5)
-        with pytest.raises(RunError, match=r"has seed 0 with other.*: lr 0.1 -> 0.5. .*--tag"):
+        with pytest.raises(RunError, match=r"has seed 0 with other.*: lr 0.1 and 0.5. .*--tag"):
             collect.collect(other, tmp_path / "out")
     assert before == (path.read_text(), path.with_name("manifest.json").read_text())
     assert collect.collect(other, tmp_path / "out", "fast") != path
