@@ -27,9 +27,9 @@ The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44). Deviations,
   no-ops are gymnasium's AtariPreprocessing.
 - Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
 
-Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S stoch, F = S + D
-features, E embedding. Batch first, time second, everywhere. Equations are numbered as in
-arXiv 1912.01603v3.
+Shapes: B batch, T time, H horizon, N any batch (environments, B, or B * T dreams), A action,
+D deter, S stoch, F = S + D features, E embedding. Batch first, time second, everywhere. Equations
+are numbered as in arXiv 1912.01603v3.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
     if parallel.size() > 1 and (args.eval or args.benchmark):
-        raise RunError("--eval and --benchmark are of one process: without torchrun")
+        raise RunError("--eval and --benchmark run in one process: without torchrun")
     counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every depth"
     counts += " train_every train_steps pretrain imagination_horizon deter hidden stoch units"
     for name in counts.split():
@@ -502,14 +502,14 @@ class WorldModel(nn.Module):
 
     def __init__(self, shapes: dict, action_dim: int, args: Args):
         super().__init__()
-        self.features = args.stoch + args.deter
+        self.feat_size = args.stoch + args.deter
         self.encoder = ObsEncoder(shapes, args.depth, args.units)
         self.prior = RSSMPrior(action_dim, args.deter, args.hidden, args.stoch)
         self.posterior = RSSMPosterior(self.encoder.outputs, args.deter, args.hidden, args.stoch)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        self.decoder = ObsDecoder(shapes, self.features, args.depth, args.units)
-        self.reward = mlp(self.features, args.units, 2, 1)
-        self.cont = mlp(self.features, args.units, 3, 1) if args.pcont else None
+        self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units)
+        self.reward = mlp(self.feat_size, args.units, 2, 1)
+        self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
         self.gamma = args.gamma
 
     def predict_reward(self, feat: Tensor) -> Tensor:
@@ -736,11 +736,11 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            feat = self.world_model.features
+            size = self.world_model.feat_size
             self.actor = DreamerActor(
-                feat, spec["action_dim"], spec["classes"], args.units, args.init_std
+                size, spec["action_dim"], spec["classes"], args.units, args.init_std
             )
-            self.value = mlp(feat, args.units, 3, 1)
+            self.value = mlp(size, args.units, 3, 1)
         self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
         self.model_loss = DreamerModelLoss(
             self.world_model, lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale,
@@ -798,16 +798,16 @@ class Agent:
                 (~rows["is_first"]).float(),
                 torch.randn_like(state["stoch"]),
             )
-            policy = self.actor(torch.cat([stoch, deter], -1))
+            state = TensorDict(deter=deter, stoch=stoch, batch_size=[len(rows)])
+            policy = self.actor(features(state))
         if random:
             action = self.random_action(len(rows))
         elif training:
             action = self.explore(policy.sample(self.actor.draw_noise(len(rows))))
         else:
             action = policy.mode
-        action = action * (~rows["is_last"]).float()[:, None]
-        state = TensorDict(deter=deter, stoch=stoch, action=action, batch_size=[len(rows)])
-        return action.cpu(), state
+        state["action"] = action * (~rows["is_last"]).float()[:, None]
+        return state["action"].cpu(), state
 
     def explore(self, action: Tensor) -> Tensor:
         """(N, A) -> with Gaussian noise; if discrete, random with probability --expl-amount."""
@@ -941,7 +941,7 @@ def main(argv: list[str] | None = None):
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = parallel.open_run("dreamer", args, MAY_CHANGE, decided)
-    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
+    args.steps = max(args.steps, saved["step"] if saved else 0)  # the replay keeps its size
     own = parallel.share(args)  # of the environments, the batch and the replay
     envs = make_envs(args, own.num_envs, own.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
@@ -953,9 +953,8 @@ def main(argv: list[str] | None = None):
     replay = make_replay(own, example, parallel.own_folder(folder), online=False)
     logs = parallel.rank() == 0
     logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
-    due = dict(train=Every(args.train_every), eval=Every(args.eval_every))
-    due |= dict(log=Every(args.log_every), save=Every(args.save_every))
-    due |= dict(dream=Every(args.dream_every))
+    clocks = ("train", "eval", "log", "save", "dream")
+    due = {name: Every(getattr(args, f"{name}_every")) for name in clocks}
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, **due)
     step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
     state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
@@ -979,12 +978,7 @@ def main(argv: list[str] | None = None):
                 _, state = agent.act(rows, state, training=True, random=step < args.prefill)
                 replay.append(agent.row(rows, state))
                 step += args.num_envs * args.action_repeat
-                score = score * ~rows["is_first"] + rows["reward"]
-                for value in parallel.collect(score[rows["is_last"]].tolist()):
-                    crashes = sum(parallel.collect([envs.crashes]))
-                    counts = {"updates": updates, "crashes": crashes}
-                    logger.write(step, **{"episode/return": value}, **counts)
-                    logger.advance(step, **{"return": value})
+                score = parallel.log_returns(logger, step, score, rows, updates, envs.crashes)
                 if (bursts := due["train"](step)) and step >= args.prefill:
                     long = len(replay.episodes(args.pcont))
                     found = not parallel.any_rank(not long)

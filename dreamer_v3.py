@@ -10,8 +10,8 @@ The same command again resumes the run; --fresh starts over. A run folder holds 
 metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
 
 The algorithm is the authors' current code (danijar/dreamerv3 at e3f0224), which differs from the
-paper's text in places: one LaProp optimiser, symlog errors without 1/2, max-pooled convolutions,
-no uniform mixture in the discrete actor. Deviations from that code, all deliberate:
+paper's text in places: a beta2 of 0.999, symlog errors without 1/2, max-pooled convolutions, no
+uniform mixture in the discrete actor. Deviations from that code, all deliberate:
 - Stored latents are compact: deter in half precision, stoch as class indices.
 - Updates follow a step of all environments, not of each, and the policy is never stale.
 - A time limit in Atari is not a terminal state; frames shrink by area, not bilinearly, and an
@@ -21,9 +21,9 @@ no uniform mixture in the discrete actor. Deviations from that code, all deliber
 - By default everything is float32 on a CPU; on CUDA, matrix products are bfloat16 (autocast), the
   recurrent state float32.
 
-Shapes: B batch, T time, H horizon, N = B * T dreams, A action, D deter, S latents of C classes,
-F = D + S * C features, E tokens. Batch first, time second, everywhere. Equations are numbered as
-in arXiv 2301.04104v2.
+Shapes: B batch, T time, H horizon, N any batch (environments, B, or B * T dreams), A action,
+D deter, S latents of C classes, F = D + S * C features, E tokens. Batch first, time second,
+everywhere. Equations are numbered as in arXiv 2301.04104v2.
 """
 
 import copy
@@ -60,12 +60,14 @@ MAY_CHANGE += ("threads", "compile", "env_workers")
 
 @dataclass
 class Args:
-    """Flags. What a preset does not set is the authors' setting for DM Control proprio."""
+    """Flags. What a preset does not set is, but for steps, the authors' for DM Control proprio."""
 
     preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
         "default"  # all that a benchmark fixes; other flags override it
     )
-    size: Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = ""  # parameters; 1m
+    size: Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = (
+        ""  # number of parameters; empty: 1m, or the preset's
+    )
     env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
     steps: int = 100_000  # environment steps, with action repeat and reset rows
     seed: int = 0  # of networks, noise, replay and environments
@@ -173,7 +175,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check(args: Args) -> torch.device:
     """The device of a run; RunError that names the flag for values that cannot work."""
     if parallel.size() > 1 and (args.eval or args.benchmark):
-        raise RunError("--eval and --benchmark are of one process: without torchrun")
+        raise RunError("--eval and --benchmark run in one process: without torchrun")
     counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every horizon"
     widths = "imagination_horizon deter hidden stoch classes depth units blocks"
     for name in (*counts.split(), *widths.split()):
@@ -183,8 +185,10 @@ def check(args: Args) -> torch.device:
         raise RunError("--lr and --clip must be positive")
     if min(args.train_ratio, args.warmup, args.seed, args.threads) < 0:
         raise RunError("--train-ratio, --warmup, --seed and --threads must not be negative")
-    if not (0 <= args.lam <= 1 and 0 <= args.unimix < 1 and 0 <= args.slow_rate <= 1):
-        raise RunError("--lam, --unimix and --slow-rate must be between 0 and 1")
+    if not (0 <= args.lam <= 1 and 0 <= args.slow_rate <= 1):
+        raise RunError("--lam and --slow-rate must be between 0 and 1")
+    if not 0 < args.unimix < 1:
+        raise RunError("--unimix must be above 0, for a finite KL (1e-6 is next to none), below 1")
     if args.image_size % 16 or args.image_size < 16:
         raise RunError("--image-size must be a multiple of 16")
     if args.classes > 256:
@@ -227,7 +231,7 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
     """Two-hot encoding (..., num_bins) of x (...), eq. 11: weights of the two bins around x.
 
     The interpolation is linear in raw space (the 2023 version did it in symlog space).
-    Outside the support all weight is on the end bin.
+    Outside the support all weight is on the end bin; NaN and infinities give NaN.
     """
     above = torch.bucketize(x.contiguous(), bins, right=True)
     index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
@@ -281,15 +285,16 @@ def lambda_return(
 ) -> Tensor:
     """lambda-returns of eq. 5, all inputs (N, T), output (N, T - 1).
 
-    R_t = r_t+1 + live_t+1 ((1 - cont_t+1) v_t+1 + cont_t+1 R_t+1) and R_T-1 = v_T-1, with
-    live = discount (1 - terminal) and cont = lam (1 - last). reward[:, 0] is never read.
+    R_t = r_t+1 + live_t+1 ((1 - trace_t+1) v_t+1 + trace_t+1 R_t+1) and R_T-1 = v_T-1, with
+    live = discount (1 - terminal) and trace = lam (1 - last). reward[:, 0] is never read.
+    The paper prints v_t for v_t+1 (danijar/dreamerv3#181).
     """
     live = (1 - terminal.float()) * discount
-    cont = (1 - last.float()) * lam
-    step = reward + live * (1 - cont) * boot
+    trace = (1 - last.float()) * lam
+    step = reward + live * (1 - trace) * boot
     returns = [boot[:, -1]]
     for t in reversed(range(1, reward.shape[1])):
-        returns.append(step[:, t] + live[:, t] * cont[:, t] * returns[-1])
+        returns.append(step[:, t] + live[:, t] * trace[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -299,7 +304,7 @@ def lambda_return(
 def scaled_init_(weight: Tensor, fan_in: int, outscale: float = 1.0) -> None:
     """Truncated normal with standard deviation outscale / sqrt(fan_in)."""
     nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
-    weight.data.mul_(1.1368 * outscale / math.sqrt(fan_in))  # 1.1368: what the truncation took
+    weight.data.mul_(1.1368 * outscale / math.sqrt(fan_in))  # truncated at 2: std 1 / 1.1368
 
 
 class Linear(nn.Linear):
@@ -513,7 +518,7 @@ class ObsEncoder(nn.Module):
             tokens.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
         if self.images:
             x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, H, W, C)
-            x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # channels first, last in memory
+            x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # (N, C, H, W), channels last in memory
             for layer, norm in zip(self.convs, self.norms, strict=True):
                 x = F.max_pool2d(layer(x), 2)
                 x = F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -667,9 +672,9 @@ class WorldModel(nn.Module):
         self.decoder = ObsDecoder(
             shapes, args.deter, stoch_size, args.depth, args.units, blocks=args.blocks
         )
-        self.features = args.deter + stoch_size
-        self.reward = mlp(self.features, args.units, 1).append(Linear(args.units, BINS, 0.0))
-        self.cont = mlp(self.features, args.units, 1).append(Linear(args.units, 1))
+        self.feat_size = args.deter + stoch_size
+        self.reward = mlp(self.feat_size, args.units, 1).append(Linear(args.units, BINS, 0.0))
+        self.cont = mlp(self.feat_size, args.units, 1).append(Linear(args.units, 1))
         self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
@@ -759,7 +764,8 @@ class DreamerV3ActorLoss(nn.Module):
     """Imagines, scores with lambda-returns, and improves the actor by REINFORCE, eq. 6-7.
 
     Advantages are divided by max(1, S): S is a slow average of the returns' 5-95 % range, whose
-    bounds `low` and `high` are buffers, updated before use in training mode.
+    bounds `low` and `high` are buffers, updated before use in training mode. The small methods are
+    what `Agent.compile` compiles.
     """
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
@@ -1003,9 +1009,9 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            feat = self.world_model.features
-            self.actor = DreamerActor(feat, spec["action_dim"], spec["classes"], args.units)
-            self.value = mlp(feat, args.units, 3).append(Linear(args.units, BINS, 0.0))
+            size = self.world_model.feat_size
+            self.actor = DreamerActor(size, spec["action_dim"], spec["classes"], args.units)
+            self.value = mlp(size, args.units, 3).append(Linear(args.units, BINS, 0.0))
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
             self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
             self.model_loss = DreamerV3ModelLoss(
@@ -1064,11 +1070,11 @@ class Agent:
                 keep,
                 race_noise(*state["stoch"].shape, device=self.device),
             )
-            policy = self.actor(torch.cat([deter, stoch.flatten(-2)], -1))
+            state = TensorDict(deter=deter, stoch=stoch, batch_size=[len(rows)])
+            policy = self.actor(features(state))
         action = policy.sample(self.actor.draw_noise(len(rows))) if sample else policy.mode
-        action = action * (~rows["is_last"]).float()[:, None]
-        state = TensorDict(deter=deter, stoch=stoch, action=action, batch_size=[len(rows)])
-        return action.cpu(), state
+        state["action"] = action * (~rows["is_last"]).float()[:, None]
+        return state["action"].cpu(), state
 
     def update(self, batch: TensorDict, noise: dict | None = None):
         """One step of every network on rows [B, T + 1] with unpacked latents.
@@ -1188,7 +1194,7 @@ def main(argv: list[str] | None = None):
 
     decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
     folder, saved = parallel.open_run("dreamer_v3", args, MAY_CHANGE, decided)
-    args.steps = max(args.steps, saved["step"] if saved else 0)  # a replay as large as it was
+    args.steps = max(args.steps, saved["step"] if saved else 0)  # the replay keeps its size
     own = parallel.share(args)  # of the environments, the batch and the replay
     envs = make_envs(args, own.num_envs, own.seed, args.env_workers)
     agent = Agent(envs.spec, args, device)
@@ -1201,8 +1207,7 @@ def main(argv: list[str] | None = None):
     logs = parallel.rank() == 0
     logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
     ratio = Ratio(updates_per_row)
-    due = dict(log=Every(args.log_every), save=Every(args.save_every))
-    due |= dict(dream=Every(args.dream_every))
+    due = {name: Every(getattr(args, f"{name}_every")) for name in ("log", "save", "dream")}
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio, **due)
     step, updates, batch = 0, 0, None
     state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
@@ -1223,13 +1228,9 @@ def main(argv: list[str] | None = None):
             _, state = agent.act(rows, state)
             replay.append(agent.row(rows, state))
             step += args.num_envs * args.action_repeat
-            score = score * ~rows["is_first"] + rows["reward"]
-            for value in parallel.collect(score[rows["is_last"]].tolist()):
-                crashes = sum(parallel.collect([envs.crashes]))
-                counts = {"updates": updates, "crashes": crashes}
-                logger.write(step, **{"episode/return": value}, **counts)
-                logger.advance(step, **{"return": value})
-            enough = len(replay) >= own.batch_size * args.batch_length
+            score = parallel.log_returns(logger, step, score, rows, updates, envs.crashes)
+
+            enough = len(replay) >= own.batch_size * args.batch_length  # windows, to begin with
             for _ in range(ratio(step // args.action_repeat) if enough else 0):
                 batch = replay.sample(own.batch_size)
                 metrics, latents = agent.update(agent.unpack(batch))
@@ -1238,6 +1239,7 @@ def main(argv: list[str] | None = None):
                 check_finite(metrics, updates)  # before a save could replace the last good one
                 logger.add(metrics)
                 logger.advance(step, updates=updates)
+
             if due["dream"](step) and batch is not None and logs:
                 draw_dreams(agent, logger, batch, f"dream_{step:09}")
             if due["log"](step):

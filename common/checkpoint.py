@@ -229,8 +229,9 @@ def load(path, script=None, name="checkpoint.pt") -> dict:
     """
     file = Path(path, name)
     if not file.is_file():
-        why = "not saved yet, or moved" if Path(path).is_dir() else "there is no such folder"
-        raise RunError(f"no {name} in {path}: {why}")
+        why = f"{name} has not been saved yet, or is gone"
+        why = why if Path(path).is_dir() else "there is no such folder"
+        raise RunError(f"no checkpoint in {path}: {why}")
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch.load ignores the checksums

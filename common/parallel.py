@@ -148,6 +148,16 @@ def collect(values: list) -> list:
     return [value for part in lists for value in part]
 
 
+def log_returns(logger, step: int, score: Tensor, rows, updates: int, crashes: int) -> Tensor:
+    """Returns so far (N) with the new rows' rewards; logs all ranks' ended ones."""
+    score = score * ~rows["is_first"] + rows["reward"]
+    for value in collect(score[rows["is_last"]].tolist()):
+        counts = {"updates": updates, "crashes": sum(collect([crashes]))}
+        logger.write(step, **{"episode/return": value}, **counts)
+        logger.advance(step, **{"return": value})
+    return score
+
+
 # --- the run folder -----------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tensordict import TensorDict
 
+from common.checkpoint import RunError
 from dreamer_v3 import (
     Agent,
     Args,
@@ -20,7 +21,9 @@ from dreamer_v3 import (
     DreamerV3ActorLoss,
     LaProp,
     categorical_kl,
+    check,
     lambda_return,
+    parse_args,
     race_noise,
     sample_one_hot,
     symexp,
@@ -297,6 +300,17 @@ def test_10_unimix_probs():
     assert torch.isfinite(huge.grad).all()
 
 
+def test_10_a_little_unimix_keeps_the_kl_finite_and_none_is_refused():
+    torch.set_flush_denormal(True)  # as in training
+    p = torch.tensor([[[0.0, 200.0]]], requires_grad=True)
+    kl = categorical_kl(p, p.flip(-1), 1e-6)
+    kl.backward()
+    assert kl.item() == pytest.approx(-math.log(5e-7), rel=1e-3) and p.grad.isfinite().all()
+    check(parse_args(["--unimix", "1e-6"]))
+    with pytest.raises(RunError, match="--unimix must be above 0"):
+        check(parse_args(["--unimix", "0"]))
+
+
 def test_10_unimix_probs_gradient():
     """The mixture's Jacobian is (1 - u) (diag p - p p'), whatever the implementation's shift."""
     logits = torch.randn(5, dtype=torch.float64)
@@ -433,7 +447,7 @@ def test_31_continue_is_the_head_probability():
 def test_32_continue_target():
     """1 - 1/333 for a row that goes on, 0 for a terminal one: soft binary cross entropy."""
     agent = make_agent(random=False)
-    feat = torch.randn(1, 2, agent.world_model.features)
+    feat = torch.randn(1, 2, agent.world_model.feat_size)
     logits = agent.world_model.cont(feat)[..., 0].detach().double().numpy()
     p = 1 / (1 + np.exp(-logits))
     target = np.array([[0.996997, 0.0]])
@@ -555,13 +569,13 @@ def test_36_entropy():
     agent = make_agent(random=False)
     for head in (agent.actor.head, agent.actor.std_head):
         torch.nn.init.zeros_(head.weight)
-    feat = torch.randn(5, agent.world_model.features)
+    feat = torch.randn(5, agent.world_model.feat_size)
     near(agent.actor(feat).entropy(), [2 * 1.30545] * 5, 1e-5)
 
 
 def test_37_bounded_normal():
     agent = make_agent(random=False)
-    actor, feat = agent.actor, torch.randn(5, agent.world_model.features)
+    actor, feat = agent.actor, torch.randn(5, agent.world_model.feat_size)
     for head in (actor.head, actor.std_head):
         torch.nn.init.zeros_(head.weight)
     near(actor(feat).mode, torch.zeros(5, 2))
@@ -600,12 +614,12 @@ def test_39_discrete_actor_has_no_unimix():
     agent = make_agent({**SPEC, "action_dim": 3, "classes": (3,)}, random=False)
     torch.nn.init.zeros_(agent.actor.head.weight)
     agent.actor.head.bias.data = torch.tensor([50.0, 0.0, 0.0])
-    policy = agent.actor(torch.randn(1, agent.world_model.features))
+    policy = agent.actor(torch.randn(1, agent.world_model.feat_size))
     rare = policy.log_prob(torch.tensor([[0.0, 1.0, 0.0]]))
     assert rare.exp() < 1e-20
     near(rare, [-50.0], 1e-6)
     agent.actor.unimix = 0.01  # as in the paper
-    policy = agent.actor(torch.randn(1, agent.world_model.features))
+    policy = agent.actor(torch.randn(1, agent.world_model.feat_size))
     near(policy.log_prob(torch.tensor([[0.0, 1.0, 0.0]])).exp(), [0.01 / 3], 1e-5)
     near(policy.log_prob(torch.tensor([[1.0, 0.0, 0.0]])).exp(), [0.99 + 0.01 / 3], 1e-5)
 
