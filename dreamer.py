@@ -953,8 +953,9 @@ def main(argv: list[str] | None = None):
     replay = make_replay(own, example, parallel.own_folder(folder), online=False)
     logs = parallel.rank() == 0
     logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
-    clocks = ("train", "eval", "log", "save", "dream")
-    due = {name: Every(getattr(args, f"{name}_every")) for name in clocks}
+    due = dict(train=Every(args.train_every), eval=Every(args.eval_every))
+    due |= dict(log=Every(args.log_every), save=Every(args.save_every))
+    due |= dict(dream=Every(args.dream_every))
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, **due)
     step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
     state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)

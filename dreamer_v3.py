@@ -1207,7 +1207,8 @@ def main(argv: list[str] | None = None):
     logs = parallel.rank() == 0
     logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
     ratio = Ratio(updates_per_row)
-    due = {name: Every(getattr(args, f"{name}_every")) for name in ("log", "save", "dream")}
+    due = dict(log=Every(args.log_every), save=Every(args.save_every))
+    due |= dict(dream=Every(args.dream_every))
     parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, ratio=ratio, **due)
     step, updates, batch = 0, 0, None
     state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
