@@ -60,7 +60,7 @@ MAY_CHANGE += ("threads", "compile", "env_workers")
 
 @dataclass
 class Args:
-    """Flags. What a preset does not set is, but for steps, the authors' for DM Control proprio."""
+    """Flags. What no preset sets is the authors' for DM Control proprio, but steps and num_envs."""
 
     preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
         "default"  # all that a benchmark fixes; other flags override it

@@ -229,8 +229,8 @@ def load(path, script=None, name="checkpoint.pt") -> dict:
     """
     file = Path(path, name)
     if not file.is_file():
-        why = f"{name} has not been saved yet, or is gone"
-        why = why if Path(path).is_dir() else "there is no such folder"
+        gone = f"{name} has not been saved yet, or is gone"
+        why = gone if Path(path).is_dir() else "there is no such folder"
         raise RunError(f"no checkpoint in {path}: {why}")
     try:
         with zipfile.ZipFile(file) as archive:

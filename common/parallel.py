@@ -149,7 +149,7 @@ def collect(values: list) -> list:
 
 
 def log_returns(logger, step: int, score: Tensor, rows, updates: int, crashes: int) -> Tensor:
-    """Returns so far (N) with the new rows' rewards; logs all ranks' ended ones."""
+    """Returns so far (N) of the episodes under way; logs those that end in `rows`, of all ranks."""
     score = score * ~rows["is_first"] + rows["reward"]
     for value in collect(score[rows["is_last"]].tolist()):
         counts = {"updates": updates, "crashes": sum(collect([crashes]))}
