@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import warnings
-from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -137,8 +136,7 @@ def test_actions_that_are_not_of_the_space(classes, action):
 def test_ppo_is_evaluated_when_it_has_learned_from_all_its_actions(monkeypatch):
     reason = "Stable-Baselines3 is not installed (requirements-extra.txt)"
     pytest.importorskip("stable_baselines3", reason=reason)
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "results")
-    import dream_ppo
+    from tools import dream_ppo
 
     seen = []
 
@@ -156,11 +154,10 @@ def test_ppo_is_evaluated_when_it_has_learned_from_all_its_actions(monkeypatch):
 
 
 def test_ppo_without_stable_baselines3(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "results")
-    monkeypatch.delitem(sys.modules, "dream_ppo", raising=False)
+    monkeypatch.delitem(sys.modules, "tools.dream_ppo", raising=False)
     monkeypatch.setitem(sys.modules, "stable_baselines3", None)
     with pytest.raises(SystemExit, match=r"pip install -r requirements-extra\.txt"):
-        import dream_ppo  # noqa: F401
+        import tools.dream_ppo  # noqa: F401
 
 
 @pytest.fixture(scope="module")

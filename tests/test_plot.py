@@ -1,4 +1,4 @@
-"""Statistics, readers, pictures and tables of common/plot.py; the files of results/collect.py."""
+"""Statistics, readers, pictures and tables of tools/plot.py; the files of tools/collect.py."""
 
 import csv
 import gzip
@@ -16,14 +16,11 @@ from PIL import Image
 import dreamer
 import dreamer_v3
 import pilco
-from common import plot
 from common.checkpoint import RunError
-from common.plot import Args, bin_returns, bin_width, curve, find_runs, group, interval, task_name
+from tools import collect, plot, success
+from tools.plot import Args, bin_returns, bin_width, curve, find_runs, group, interval, task_name
 
 REPO = Path(__file__).parents[1]
-sys.path.insert(0, str(REPO / "results"))
-import collect  # noqa: E402
-import success  # noqa: E402
 
 STEPS = range(50, 1001, 50)
 WALKER, CHEETAH, HOPPER = (
@@ -673,7 +670,7 @@ def test_a_reference_that_has_some_of_the_tasks(tmp_path, run):
 def test_files_of_another_kind(tmp_path, run):
     table = tmp_path / "x.csv"
     table.write_text("step,return\n1,2\n")
-    assert f"{table} is not a CSV file of results/collect.py" in refuse(table)
+    assert f"{table} is not a CSV file of tools/collect.py" in refuse(table)
     scores = tmp_path / "x.json"
     scores.write_text("[]")
     assert f"no runs found in {scores}" in refuse(scores)
@@ -683,7 +680,7 @@ def test_files_of_another_kind(tmp_path, run):
     (tmp_path / "web").mkdir()
     for text in ("{", "3"):
         (tmp_path / "web" / "manifest.json").write_text(text)
-        assert "manifest.json is not a manifest of results/collect.py" in refuse(tmp_path / "web")
+        assert "manifest.json is not a manifest of tools/collect.py" in refuse(tmp_path / "web")
     for text in ('{"a": [1, 0]}', '{"a": 3}', "[1]"):
         scores.write_text(text)
         assert f"{scores} is not a JSON file {{task: [low, high]}}" in refuse(
@@ -702,14 +699,14 @@ def test_flags_that_cannot_be(run):
 
 
 def test_an_error_is_one_line(tmp_path):
-    command = [sys.executable, "-m", "common.plot", str(tmp_path)]
+    command = [sys.executable, "-m", "tools.plot", str(tmp_path)]
     found = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
     assert found.returncode == 1
     assert found.stderr.splitlines()[-1].startswith(f"error: no runs found in {tmp_path}")
     assert "Traceback" not in found.stderr
 
 
-# --- results/collect.py -------------------------------------------------------------------------
+# --- tools/collect.py -------------------------------------------------------------------------
 
 
 def test_export(tmp_path):
@@ -784,7 +781,7 @@ def test_the_columns_of_pilco(tmp_path):
 
 def test_collect_from_the_command_line(tmp_path):
     runs = [run_folder(tmp_path / str(seed), "Pendulum-v1", seed) for seed in (0, 1)]
-    command = [sys.executable, "results/collect.py", *map(str, runs), "--tag", "small", "--into",
+    command = [sys.executable, "-m", "tools.collect", *map(str, runs), "--tag", "small", "--into",
                str(tmp_path / "out")]  # fmt: skip
     options = {"cwd": REPO, "capture_output": True, "text": True, "timeout": 120}
     found = subprocess.run(command, **options)

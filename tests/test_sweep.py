@@ -13,8 +13,9 @@ import pytest
 from test_run import ENVIRONMENT, REPO, lines_of, until
 
 import dreamer_v3
-from common import checkpoint, sweep
+from common import checkpoint
 from common.checkpoint import RunError
+from tools import sweep
 
 COUNTING = REPO / "tests" / "counting.py"
 
@@ -177,7 +178,7 @@ def test_no_ray_at_the_address(tmp_path, monkeypatch):
 def test_a_ray_of_its_own_that_dies(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     cores, folders = os.cpu_count(), [tmp_path / f"runs/counting/Good/seed{i}" for i in (0, 1)]
-    command = [sys.executable, "-m", "common.sweep", str(COUNTING), "--pause", "0.0506"]
+    command = [sys.executable, "-m", "tools.sweep", str(COUNTING), "--pause", "0.0506"]
     command += ["--steps", "40", "--seeds", "0", "1", "--cpus", str(cores)]  # one at a time
     options = dict(cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen(command, **options) as process:
@@ -196,7 +197,7 @@ def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     flags = ["--preset", "debug", "--steps", "150", "--no-tensorboard", "--threads", "1"]
     shutil.copy(REPO / "dreamer_v3.py", tmp_path / "my_dreamer.py")
-    command = [sys.executable, "-m", "common.sweep", "my_dreamer.py", *flags]
+    command = [sys.executable, "-m", "tools.sweep", "my_dreamer.py", *flags]
     command += ["--env-ids", "CartPole-v1", "--seeds", "3"]
     options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run(command, **options, timeout=400)

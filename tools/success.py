@@ -1,6 +1,6 @@
 """PILCO: how many seeds have solved their task after each trial, from results/pilco/*.csv.
 
-    python results/success.py
+    python -m tools.success
 
 Solved is the first rollout whose last ten steps cost less than 0.1 on average. Prints a table and
 writes results/pilco/success.png.
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-FOLDER, LIMIT = Path(__file__).parent / "pilco", 0.1
+FOLDER, LIMIT = Path(__file__).parents[1] / "results" / "pilco", 0.1
 TASKS = {"PILCO-Pendulum-v0": ("pendulum", "--"), "PILCO-CartPole-v0": ("cart-pole", "-")}
 
 

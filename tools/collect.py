@@ -1,6 +1,6 @@
 """Turn run folders into raw curves for others: results/<script>/<task>[-<tag>].csv
 
-    python results/collect.py runs/dreamer_v3/Pendulum-v1/seed* [--tag TAG]
+    python -m tools.collect runs/dreamer_v3/Pendulum-v1/seed* [--tag TAG]
 
 One file per task, with the rows of all its seeds. Columns: environment steps, return of the
 training episode that ended there, seed, wall-clock seconds; for PILCO also the trial (0: random),
@@ -16,17 +16,16 @@ returns are.
 import csv
 import json
 import re
-import sys
 from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import read_metrics
-from common.plot import differences
+from tools.plot import differences
 
+RESULTS = Path(__file__).parents[1] / "results"
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
 RETURNS = {  # what a reader has to know before comparing them: (returns, evaluations)
     "dreamer_v3": ("training episodes, sampling policy", "sampling policy"),
@@ -35,7 +34,7 @@ RETURNS = {  # what a reader has to know before comparing them: (returns, evalua
         "one rollout per trial, deterministic policy; trial 0: random actions",
         "deterministic policy",
     ),
-    "jax": ("training episodes, sampling policy", "not evaluated"),  # results/jax_train.py
+    "jax": ("training episodes, sampling policy", "not evaluated"),  # tools/peers/jax_train.py
 }
 
 
@@ -139,7 +138,7 @@ def write_manifest(path: Path, files: dict):
 def main(
     runs: tyro.conf.Positional[tuple[Path, ...]],  # run folders
     tag: str = "",  # of a variant, for instance pixels; a part of the file's name
-    into: Path = Path(__file__).parent,  # the folder that holds <script>/<task>.csv
+    into: Path = RESULTS,  # the folder that holds <script>/<task>.csv
 ):
     if not runs:
         raise RunError("no run folder given")

@@ -1,7 +1,7 @@
 """Stable-Baselines3's PPO, trained in the dreams of a saved run and, beside it, in the real thing.
 
     pip install -r requirements-extra.txt
-    python results/dream_ppo.py runs/dreamer_v3/Pendulum-v1/seed0 [--horizon 50] [--out PATH]
+    python -m tools.dream_ppo runs/dreamer_v3/Pendulum-v1/seed0 [--horizon 50] [--out PATH]
 
 Both are evaluated in the real environment, with the policy's mode. The first one gets --actions in
 the dream, whose episodes have that horizon; the second one as many real actions as the run had,
@@ -28,13 +28,13 @@ try:
 except ImportError:
     sys.exit("error: this needs Stable-Baselines3: pip install -r requirements-extra.txt")
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import checkpoint
 from common.checkpoint import RunError
 from common.envs import make_envs
 from common.imagination import dream_env
 from common.logger import read_metrics
 
+RESULTS = Path(__file__).parents[1] / "results"
 EPISODES, SAME_STEP = 10, gymnasium.vector.AutoresetMode.SAME_STEP
 SETTINGS = dict(  # of RL Baselines3 Zoo for Pendulum-v1, but for the number of steps and batches
     gamma=0.9, gae_lambda=0.95, n_epochs=10, ent_coef=0.0, learning_rate=1e-3, clip_range=0.2,
@@ -204,7 +204,7 @@ def main(
     lines += [f"# real actions of the run: {real_actions}"]
     lines += [f"# its own return: {evaluations[-1]:.1f}", "trained in,seed,actions,real return"]
     lines += [f"{k},{s},{x},{y:.1f}" for (k, s), curve in scores.items() for x, y in curve]
-    out = out or Path(__file__).parent / "dreams" / args["script"]
+    out = out or RESULTS / "dreams" / args["script"]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.csv").write_text("\n".join(lines) + "\n")
     draw(scores, evaluations[-1], out.with_name(f"{out.name}.png"))

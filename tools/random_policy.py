@@ -1,15 +1,13 @@
 """Mean return of uniformly random actions: the score to compare a curve's beginning with.
 
-python results/random_policy.py Pendulum-v1 [episodes] [action repeat]
+python -m tools.random_policy Pendulum-v1 [episodes] [action repeat]
 """
 
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.envs import Envs
 
 

@@ -3,7 +3,7 @@
     pip install torchrl==0.14.1 tensordict==0.14.3 torch==2.13.0 botorch hydra-core
     pip install "gymnasium[mujoco]" "mujoco<4"
     git clone https://github.com/pytorch/rl && git -C rl checkout ae9719f
-    python results/torchrl_pilco.py rl/sota-implementations/pilco SEED
+    python tools/peers/torchrl_pilco.py rl/sota-implementations/pilco SEED
 
 Runs that script with its own configuration, on one thread, without video and W&B. It takes 200
 random steps first, then evaluates the policy every 10 gradient steps for up to 100 steps. Prints

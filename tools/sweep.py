@@ -1,6 +1,6 @@
 """Sweeps: tasks x seeds of a script as tasks of Ray, each retried until it is done.
 
-    python -m common.sweep dreamer_v3.py --preset dmc_proprio --steps 100000 --seeds 0 1 2 \\
+    python -m tools.sweep dreamer_v3.py --preset dmc_proprio --steps 100000 --seeds 0 1 2 \\
         --env-ids dm_control/walker-walk-v0 dm_control/cheetah-run-v0
 
 Flags that are not the sweep's own go to the script. Ray runs on this machine, or with --address on

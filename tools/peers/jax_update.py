@@ -3,7 +3,7 @@
     git clone https://github.com/danijar/dreamerv3 && git -C dreamerv3 checkout e3f0224
     pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping
     pip install portal granular
-    python results/jax_update.py dreamerv3 [updates]
+    python tools/peers/jax_update.py dreamerv3 [updates]
 
 The same setting as `python dreamer_v3.py --preset dmc_proprio --benchmark`: size 1m, 24 numbers,
 6 actions, batch 16 x 64, horizon 15, float32, on the CPU; the batch lies ready in memory.

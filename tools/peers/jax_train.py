@@ -3,8 +3,8 @@
     git clone https://github.com/danijar/dreamerv3 && git -C dreamerv3 checkout e3f0224
     pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping
     pip install portal granular dm-control==1.0.50 mujoco==3.17.0
-    python results/jax_train.py dreamerv3 cartpole-swingup 0 [environment steps]
-    python results/collect.py runs/jax/dm_control-cartpole-swingup-v0/seed* --tag small
+    python tools/peers/jax_train.py dreamerv3 cartpole-swingup 0 [environment steps]
+    python -m tools.collect runs/jax/dm_control-cartpole-swingup-v0/seed* --tag small
 
 It is their training loop, replay, agent and environment, started by their main with the flags
 below, float32 on one CPU thread. Two things are replaced: the logger, by one that keeps the
@@ -41,7 +41,7 @@ def main(repository: str, task: str, seed: str, steps: str = "50000"):
     folder.mkdir(parents=True)
     cpu = re.findall("model name\\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())[0]
     origin = {
-        "command": f"python results/jax_train.py {repository} {task} {seed} {steps}",
+        "command": f"python tools/peers/jax_train.py {repository} {task} {seed} {steps}",
         "commit": "danijar/dreamerv3 e3f0224",
         "versions": f"python {platform.python_version()}, jax {jax.__version__}",
         "hardware": f"{os.cpu_count()} cores of {cpu}, no GPU",

@@ -1,8 +1,8 @@
 """Comparison plots and tables: runs side by side, beside the published curves.
 
-    python -m common.plot runs --reference v3_dmc_proprio
-    python -m common.plot results/dreamer_v3 results/dreamer        # from the CSV files
-    python -m common.plot small=runs/a big=runs/b --out plots/size  # variants, named
+    python -m tools.plot runs --reference v3_dmc_proprio
+    python -m tools.plot results/dreamer_v3 results/dreamer        # from the CSV files
+    python -m tools.plot small=runs/a big=runs/b --out plots/size  # variants, named
 
 Paths are run folders, folders that contain some, CSV files of results/ (with their manifest.json),
 folders of them, or score files of the Dreamer authors (.json, .json.gz). Writes to --out:
@@ -147,9 +147,9 @@ def read_folder(folder: Path, name: str) -> Run:
 
 
 def read_csv(path: Path, name: str) -> list[Run]:
-    """The runs in a CSV file of results/collect.py; a tag becomes part of the method's name."""
+    """The runs in a CSV file of tools/collect.py; a tag becomes part of the method's name."""
     manifest, runs, episodes = path.with_name("manifest.json"), [], {}
-    with _layout(path, "a CSV file of results/collect.py with its manifest.json"):
+    with _layout(path, "a CSV file of tools/collect.py with its manifest.json"):
         file = _json(manifest)[path.name]
         method = name or "-".join(filter(None, (file["script"], file["tag"])))
         for row in csv.DictReader(path.read_text().splitlines()):
@@ -196,7 +196,7 @@ def find_runs(spec: str) -> tuple[list[Run], list[str]]:
     else:
         found = [read_folder(file.parent, name) for file in below(path, "args.json")]
         for manifest in below(path, "manifest.json"):
-            with _layout(manifest, "a manifest of results/collect.py"):
+            with _layout(manifest, "a manifest of tools/collect.py"):
                 tables = sorted(map(manifest.with_name, _json(manifest)), key=lambda t: t.stem)
             found += [run for table in tables for run in read_csv(table, name)]
     early = [run.where for run in found if not len(run.steps)]
