@@ -9,57 +9,43 @@
 The same command again resumes the run; --fresh starts over. A run folder holds args.json,
 metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
 
-The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44). Deviations, all deliberate:
-- Vectors are observations too: an MLP of three layers encodes them, another one decodes them.
-- The mode of the policy is right for any number of environments; the authors' for one only.
-- Steps count the reset row of an episode, as in the other scripts.
-- The prefill ends at its step, not with an episode, which then goes on under the policy.
-- A window may come from any finished episode at once, not from those of the last rescan.
-- With --pcont the last window of an episode is drawn, too: only it holds the terminal row.
-- Adam's epsilon is added after the bias correction (torch), not before it (TensorFlow).
-- By default everything is float32 on a CPU; on CUDA, matrix products are bfloat16 (autocast), but
-  for those of the GRU. Gradients that are not finite end the run; the authors skip that step.
-- No update is made before the first burst; the authors' code makes one as it builds the model,
-  and plays an evaluation as the prefill ends.
-- A dream's context is a quarter of its rows, not five rows. Options that their recipe leaves off
-  are left out: balanced sampling, clipped rewards, decaying exploration, noise in evaluations.
-- In Atari, losing a life ends nothing and sticky actions are off without --sticky; frames and
-  no-ops are gymnasium's AtariPreprocessing.
-- Without a GPU, MuJoCo is drawn without shadows and anti-aliasing (--render-quality).
+The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44); docs/dreamer.md lists where
+this file departs from it. Two departures matter to a reader: vectors are observations too (an MLP
+encodes them, another one decodes them), and a window may come from any finished episode at once,
+not from those of the last rescan.
 
+Names: `belief` is the recurrent state (the authors' deter), `state` the Gaussian latent (stoch),
+`encoded_obs` the embedding of an observation. A TensorDict of belief and state is a latent.
 Shapes: B batch, T time, H horizon, N any batch (environments, B, or B * T dreams), A action,
-D deter, S stoch, F = S + D features, E embedding. Batch first, time second, everywhere. Equations
-are numbered as in arXiv 1912.01603v3.
+D belief, S state, F = S + D features, E encoded_obs. Batch first, time second, everywhere.
+Equations are numbered as in arXiv 1912.01603v3.
 """
 
 import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
-from torch.profiler import record_function
 
-from common import checkpoint, parallel
-from common.checkpoint import Every, RunError, Stop
-from common.envs import example_rows, make_envs, usual_quality
-from common.evaluation import benchmark, draw_dreams, evaluate, finish, posteriors, show
+from common.checkpoint import RunError
+from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.logger import Logger, check_finite, plot_curve
 from common.replay import make_replay
+from common.run import (
+    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, load_agent,
+    mean, mean_, parse_flags, prepare, show_run, launch,
+)  # fmt: skip
 
-PHASES = ("world model", "dreams", "value", "backward", "optimisers")  # of an update
-MAY_CHANGE = ("steps", "log_every", "eval_every", "dream_every", "eval_episodes", "tensorboard")
-MAY_CHANGE += ("device", "threads", "compile", "env_workers")
+Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
+Steps = Annotated[int, Rule("at least 2: the last state has no return", lambda x: x >= 2)]
 
 
 @dataclass
@@ -70,72 +56,72 @@ class Args:
         "default"  # all that a benchmark fixes; other flags override it
     )
     env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    steps: int = 5_000_000  # environment steps, with action repeat and reset rows
-    seed: int = 0  # of networks, noise, replay and environments
+    steps: MayChange[Count] = 5_000_000  # environment steps, with action repeat and reset rows
+    seed: Natural = 0  # of networks, noise, replay and environments
 
     # the run
 
-    run: str = ""  # folder; empty: runs/dreamer/<env>/seed<seed>
-    fresh: bool = False  # delete what the run folder holds and start over
-    eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes and --device
-    eval_episodes: int = 5  # played at the end, and by --eval
-    eval_every: int = 10_000  # environment steps between single episodes of the policy's mode
+    run: MayChange[str] = ""  # folder; empty: runs/dreamer/<env>/seed<seed>
+    fresh: MayChange[bool] = False  # delete what the run folder holds and start over
+    eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
+    eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
+    eval_every: MayChange[Natural] = 10_000  # environment steps between single test episodes
     benchmark: bool = False  # time the updates of these settings instead of training
-    device: str = ""  # empty: cuda if there is one, else cpu
-    threads: int = 0  # of torch and numpy on the CPU; 0: their choice
-    compile: bool = False  # torch.compile: faster after a minute or two; on CUDA one graph as well
+    device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
+    threads: MayChange[Natural] = 0  # of torch and numpy on the CPU; 0: their choice
+    compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
-    tensorboard: bool = True  # mirror the metrics to TensorBoard
-    log_every: int = 1_000  # environment steps between lines in metrics.jsonl
-    save_every: int = 10_000  # environment steps between checkpoints
-    dream_every: int = 25_000  # environment steps between pictures of dreams
+    tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
+    log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
+    save_every: Count = 10_000  # environment steps between checkpoints
+    dream_every: MayChange[Natural] = 25_000  # environment steps between pictures of dreams
 
     # environment
 
-    num_envs: int = 1  # stepped together
-    env_workers: bool = False  # a process for each environment
-    action_repeat: int = 2  # environment steps per action
+    num_envs: Count = 1  # stepped together
+    env_workers: MayChange[bool] = False  # a process for each environment
+    action_repeat: Count = 2  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     sticky: bool = False  # Atari: 25 % repeated actions and all 18 actions
     camera: int = -1  # of MuJoCo; -1: the usual one
-    render_quality: Literal["auto", "fast", "full"] = "auto"  # fast: no shadows, no antialiasing
+    render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # replay and schedule
 
-    prefill: int = 5_000  # environment steps of random actions
-    batch_size: int = 50  # windows per update
-    batch_length: int = 50  # rows per window, all of one episode
-    train_every: int = 1_000  # environment steps between bursts of updates, at its multiples
-    train_steps: int = 100  # updates in a burst
-    pretrain: int = 100  # updates in the first burst, instead of train_steps
+    prefill: Natural = 5_000  # environment steps of random actions
+    batch_size: Count = 50  # windows per update
+    batch_length: Count = 50  # rows per window, all of one episode
+    train_every: Count = 1_000  # environment steps between bursts of updates, at its multiples
+    train_steps: Count = 100  # updates in a burst
+    pretrain: Count = 100  # updates in the first burst, instead of train_steps
     replay_size: int = 5_000_000  # rows; no more than `steps` need is allocated
 
     # world model
 
-    deter: int = 200  # width of the recurrent state
-    hidden: int = 200  # width of the layers around it
-    stoch: int = 30  # width of the Gaussian latent
-    depth: int = 32  # channels of the convolutions, times 1, 2, 4, 8
-    units: int = 400  # width of heads, actor and value, and of the MLPs for vectors
-    free_nats: float = 3.0  # a KL below this is not penalised
-    kl_scale: float = 1.0  # of the KL in the model loss
+    deter: Count = 200  # width of the belief
+    hidden: Count = 200  # width of the layers around it
+    stoch: Count = 30  # width of the Gaussian state
+    depth: Count = 32  # channels of the convolutions, times 1, 2, 4, 8
+    units: Count = 400  # width of heads, actor and value, and of the MLPs for vectors
+    free_nats: NotNegative = 3.0  # a KL below this is not penalized
+    kl_scale: NotNegative = 1.0  # of the KL in the model loss
     pcont: bool = False  # predict whether the episode goes on; needed where it can end early
-    pcont_scale: float = 10.0  # of that prediction's loss
+    pcont_scale: NotNegative = 10.0  # of that prediction's loss
 
-    # behaviour
+    # behavior
 
-    imagination_horizon: int = 15  # imagined steps
-    gamma: float = 0.99  # discount per action
-    lam: float = 0.95  # of the lambda-returns
-    init_std: float = 5.0  # of the policy before its tanh, at first
-    expl_amount: float = 0.3  # deviation of the noise, or share of random discrete actions
+    imagination_horizon: Steps = 15  # imagined steps
+    gamma: Discount = 0.99  # discount per action
+    lam: Fraction = 0.95  # of the lambda-returns
+    init_std: Positive = 5.0  # of the policy before its tanh, at first
+    expl_amount: NotNegative = 0.3  # deviation of the noise, or share of random discrete actions
 
-    # optimisers
+    # optimizers
 
-    model_lr: float = 6e-4
-    actor_lr: float = 8e-5
-    value_lr: float = 8e-5
-    clip: float = 100.0  # gradient norm of each of the three
+    model_lr: Positive = 6e-4
+    actor_lr: Positive = 8e-5
+    value_lr: Positive = 8e-5
+    clip: Positive = 100.0  # gradient norm of each of the three
 
 
 # fmt: off
@@ -157,34 +143,12 @@ PRESETS = {
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats the preset, which beats the defaults."""
-    chosen = tyro.cli(Args, args=argv, description=__doc__)  # for --preset and --help
-    default = Args(**PRESETS[chosen.preset] | {"preset": chosen.preset})
-    return tyro.cli(Args, default=default, args=argv, description=__doc__)
-
-
-def check(args: Args) -> torch.device:
-    """The device of a run; RunError that names the flag for values that cannot work."""
-    if parallel.size() > 1 and (args.eval or args.benchmark):
-        raise RunError("--eval and --benchmark run in one process: without torchrun")
-    counts = "num_envs steps action_repeat batch_size batch_length eval_episodes save_every depth"
-    counts += " train_every train_steps pretrain imagination_horizon deter hidden stoch units"
-    for name in counts.split():
-        if getattr(args, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1")
+    args = parse_flags(
+        Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset] | {"preset": chosen.preset}
+    )
     if args.pcont and args.batch_length < 2:
         raise RunError("--pcont needs a --batch-length of at least 2: no dream starts at the last")
-    if args.imagination_horizon < 2:
-        raise RunError("--imagination-horizon must be at least 2: the last state has no return")
-    rates = args.model_lr, args.actor_lr, args.value_lr
-    if not all(value > 0 for value in (*rates, args.clip, args.init_std)):
-        raise RunError("--model-lr, --actor-lr, --value-lr, --clip, --init-std must be positive")
-    if min(args.kl_scale, args.pcont_scale, args.free_nats) < 0:
-        raise RunError("--kl-scale, --pcont-scale and --free-nats must not be negative")
-    if not (0 < args.gamma <= 1 and 0 <= args.lam <= 1):
-        raise RunError("--gamma must be in (0, 1], --lam in [0, 1]")
-    if min(args.seed, args.threads, args.prefill, args.expl_amount) < 0:
-        raise RunError("--seed, --threads, --prefill and --expl-amount must not be negative")
-    return checkpoint.pick_device(args.device)
+    return args
 
 
 # --- maths --------------------------------------------------------------------------------------
@@ -234,11 +198,12 @@ def keras_init_(module: nn.Module) -> None:
         nn.init.zeros_(module.bias_hh)
 
 
-def mlp(inputs: int, units: int, layers: int, outputs: int) -> nn.Sequential:
-    """`layers` x (Linear, ELU), then Linear."""
+def mlp(inputs: int | None, units: int, layers: int, outputs: int) -> nn.Sequential:
+    """`layers` x (Linear, ELU), then Linear; without `inputs` the first call finds them."""
     modules = []
     for i in range(layers):
-        modules += [nn.Linear(units if i else inputs, units), nn.ELU()]
+        first = nn.Linear(units if i else inputs, units) if i or inputs else nn.LazyLinear(units)
+        modules += [first, nn.ELU()]
     return nn.Sequential(*modules, nn.Linear(units, outputs))
 
 
@@ -249,96 +214,130 @@ def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RSSMPrior(nn.Module):
-    """Transition model p(s' | s, a): deter' = GRU(deter; stoch, action), stoch' ~ N(mean, std)."""
+    """Transition model p(s' | s, a): belief' = GRU(belief; state, action), state' ~ N(mean, std)."""
 
-    def __init__(self, action_dim: int, deter: int, hidden: int, stoch: int):
+    def __init__(self, action_spec, hidden_dim=200, rnn_hidden_dim=200, state_dim=30):
         super().__init__()
-        self.stoch = stoch
-        self.inputs = nn.Sequential(nn.Linear(stoch + action_dim, hidden), nn.ELU())
-        self.cell = nn.GRUCell(hidden, deter)
-        self.head = mlp(deter, hidden, 1, 2 * stoch)
+        self.belief_dim, self.state_dim = rnn_hidden_dim, state_dim
+        inputs = nn.Linear(state_dim + action_width(action_spec), hidden_dim)
+        self.inputs = nn.Sequential(inputs, nn.ELU())
+        self.cell = nn.GRUCell(hidden_dim, rnn_hidden_dim)
+        self.head = mlp(rnn_hidden_dim, hidden_dim, 1, 2 * state_dim)
 
-    def core(self, deter: Tensor, stoch: Tensor, action: Tensor) -> Tensor:
-        """(N, D), (N, S), (N, A) -> next deter (N, D)."""
-        x = self.inputs(torch.cat([stoch, action], -1))
+    def recurrence(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
+        """(N, S), (N, D), (N, A) -> next belief (N, D)."""
+        x = self.inputs(torch.cat([state, action], -1))
         with torch.autocast(x.device.type, enabled=False):  # the memory stays float32
-            return self.cell(x.float(), deter)
+            return self.cell(x.float(), belief)
 
-    def moments(self, deter: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., D) -> mean, std (..., S) of p(stoch | deter)."""
-        return mean_std(self.head(deter))
+    def moments(self, belief: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., D) -> mean, std (..., S) of p(state | belief)."""
+        return mean_std(self.head(belief))
 
-    def forward(self, deter, stoch, action, noise) -> tuple[Tensor, Tensor]:
-        """One imagined step: (N, D), (N, S), (N, A), (N, S) ~ N(0, 1) -> next deter, stoch."""
-        deter = self.core(deter, stoch, action)
-        mean, std = self.moments(deter)
-        return deter, mean + std * noise
+    def draw_noise(self, *shape: int) -> Tensor:
+        """Standard normal numbers (*shape, S) for a sampled state."""
+        return torch.randn(*shape, self.state_dim, device=self.cell.weight_hh.device)
+
+    def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One imagined step: (N, S), (N, D), (N, A) -> prior mean, std, next state, belief."""
+        belief = self.recurrence(state, belief, action)
+        mean, std = self.moments(belief)
+        noise = torch.randn_like(mean) if noise is None else noise
+        return mean, std, mean + std * noise, belief
 
 
 class RSSMPosterior(nn.Module):
-    """Representation model q(stoch | deter, observation)."""
+    """Representation model q(state | belief, observation).
 
-    def __init__(self, embed: int, deter: int, hidden: int, stoch: int):
+    Where a width is left out, the first call finds it.
+    """
+
+    def __init__(self, hidden_dim=200, state_dim=30, *, rnn_hidden_dim=None, obs_dim=None):
         super().__init__()
-        self.head = mlp(deter + embed, hidden, 1, 2 * stoch)
+        inputs = rnn_hidden_dim + obs_dim if rnn_hidden_dim and obs_dim else None
+        self.head = mlp(inputs, hidden_dim, 1, 2 * state_dim)
 
-    def forward(self, deter: Tensor, embed: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, belief: Tensor, encoded_obs: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D), (N, E) -> mean, std (N, S)."""
-        return mean_std(self.head(torch.cat([deter, embed], -1)))
+        return mean_std(self.head(torch.cat([belief, encoded_obs], -1)))
+
+    def forward(self, belief, encoded_obs, noise=None) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, D), (N, E) -> posterior mean, std, state (N, S)."""
+        mean, std = self.moments(belief, encoded_obs)
+        noise = torch.randn_like(mean) if noise is None else noise
+        return mean, std, mean + std * noise
+
+
+def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise):
+    """One step of the filter; where `keep` is 0 an episode begins.
+
+    (N, S), (N, D), (N, A), (N, E), (N), (N, S) -> state, belief, posterior mean, std.
+    """
+    keep = keep[:, None]
+    belief = prior.recurrence(state * keep, belief * keep, action * keep)
+    mean, std = posterior.moments(belief, encoded_obs)
+    return mean + std * noise, belief, mean, std
 
 
 class RSSMRollout(nn.Module):
-    """Filters a sequence: posterior latents of every step.
+    """Filters a sequence: the posterior latents of every step.
 
     Three ways to run the same step: a Python loop, `compile_step` (the loop over a compiled step:
     the fastest), `use_scan` (torch's scan operator, one graph whatever the length; Inductor of
     torch 2.13 cannot lower its gradient).
     """
 
-    def __init__(self, prior, posterior, use_scan=False, compile_step=False):
+    def __init__(self, rssm_prior, rssm_posterior, use_scan=False, compile_step=False):
         super().__init__()
-        self.prior, self.posterior, self.use_scan = prior, posterior, use_scan
-        self.step_fn = torch.compile(self.step) if compile_step else self.step
+        self.prior = getattr(rssm_prior, "module", rssm_prior)  # out of a TensorDictModule
+        self.posterior = getattr(rssm_posterior, "module", rssm_posterior)
+        self.loop = self.scan if use_scan else self.unroll
+        self.step = torch.compile(rssm_step) if compile_step else rssm_step
 
-    def step(self, deter, stoch, action, embed, keep, noise):
-        """(N, D), (N, S), (N, A), (N, E), (N), (N, S) -> deter, stoch, posterior mean, std."""
-        keep = keep[:, None]
-        deter = self.prior.core(deter * keep, stoch * keep, action * keep)
-        mean, std = self.posterior(deter, embed)
-        return deter, mean + std * noise, mean, std
+    def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
+        """td[B, T] with encoded_obs and action -> with state, belief, prior and posterior moments.
 
-    def forward(self, embed, action, is_first, deter, stoch, noise):
-        """Rows 1..T from the latents before them.
-
-        embed (B, T, E), action (B, T, A) the one *before* each row, is_first (B, T),
-        deter (B, D), stoch (B, S), noise (B, T, S) ~ N(0, 1)
-        -> deter (B, T, D), stoch, mean, std (B, T, S).
+        Latents start from zeros, as at `is_first`. `previous` holds the action before each row;
+        without it the actions of td are shifted by a row.
         """
-        inputs = (action, embed, (~is_first).float(), noise)
-        if self.use_scan:
-            return self.scan(deter, stoch, inputs)
+        previous, is_first = td.get("previous", None), td.get("is_first", None)
+        action = (
+            F.pad(td["action"][:, :-1], (0, 0, 1, 0)) if previous is None else previous["action"]
+        )
+        state = action.new_zeros(len(td), self.prior.state_dim)
+        belief = action.new_zeros(len(td), self.prior.belief_dim)
+        keep = torch.ones_like(action[..., 0]) if is_first is None else (~is_first).float()
+        noise = self.prior.draw_noise(*td.shape) if noise is None else noise
+        inputs = action, td["encoded_obs"], keep, noise
+        td["state"], td["belief"], *moments = self.loop(state, belief, inputs)
+        td["posterior_mean"], td["posterior_std"] = moments
+        td["prior_mean"], td["prior_std"] = self.prior.moments(td["belief"])
+        return td
+
+    def unroll(self, state, belief, inputs) -> tuple[Tensor, ...]:
+        """Inputs (B, T, ...) of `rssm_step` -> state, belief, posterior mean, std (B, T, ...)."""
         outputs = []
         for step_inputs in zip(*(x.unbind(1) for x in inputs), strict=True):
-            outputs.append(self.step_fn(deter, stoch, *step_inputs))
-            deter, stoch = outputs[-1][:2]
+            outputs.append(self.step(self.prior, self.posterior, state, belief, *step_inputs))
+            state, belief, *_ = outputs[-1]
         return tuple(torch.stack(x, 1) for x in zip(*outputs, strict=True))
 
-    def scan(self, deter, stoch, inputs):
+    def scan(self, state, belief, inputs) -> tuple[Tensor, ...]:
         """The same loop as one operator."""
         from torch._higher_order_ops import scan  # not public yet
 
         def combine(carry, x):
-            deter, stoch, mean, std = self.step(*carry, *x)
-            return (deter, stoch), (deter.clone(), stoch.clone(), mean.clone(), std.clone())
+            state, belief, mean, std = rssm_step(self.prior, self.posterior, *carry, *x)
+            return (state, belief), (state.clone(), belief.clone(), mean.clone(), std.clone())
 
         # torch 2.11 wants the time first, and no gradient passes a start that does not need one
         inputs = tuple(x.transpose(0, 1) for x in inputs)
-        start = tuple(x if x.requires_grad else x.detach().requires_grad_() for x in (deter, stoch))
+        start = tuple(x.requires_grad_() for x in (state, belief))
         return tuple(x.transpose(0, 1) for x in scan(combine, start, inputs)[1])
 
 
 class ObsEncoder(nn.Module):
-    """Observations -> embedding (..., E): convolutions for 64x64 images, an MLP for vectors.
+    """Observations -> encoded_obs (..., E): convolutions for 64x64 images, an MLP for vectors.
 
     `shapes` maps keys to shapes, (D,) for a vector and (64, 64, C) for a uint8 image.
     """
@@ -358,7 +357,8 @@ class ObsEncoder(nn.Module):
             for inputs, outputs in itertools.pairwise(channels):  # 64, 31, 14, 6, 2
                 self.convs.extend([nn.Conv2d(inputs, outputs, 4, stride=2), nn.ReLU()])
 
-    def forward(self, td: TensorDict) -> Tensor:
+    def embed(self, td: TensorDictBase) -> Tensor:
+        """Observations td[*B] -> (*B, E)."""
         embeds = []
         if self.images:
             x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, 64, 64, C)
@@ -367,6 +367,10 @@ class ObsEncoder(nn.Module):
         if self.vectors:
             embeds.append(self.mlp(torch.cat([td[k] for k in self.vectors], -1)))
         return torch.cat(embeds, -1)
+
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
+        """td[*B] -> with `encoded_obs`."""
+        return td.set("encoded_obs", self.embed(td))
 
 
 class ObsDecoder(nn.Module):
@@ -415,14 +419,18 @@ class DreamerActor(nn.Module):
     categorical per entry.
     """
 
-    def __init__(self, inputs: int, action_dim: int, classes: tuple[int, ...], units, init_std=5.0):
+    def __init__(self, inputs: int, action_spec, classes: tuple[int, ...] = (), units=400,
+                 init_std=5.0):  # fmt: skip
         super().__init__()
-        self.classes, self.action_dim = tuple(classes), action_dim
+        self.classes, self.action_dim = tuple(classes), action_width(action_spec)
         self.raw_std = math.log(math.expm1(init_std))
-        self.mlp = mlp(inputs, units, 4, action_dim if classes else 2 * action_dim)
+        self.mlp = mlp(inputs, units, 4, self.action_dim * (1 if classes else 2))
 
-    def forward(self, feat: Tensor) -> "TanhNormal | OneHots":
-        """The action distribution at feat (..., F)."""
+    def forward(self, feat: "Tensor | TensorDictBase"):
+        """Features (..., F) -> the action distribution; latents td[*B] -> with a sampled action."""
+        if isinstance(feat, TensorDictBase):
+            distribution = self(features(feat))
+            return feat.set("action", distribution.sample(self.draw_noise(*feat.batch_size)))
         x = self.mlp(feat).float()
         if self.classes:
             return OneHots(x.split(self.classes, -1))
@@ -435,10 +443,6 @@ class DreamerActor(nn.Module):
         if self.classes:  # argmax(log p + Gumbel noise) is a draw from p
             return -torch.empty(*shape, self.action_dim, device=device).exponential_().log()
         return torch.randn(*shape, self.action_dim, device=device)
-
-    def act(self, td: TensorDict) -> TensorDict:
-        """Latents td[N] -> the same with a sampled `action`: the policy of `DreamerEnv.rollout`."""
-        return td.set("action", self(features(td)).sample(self.draw_noise(*td.batch_size)))
 
 
 class TanhNormal:
@@ -492,25 +496,29 @@ class OneHots:
         return self.sample(torch.zeros(sum(self.sizes), device=self.log_probs[0].device))
 
 
-def features(td: TensorDict) -> Tensor:
+def features(latent: TensorDictBase) -> Tensor:
     """(..., S) and (..., D) -> (..., F): what decoder, heads, actor and value see."""
-    return torch.cat([td["stoch"], td["deter"]], -1)
+    return torch.cat([latent["state"], latent["belief"]], -1)
 
 
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward head and, if asked for, continuation head."""
 
-    def __init__(self, shapes: dict, action_dim: int, args: Args):
+    def __init__(self, shapes: dict, action_spec, args: Args):
         super().__init__()
-        self.feat_size = args.stoch + args.deter
+        self.feat_size, self.gamma = args.stoch + args.deter, args.gamma
+        sizes = dict(hidden_dim=args.hidden, rnn_hidden_dim=args.deter, state_dim=args.stoch)
         self.encoder = ObsEncoder(shapes, args.depth, args.units)
-        self.prior = RSSMPrior(action_dim, args.deter, args.hidden, args.stoch)
-        self.posterior = RSSMPosterior(self.encoder.outputs, args.deter, args.hidden, args.stoch)
+        self.prior = RSSMPrior(action_spec, **sizes)
+        self.posterior = RSSMPosterior(obs_dim=self.encoder.outputs, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
         self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units)
         self.reward = mlp(self.feat_size, args.units, 2, 1)
         self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
-        self.gamma = args.gamma
+
+    def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
+        """Rows td[B, T] -> with their latents and moments, see RSSMRollout."""
+        return self.rollout(self.encoder(td), noise)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
         """Mode of the reward (...) at feat (..., F)."""
@@ -524,6 +532,38 @@ class WorldModel(nn.Module):
 
 
 # --- losses -------------------------------------------------------------------------------------
+
+
+def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor:
+    """KL(posterior || prior) of td[B, T], nats, a scalar that is at least `free_nats`."""
+    posterior, prior = (
+        (td["posterior_mean"], td["posterior_std"]),
+        (td["prior_mean"], td["prior_std"]),
+    )
+    kl = gaussian_kl(*posterior, *prior)  # (B, T)
+    kl = mean(kl.mean()) if delayed_clamp else kl
+    return kl.clamp(min=free_nats).mean()
+
+
+def reconstruction_loss(decoder: nn.Module, feat: Tensor, td: TensorDictBase, kind: str) -> Tensor:
+    """-log p(observation | feat) (B, T), summed over numbers and keys; pixels in +-0.5."""
+    loss = 0.0
+    for key, predicted in decoder(feat).items():
+        target = td[key].float() / 255 - 0.5 if td[key].dtype == torch.uint8 else td[key]
+        loss = loss + distance(predicted.float(), target, kind).flatten(2).sum(-1)
+    return loss
+
+
+def reward_loss(world_model: WorldModel, feat: Tensor, reward: Tensor, kind: str) -> Tensor:
+    """-log p(reward | feat) (B, T)."""
+    return distance(world_model.predict_reward(feat), reward, kind)
+
+
+def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, gamma: float) -> Tensor:
+    """Binary cross entropy (B, T), target gamma, or 0 at a terminal row."""
+    target = (~is_terminal).float() * gamma
+    logits = head(feat).float().squeeze(-1)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 class DreamerModelLoss(nn.Module):
@@ -543,59 +583,27 @@ class DreamerModelLoss(nn.Module):
         self.lambda_reward, self.lambda_continue = lambda_reward, lambda_continue
         self.reco_loss, self.reward_loss = reco_loss, reward_loss
 
-    def forward(self, td: TensorDict, noise: Tensor | None = None):
-        """td[B, T]: rows of one episode each, and the `action` before each row under "previous".
+    def forward(self, td: TensorDictBase, noise: Tensor | None = None):
+        """td[B, T]: rows of one episode each, or rows that already have their posteriors.
 
-        Returns scalar losses and td with the posterior `deter`, `stoch`, `post_mean`, `post_std`
-        and `prior_mean`, `prior_std`, gradients attached.
+        Returns scalar losses and td with `state`, `belief`, the posterior's and the prior's `_mean`
+        and `_std`, gradients attached.
         """
         model = self.world_model
-        td["deter"], td["stoch"], td["post_mean"], td["post_std"] = self.posterior(td, noise)
-        td["prior_mean"], td["prior_std"] = model.prior.moments(td["deter"])
+        td = td if "posterior_mean" in td.keys() else model(td, noise)
         feat = features(td)
-        losses = {
-            "loss_model_kl": self.lambda_kl * self.kl(td),
-            "loss_model_reco": self.lambda_reco * self.reconstruction(td, feat).mean(),
-            "loss_model_reward": self.lambda_reward * self.reward(td, feat).mean(),
-        }
+        kl = kl_loss(td, self.free_nats, self.delayed_clamp)
+        reco = reconstruction_loss(model.decoder, feat, td, self.reco_loss)
+        reward = reward_loss(model, feat, td["reward"], self.reward_loss)
+        losses = TensorDict(
+            loss_model_kl=self.lambda_kl * kl,
+            loss_model_reco=self.lambda_reco * reco.mean(),
+            loss_model_reward=self.lambda_reward * reward.mean(),
+        )
         if model.cont is not None:
-            losses["loss_model_continue"] = self.lambda_continue * self.cont(td, feat).mean()
-        return TensorDict(losses), td
-
-    def posterior(self, td: TensorDict, noise: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Latents of td[B, T] from the observations: deter, stoch, mean, std; zero before row 1."""
-        model, rows = self.world_model, td["reward"]
-        if noise is None:
-            noise = torch.randn(*rows.shape, model.prior.stoch, device=rows.device)
-        deter = rows.new_zeros(len(rows), model.prior.cell.hidden_size)
-        stoch, action = rows.new_zeros(len(rows), model.prior.stoch), td["previous", "action"]
-        return model.rollout(model.encoder(td), action, td["is_first"], deter, stoch, noise)
-
-    def kl(self, td: TensorDict) -> Tensor:
-        """KL(posterior || prior), nats, a scalar that is at least `free_nats`."""
-        moments = (td[k] for k in ("post_mean", "post_std", "prior_mean", "prior_std"))
-        kl = gaussian_kl(*moments)  # (B, T)
-        kl = parallel.mean(kl.mean()) if self.delayed_clamp else kl
-        return kl.clamp(min=self.free_nats).mean()
-
-    def reconstruction(self, td: TensorDict, feat: Tensor) -> Tensor:
-        """-log p(observation | feat) (B, T), summed over numbers and keys; pixels in +-0.5."""
-        loss = 0.0
-        for key, predicted in self.world_model.decoder(feat).items():
-            image = td[key].dtype == torch.uint8
-            target = td[key].float() / 255 - 0.5 if image else td[key]
-            loss = loss + distance(predicted.float(), target, self.reco_loss).flatten(2).sum(-1)
-        return loss
-
-    def reward(self, td: TensorDict, feat: Tensor) -> Tensor:
-        """-log p(reward | feat) (B, T)."""
-        return distance(self.world_model.predict_reward(feat), td["reward"], self.reward_loss)
-
-    def cont(self, td: TensorDict, feat: Tensor) -> Tensor:
-        """Binary cross entropy (B, T), target gamma, or 0 at a terminal row."""
-        target = (~td["is_terminal"]).float() * self.world_model.gamma
-        logits = self.world_model.cont(feat).float().squeeze(-1)
-        return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            cont = continue_loss(model.cont, feat, td["is_terminal"], model.gamma)
+            losses["loss_model_continue"] = self.lambda_continue * cont.mean()
+        return losses, td
 
 
 @contextlib.contextmanager
@@ -609,6 +617,12 @@ def frozen(*modules: nn.Module):
     finally:
         for p in params:
             p.requires_grad_(True)
+
+
+def dream_step(actor, prior, state, belief, action_noise, state_noise) -> tuple[Tensor, Tensor]:
+    """Act at (N, S), (N, D) and let the model answer: next state, belief."""
+    action = actor(torch.cat([state, belief], -1).detach()).sample(action_noise)
+    return prior(state, belief, action, state_noise)[2:]
 
 
 class DreamerActorLoss(nn.Module):
@@ -626,16 +640,16 @@ class DreamerActorLoss(nn.Module):
         self.imagination_horizon, self.lam = imagination_horizon, lam
         self.discount_loss = discount_loss
 
-    def forward(self, td: TensorDict, noise: TensorDict | None = None):
-        """td[N]: latents to start from, `deter` and `stoch`; no gradient reaches them.
+    def forward(self, td: TensorDictBase, noise: TensorDictBase | None = None):
+        """td[*B]: latents to start from, N of them in all; no gradient reaches them.
 
         Returns loss_actor and the dream[N, H] of the states after the start: `feat`, `reward`,
         `continue`, `value`, `weight`, `lambda_target`. The last state has no target: its
         `lambda_target` and `weight` are 0.
         """
-        noise, model = self.draw_noise(len(td)) if noise is None else noise, self.env.world_model
+        model, start = self.env.world_model, td.select("state", "belief").flatten().detach()
         with frozen(model, self.value):
-            dream = self.imagine(td, noise)
+            dream = self.imagine(start, noise)
             dream["reward"] = model.predict_reward(dream["feat"])
             dream["continue"] = model.predict_continue(dream["feat"])
             dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
@@ -645,25 +659,21 @@ class DreamerActorLoss(nn.Module):
         objective = weight * returns if self.discount_loss else returns
         return TensorDict(loss_actor=-objective.mean()), dream
 
-    def imagine(self, start: TensorDict, noise: TensorDict) -> TensorDict:
+    def imagine(self, start: TensorDictBase, noise: TensorDictBase | None = None) -> TensorDict:
         """start[N] -> [N, H] with `feat`, stepped by the environment's model."""
-        deter, stoch, feats = start["deter"].detach(), start["stoch"].detach(), []
-        for step in zip(noise["action"].unbind(1), noise["stoch"].unbind(1), strict=True):
-            deter, stoch = self.dream_step(deter, stoch, *step)
-            feats.append(torch.cat([stoch, deter], -1))
+        noise = self.draw_noise(len(start)) if noise is None else noise
+        state, belief, feats = start["state"], start["belief"], []
+        for step in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
+            prior = self.env.world_model.prior
+            state, belief = dream_step(self.actor, prior, state, belief, *step)
+            feats.append(torch.cat([state, belief], -1))
         return TensorDict(feat=torch.stack(feats, 1), batch_size=noise.batch_size)
 
-    def dream_step(self, deter, stoch, action_noise, stoch_noise) -> tuple[Tensor, Tensor]:
-        """Act at (N, D), (N, S) and let the model answer: next deter, stoch."""
-        action = self.actor(torch.cat([stoch, deter], -1).detach()).sample(action_noise)
-        return self.env.world_model.prior(deter, stoch, action, stoch_noise)
-
     def draw_noise(self, n: int) -> TensorDict:
-        """Random numbers for n dreams: action (n, H, A), stoch (n, H, S)."""
-        action = self.actor.draw_noise(n, self.imagination_horizon)
-        size = n, self.imagination_horizon, self.env.world_model.prior.stoch
-        stoch = torch.randn(size, device=action.device)
-        return TensorDict(action=action, stoch=stoch, batch_size=size[:2])
+        """Random numbers for n dreams: action (n, H, A), state (n, H, S)."""
+        size = n, self.imagination_horizon
+        action, state = self.actor.draw_noise(*size), self.env.world_model.prior.draw_noise(*size)
+        return TensorDict(action=action, state=state, batch_size=size)
 
 
 class DreamerValueLoss(nn.Module):
@@ -673,7 +683,7 @@ class DreamerValueLoss(nn.Module):
         super().__init__()
         self.value, self.value_loss, self.discount_loss = value_model, value_loss, discount_loss
 
-    def forward(self, dream: TensorDict) -> tuple[TensorDict, TensorDict]:
+    def forward(self, dream: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         """dream[N, H] of DreamerActorLoss; its last state, without target, does not count."""
         value = self.value(dream["feat"][:, :-1].detach()).float().squeeze(-1)
         error = distance(value, dream["lambda_target"][:, :-1].detach(), self.value_loss)
@@ -681,24 +691,29 @@ class DreamerValueLoss(nn.Module):
         return TensorDict(loss_value=(weight * error).mean()), dream
 
 
+COMPILED = reconstruction_loss, reward_loss, continue_loss, dream_step
+
 # --- imagination environment --------------------------------------------------------------------
 
 
 class DreamerEnv(ModelBasedEnvBase):
     """Steps inside the world model: latents in, latents, reward and discount out."""
 
-    def transition(self, td: TensorDict, action: Tensor, noise: Tensor | None = None) -> TensorDict:
-        """Latents td[N], action (N, A) -> next latents, by RSSMPrior as in training."""
-        noise = torch.randn_like(td["stoch"]) if noise is None else noise
-        deter, stoch = self.world_model.prior(td["deter"], td["stoch"], action, noise)
-        return TensorDict(deter=deter, stoch=stoch, batch_size=td.batch_size)
+    def __init__(self, world_model: WorldModel, prior_shape, belief_shape, device=None,
+                 batch_size=()):  # fmt: skip
+        shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
+        super().__init__(world_model, shapes, device, batch_size)
 
-    def _step(self, td: TensorDict) -> TensorDict:
-        state = self.transition(td, td["action"])
-        feat = features(state)
-        state["reward"] = self.world_model.predict_reward(feat)
-        state["continue"] = self.world_model.predict_continue(feat)
-        return state
+    def transition(self, td: TensorDictBase, action: Tensor, noise=None) -> TensorDict:
+        """Latents td[N], action (N, A) -> next latents, by RSSMPrior as in training."""
+        *_, state, belief = self.world_model.prior(td["state"], td["belief"], action, noise)
+        return TensorDict(belief=belief, state=state, batch_size=td.batch_size)
+
+    def _step(self, td: TensorDictBase) -> TensorDict:
+        latent = self.transition(td, td["action"])
+        latent["reward"] = self.world_model.predict_reward(features(latent))
+        latent["continue"] = self.world_model.predict_continue(features(latent))
+        return latent
 
 
 class DreamerDecoder(nn.Module):
@@ -708,7 +723,7 @@ class DreamerDecoder(nn.Module):
         super().__init__()
         self.world_model = world_model
 
-    def forward(self, td: TensorDict) -> TensorDict:
+    def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Vectors float32 (*B, D), images uint8 (*B, 64, 64, C); under "next" as well."""
         decoder = self.world_model.decoder
         for key, value in decoder(features(td)).items():
@@ -718,12 +733,7 @@ class DreamerDecoder(nn.Module):
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
 
 
-# --- acting -------------------------------------------------------------------------------------
-
-
-def with_context(batch: TensorDict) -> TensorDict:
-    """Rows [B, T + 1] of the replay -> rows 1..T, each with the action before it as "previous"."""
-    return batch[:, 1:].set("previous", batch[:, :-1].select("action"))
+# --- acting and updating ------------------------------------------------------------------------
 
 
 class Agent:
@@ -732,18 +742,18 @@ class Agent:
     `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
     """
 
+    fps = 30  # of films
+
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
-            self.world_model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            size = self.world_model.feat_size
-            self.actor = DreamerActor(
-                size, spec["action_dim"], spec["classes"], args.units, args.init_std
-            )
-            self.value = mlp(size, args.units, 3, 1)
-        self.env = DreamerEnv(self.world_model, ("deter", "stoch"))
+            self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
+            sizes = spec["action_dim"], spec["classes"], args.units, args.init_std
+            self.actor = DreamerActor(model.feat_size, *sizes)
+            self.value = mlp(model.feat_size, args.units, 3, 1)
+        self.env = DreamerEnv(model, prior_shape=(args.stoch,), belief_shape=(args.deter,))
         self.model_loss = DreamerModelLoss(
-            self.world_model, lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale,
+            model, lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale,
             free_nats=args.free_nats,
         )  # fmt: skip
         self.actor_loss = DreamerActorLoss(
@@ -751,7 +761,7 @@ class Agent:
             lam=args.lam,
         )  # fmt: skip
         self.value_loss = DreamerValueLoss(self.value)
-        self.modules = {"world_model": self.world_model, "actor": self.actor, "value": self.value}
+        self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         rates = (args.model_lr, args.actor_lr, args.value_lr)
         self.saved, self.optimizers = {**self.modules}, {}
         for (name, module), lr in zip(self.modules.items(), rates, strict=True):
@@ -759,55 +769,44 @@ class Agent:
             adam = dict(lr=lr, eps=1e-7, foreach=True, capturable=self.device.type == "cuda")
             self.optimizers[name] = torch.optim.Adam(module.parameters(), **adam)
             self.saved[f"{name}_optimizer"] = self.optimizers[name]
-        if args.compile:
-            self.compile()
-
-    def compile(self):
-        """Compile the functions in which an update spends its time (RSSMRollout does its own).
-
-        On CUDA the whole update, which never waits for the GPU, is then recorded as one graph.
-        """
-        hot = [(self.model_loss, name) for name in ("reconstruction", "reward", "cont")]
-        for module, name in [(self.actor_loss, "dream_step"), *hot]:
-            setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-        if self.device.type == "cuda" and parallel.size() == 1:
-            self.update = CudaGraphModule(self.update, warmup=3)
+        if args.compile:  # for the whole process; RSSMRollout compiles its own step
+            globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
+            if (
+                self.device.type == "cuda"
+            ):  # the update, which never waits for the GPU, as one graph
+                self.optimize = CudaGraphModule(self.optimize, warmup=3)
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
-        sizes = dict(deter=self.args.deter, stoch=self.args.stoch, action=self.spec["action_dim"])
+        sizes = dict(belief=self.args.deter, state=self.args.stoch, action=self.spec["action_dim"])
         zeros = {name: torch.zeros(num_envs, n, device=self.device) for name, n in sizes.items()}
         return TensorDict(zeros, [num_envs])
 
     @torch.no_grad()
-    def act(self, rows: TensorDict, state: TensorDict | None = None, training: bool = False,
+    def act(self, rows: TensorDict, latent: TensorDict | None = None, training: bool = False,
             random: bool = False):  # fmt: skip
-        """Rows[N] and the state after the rows before -> action (N, A) on the CPU, state[N].
+        """Rows[N] and the latent[N] of the rows before -> latent[N] with its `action` (N, A).
 
         The mode of the policy; with `training` a sample with exploration noise, which is part of
-        the state and so of the model's next input; with `random` a uniform action.
+        the latent and so of the model's next input; with `random` a uniform action.
         """
         rows, model = rows.to(self.device), self.world_model
-        state = self.initial(len(rows)) if state is None else state
+        latent = self.initial(len(rows)) if latent is None else latent
         with self.autocast():
-            deter, stoch, _, _ = model.rollout.step(
-                state["deter"],
-                state["stoch"],
-                state["action"],
-                model.encoder(rows),
-                (~rows["is_first"]).float(),
-                torch.randn_like(state["stoch"]),
+            keep, noise = (~rows["is_first"]).float(), model.prior.draw_noise(len(rows))
+            inputs = latent["action"], model.encoder.embed(rows), keep, noise
+            state, belief, *_ = rssm_step(
+                model.prior, model.posterior, latent["state"], latent["belief"], *inputs
             )
-            state = TensorDict(deter=deter, stoch=stoch, batch_size=[len(rows)])
-            policy = self.actor(features(state))
+            latent = TensorDict(belief=belief, state=state, batch_size=rows.batch_size)
+            policy = self.actor(features(latent))
         if random:
             action = self.random_action(len(rows))
         elif training:
             action = self.explore(policy.sample(self.actor.draw_noise(len(rows))))
         else:
             action = policy.mode
-        state["action"] = action * (~rows["is_last"]).float()[:, None]
-        return state["action"].cpu(), state
+        return latent.set("action", action * (~rows["is_last"]).float()[:, None])
 
     def explore(self, action: Tensor) -> Tensor:
         """(N, A) -> with Gaussian noise; if discrete, random with probability --expl-amount."""
@@ -825,37 +824,33 @@ class Agent:
         pairs = zip(draws, self.actor.classes, strict=True)
         return torch.cat([F.one_hot(draw, size).float() for draw, size in pairs], -1)
 
-    def update(self, batch: TensorDict, noise: dict | None = None) -> dict:
-        """One step of every network on rows [B, T + 1]; returns metrics (0-dim tensors).
+    def update(self, batch: TensorDict) -> dict:
+        """One step of every network on a batch [B, T]; returns metrics (0-dim tensors)."""
+        return self.optimize(batch.to(self.device).copy())
+
+    def optimize(self, td: TensorDict, noise: dict | None = None) -> dict:
+        """`update` on the agent's device.
 
         `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
         """
-        noise, td = noise or {}, with_context(batch)
+        noise = noise or {}
         with self.autocast():
-            with record_function("world model"):
-                losses, td = self.model_loss(td, noise.get("posterior"))
-                totals = {"world_model": sum(losses.values())}
-            with record_function("dreams"):
-                starts = td.select("deter", "stoch")  # every row starts a dream
-                starts = starts[:, :-1] if self.args.pcont else starts  # the last may be terminal
-                actor_losses, dream = self.actor_loss(starts.flatten(), noise.get("dream"))
-                totals["actor"] = actor_losses["loss_actor"]
-            with record_function("value"):
-                value_losses, _ = self.value_loss(dream)
-                totals["value"] = value_losses["loss_value"]
-        losses.update(actor_losses).update(value_losses)
-        with record_function("backward"):  # all three before the first step
-            grads = {
-                name: torch.autograd.grad(totals[name], list(module.parameters()))
-                for name, module in self.modules.items()
-            }
-        with record_function("optimisers"):
-            norms = {name: self.descend(name, grads[name]) for name in self.modules}
-        return parallel.means(self.metrics(losses, norms, td, dream))
+            model_losses, td = self.model_loss(td, noise.get("posterior"))
+            starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal
+            actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
+            value_losses, _ = self.value_loss(dream)
+        losses = {"world_model": model_losses, "actor": actor_losses, "value": value_losses}
+        grads = {  # all three before the first step
+            name: torch.autograd.grad(sum(losses[name].values()), list(module.parameters()))
+            for name, module in self.modules.items()
+        }
+        norms = {name: self.descend(name, grads[name]) for name in self.modules}
+        losses = {k: loss for part in losses.values() for k, loss in part.items()}
+        return self.metrics(losses, norms, td, dream)
 
     def descend(self, name: str, grads: tuple[Tensor, ...]) -> Tensor:
         """One Adam step of a module with its gradient clipped; returns the norm before."""
-        parallel.mean_(grads)
+        mean_(grads)
         params, norm = list(self.modules[name].parameters()), nn.utils.get_total_norm(grads)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
@@ -864,8 +859,8 @@ class Agent:
         return norm
 
     @torch.no_grad()
-    def metrics(self, losses: TensorDict, norms: dict, td: TensorDict, dream: TensorDict) -> dict:
-        """What the README's glossary explains, as 0-dim tensors: no host synchronisation."""
+    def metrics(self, losses: dict, norms: dict, td: TensorDict, dream: TensorDict) -> dict:
+        """What the README's glossary explains, as 0-dim tensors: no host synchronization."""
         entropy = (td["prior_std"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
         policy, noise = self.actor(features(td)), self.actor.draw_noise(*td.shape)
         return {
@@ -879,32 +874,22 @@ class Agent:
 
     def autocast(self):
         """bfloat16 matrix products where asked for; parameters and losses stay float32."""
-        return checkpoint.autocast(self.device, self.args.precision)
+        return autocast(self.device, self.args.precision)
 
     @torch.no_grad()
     def filter(self, batch: TensorDict) -> TensorDict:
-        """Rows [B, T + 1] of the replay -> rows 1..T with the posterior's `deter` and `stoch`."""
-        td = with_context(self.unpack(batch))
-        td["deter"], td["stoch"], *_ = self.model_loss.posterior(td)
-        return td
+        """A batch of the replay -> with the posteriors' latents."""
+        return self.world_model(batch.to(self.device).copy())
 
     @torch.no_grad()
-    def decode(self, states: TensorDict) -> TensorDict:
+    def decode(self, latents: TensorDict) -> TensorDict:
         """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
-        states["reward"] = self.world_model.predict_reward(features(states))
-        return DreamerDecoder(self.world_model)(states)
+        latents["reward"] = self.world_model.predict_reward(features(latents))
+        return DreamerDecoder(self.world_model)(latents)
 
-    def dreams(self, run: str | Path) -> tuple[DreamerEnv, Callable]:
-        """For `dream_env`: what steps, and draw(seed) -> latents of the run's replay."""
-        return self.env, posteriors(self, run)
-
-    def row(self, rows: TensorDict, state: TensorDict) -> TensorDict:
+    def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there."""
-        return rows.copy().set("action", state["action"].cpu())
-
-    def unpack(self, batch: TensorDict) -> TensorDict:
-        """A batch of the replay on the agent's device."""
-        return batch.to(self.device)
+        return rows.copy().set("action", latent["action"].cpu())
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.saved.items()}
@@ -919,105 +904,61 @@ class Agent:
 
 def load(run: str | Path, device: str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    device = checkpoint.pick_device(device)
-    return checkpoint.load_agent(
-        run, "dreamer", lambda spec, args: Agent(spec, Args(**args | {"compile": False}), device)
-    )
+    return load_agent(run, "dreamer", Args, Agent, device)
 
 
 # --- main ---------------------------------------------------------------------------------------
 
 
+def burst(args: Args, run: Run, replay) -> int:
+    """Updates owed at this step: a burst at each multiple of --train-every, after the prefill.
+
+    None before an episode has ended; if all that have ended are too short, the replay says so.
+    """
+    before = run.step - args.num_envs * args.action_repeat
+    multiples = run.step // args.train_every - before // args.train_every
+    if run.step < args.prefill or not multiples:
+        return 0
+    if not (replay.ready or (replay.finished and not run.updates)):
+        if run.step - args.prefill < args.train_every:
+            run.logger.note("no update before an episode of --batch-length rows has ended")
+        return 0
+    first = 0 if run.updates else args.pretrain - args.train_steps
+    return multiples * args.train_steps + first
+
+
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    parallel.start(args.device)
-    device = check(args)
-    checkpoint.prepare(args.seed, args.threads)
+    device = prepare(args)
     if args.benchmark:
-        updates_per_row = args.train_steps * args.action_repeat / args.train_every
-        return benchmark(Agent, args, device, PHASES, updates_per_row)
+        from tools.benchmark import benchmark  # no training needs it
+
+        return benchmark(
+            Agent, args, device, args.train_steps * args.action_repeat / args.train_every
+        )
     if args.eval:
-        return show(load(args.eval, device), args.eval, args.eval_episodes)
+        return show_run(load(args.eval, device), args)
 
-    decided = {"render_quality": usual_quality()}  # once, so that a run keeps it on another machine
-    folder, saved = parallel.open_run("dreamer", args, MAY_CHANGE, decided)
-    args.steps = max(args.steps, saved["step"] if saved else 0)  # the replay keeps its size
-    own = parallel.share(args)  # of the environments, the batch and the replay
-    envs = make_envs(args, own.num_envs, own.seed, args.env_workers)
+    envs = make_envs(args)
     agent = Agent(envs.spec, args, device)
-    parallel.align(agent, args.seed)
-    checkpoint.check_spec(agent.spec, saved, args.env_id)
-    for name, module in agent.modules.items():
-        print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
-    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
-    replay = make_replay(own, example, parallel.own_folder(folder), online=False)
-    logs = parallel.rank() == 0
-    logger = Logger(folder, args.steps, args.tensorboard, silent=not logs)
-    due = dict(train=Every(args.train_every), eval=Every(args.eval_every))
-    due |= dict(log=Every(args.log_every), save=Every(args.save_every))
-    due |= dict(dream=Every(args.dream_every))
-    parts = dict(agent=agent, replay=replay, envs=envs, logger=logger, **due)
-    step, updates, pending, batch = 0, 0, 0, None  # pending: updates due before the next step
-    state, score = agent.initial(own.num_envs), torch.zeros(own.num_envs)
-    if saved:
-        checkpoint.restore(saved, parts)
-        step, updates, score = saved["step"], saved["updates"], saved["score"]
-        pending = saved["pending"]
-        state = TensorDict(saved["state"], [own.num_envs]).to(device)
-    print(f"{folder} on {device}: {f'resumes at step {step:,}' if saved else 'starts'}")
+    with Run("dreamer", args, agent) as run:
+        example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+        replay = make_replay(args, example, run.folder, episodes=True, last=args.pcont)
+        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
 
-    def save():
-        counters = dict(step=step, updates=updates, pending=pending, score=score)
-        state_now = dict(state=state.to_dict(), rng=checkpoint.rng_state())
-        parallel.save(folder, **parts, **counters, **state_now)
-
-    with Stop() as stop:
-        while (step < args.steps or pending) and not parallel.any_rank(stop.requested):
-            if not pending:
-                with parallel.rescue(save):
-                    rows = envs.step(state["action"].cpu() if step else None)
-                _, state = agent.act(rows, state, training=True, random=step < args.prefill)
-                replay.append(agent.row(rows, state))
-                step += args.num_envs * args.action_repeat
-                score = parallel.log_returns(logger, step, score, rows, updates, envs.crashes)
-                if (bursts := due["train"](step)) and step >= args.prefill:
-                    long = len(replay.episodes(args.pcont))
-                    found = not parallel.any_rank(not long)
-                    if not (found or updates or parallel.any_rank(long)):
-                        found = parallel.any_rank(replay.whole)  # all too short: sampling says so
-                    pending = bursts * args.train_steps if found else 0
-                    pending += args.pretrain - args.train_steps if pending and not updates else 0
-                    if not found and step - args.prefill < args.train_every:
-                        logger.note("no update before an episode of --batch-length rows has ended")
-            while pending and not parallel.any_rank(stop.requested):
-                batch = replay.sample_episodes(own.batch_size, last=args.pcont)
-                metrics = agent.update(agent.unpack(batch))
-                updates, pending = updates + 1, pending - 1
-                check_finite(metrics, updates)  # before a save could replace the last good one
-                logger.add(metrics)
-                logger.advance(step, updates=updates)
-            if pending:
-                break
-            if due["eval"](step) and updates and logs:
-                returns, *_ = evaluate(agent, 1, args.seed + 2_000_000 + step, side=0)
-                logger.write(step, **{"eval/return": returns[0]})
-            if due["dream"](step) and batch is not None and logs:
-                draw_dreams(agent, logger, batch, f"dream_{step:09}")
-            if due["log"](step):
-                logger.write(step, updates=updates)
-            if due["save"](step) or replay.exhausted:
-                save()
-        save()
-    over = step >= args.steps and not pending
-    if over and not updates:
-        print("no updates: no episode of --batch-length rows or more has ended since --prefill")
-    if over and logs:
-        logger.write(step, **finish(agent, logger, "policy"))
-        print(f"learning curve: {plot_curve(folder)}")
-    print(f"all of it: {folder}" if over else "saved; the same command resumes")
-    logger.close()
-    envs.close()
+        while run.training(latent):
+            if not run.owed:  # else a stop has interrupted the burst
+                rows = envs.step(latent["action"])
+                latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
+                replay.append(agent.row(rows, latent))
+                run.count(rows)
+                run.owe(burst(args, run, replay))
+            for batch in run.batches(replay):
+                run.add(agent.update(batch))
+        if run.complete and not run.updates:
+            print("no updates: no episode of --batch-length rows or more has ended since --prefill")
+        run.finish()
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    launch(main)

@@ -43,33 +43,37 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import gpytorch
 import gymnasium
 import numpy as np
 import torch
-import tyro
 from botorch.exceptions import ModelFittingError
 from botorch.fit import fit_gpytorch_mll
 from botorch.models.gpytorch import GPyTorchModel
-from PIL import Image, ImageDraw
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from common import checkpoint, parallel
-from common.checkpoint import RunError, Stop
-from common.envs import make_envs, usual_quality
-from common.evaluation import score
+from common import plants  # noqa: F401  registers PILCO/...
+from common.checkpoint import RunError
+from common.envs import make_envs
 from common.imagination import ModelBasedEnvBase
-from common.logger import Logger, plot_curve
+from common.run import (
+    Count, MayChange, Natural, Positive, Rule, Run, load_agent, parse_flags, prepare, show_run,
+    launch,
+)  # fmt: skip
 
 BLOCK = 2**17  # numbers of kernels worked on at a time, to stay in a core's cache, or one kernel
 JITTER = 1e-6  # variance of a deterministic GP, as the authors', and ridge of inducing inputs
 MIN_LOG_DENSITY = -300.0  # of a data point under the belief
-MAY_CHANGE = ("trials", "eval_episodes", "tensorboard", "threads")
+Number = Annotated[float, Rule("a finite number", math.isfinite)]
+Widths = Annotated[tuple[float, ...], Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
+Deviations = Annotated[
+    tuple[float, ...], Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)
+]
 
 
 @dataclass
@@ -80,59 +84,61 @@ class Args:
         "cart_pole"  # a scenario; other flags override it
     )
     env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    trials: int = 8  # rollouts of a policy, each improved before it
-    seed: int = 0  # of networks, noise and environments
+    trials: MayChange[Count] = 8  # rollouts of a policy, each improved before it
+    seed: Natural = 0  # of networks, noise and environments
 
     # the run
 
-    run: str = ""  # folder; empty: runs/pilco/<env>/seed<seed>
-    fresh: bool = False  # delete what the run folder holds and start over
-    eval: str = ""  # run folder: play its policy, as trained but for --eval-episodes
-    eval_episodes: int = 10  # played at the end, and by --eval
+    run: MayChange[str] = ""  # folder; empty: runs/pilco/<env>/seed<seed>
+    fresh: MayChange[bool] = False  # delete what the run folder holds and start over
+    eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes
+    eval_episodes: MayChange[Count] = 10  # played at the end, and by --eval
     benchmark: bool = False  # time the value and its gradient at 100 and 300 points
-    threads: int = 1  # of torch and numpy; 0: their choice; the matrices are too small for more
-    tensorboard: bool = True  # mirror the metrics to TensorBoard
+    threads: MayChange[Natural] = (
+        1  # of torch and numpy; 0: their choice; the matrices are too small for more
+    )
+    tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
 
     # environment
 
-    horizon: int = 40  # actions in a rollout, real or imagined
-    random_rollouts: int = 1  # before the first trial
-    action_repeat: int = 1  # environment steps per action
-    dt: float = 0.1  # seconds that an environment step lasts, for the log
+    horizon: Count = 40  # actions in a rollout, real or imagined
+    random_rollouts: Count = 1  # before the first trial
+    action_repeat: Count = 1  # environment steps per action
+    dt: Positive = 0.1  # seconds that an environment step lasts, for the log
     camera: int = -1  # of MuJoCo; -1: the usual one
-    render_quality: Literal["auto", "fast", "full"] = "auto"  # fast: no shadows, no antialiasing
+    render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # belief
 
     angles: tuple[int, ...] = ()  # state variables that enter as sine and cosine
     start: tuple[float, ...] = ()  # mean of the first state; empty: of those seen
-    start_std: tuple[float, ...] = ()  # its deviations; empty: of those seen, at least 0.01
+    start_std: Deviations = ()  # its deviations; empty: of those seen, at least 0.01
     noise: Literal["latent", "observed"] = "latent"  # observed: noise is added at every step
 
     # world model
 
-    max_inducing: int = 300  # with more points than these: FITC
-    fit_steps: int = 300  # of L-BFGS at most, for the hyperparameters
+    max_inducing: Count = 300  # with more points than these: FITC
+    fit_steps: Count = 300  # of L-BFGS at most, for the hyperparameters
 
     # controller
 
     controller: Literal["rbf", "linear"] = "rbf"
-    centres: int = 50  # of the RBF controller
+    centres: Count = 50  # of the RBF controller
     bound: Literal["gSat", "gSin"] = "gSat"  # squashes actions: (9 sin u + sin 3u) / 8, or sin u
 
     # cost
 
     target: tuple[float, ...] = ()  # state; empty: zeros
     weights: tuple[float, ...] = ()  # features' diagonal or whole matrix; empty: ones
-    widths: tuple[float, ...] = (1.0,)  # the cost is a mean over them
-    exploration: float = 0.0  # times the cost's deviation, added; below 0 explores
-    gamma: float = 1.0  # discount per step
+    widths: Widths = (1.0,)  # the cost is a mean over them
+    exploration: Number = 0.0  # times the cost's deviation, added; below 0 explores
+    gamma: Positive = 1.0  # discount per step
 
     # policy search
 
-    iterations: int = 150  # line searches of BFGS, at most
-    evaluations: int = 150  # of the expected cost and its gradient, at most, of all side by side
-    restarts: int = 4  # policies that a search begins with: the last one and new ones
+    iterations: Count = 150  # line searches of BFGS, at most
+    evaluations: Count = 150  # of the expected cost and its gradient, at most, of all side by side
+    restarts: Count = 4  # policies that a search begins with: the last one and new ones
 
 
 def tip(width: int, *rows: dict[int, float]) -> tuple[float, ...]:
@@ -168,31 +174,9 @@ PRESETS = {
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats the preset, which beats the defaults."""
-    chosen = tyro.cli(Args, args=argv, description=__doc__)  # for --preset and --help
-    default = Args(**PRESETS[chosen.preset] | {"preset": chosen.preset})
-    return tyro.cli(Args, default=default, args=argv, description=__doc__)
-
-
-def check(args: Args):
-    """RunError that names the flag for values that cannot work."""
-    if parallel.size() > 1:
-        raise RunError("pilco.py trains in one process: start it without torchrun")
-    counts = "trials horizon random_rollouts action_repeat eval_episodes max_inducing fit_steps"
-    for name in (*counts.split(), "centres", "iterations", "evaluations", "restarts"):
-        if getattr(args, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1")
-    if not (args.widths and all(width > 0 for width in args.widths)):
-        raise RunError("--widths must be positive numbers")
-    for name in ("gamma", "dt"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise RunError(f"--{name} must be a positive number")
-    if not math.isfinite(args.exploration):
-        raise RunError("--exploration must be a number")
-    if any(std < 0 for std in args.start_std):
-        raise RunError("--start-std must not be negative")
-    for name in ("seed", "threads"):
-        if getattr(args, name) < 0:
-            raise RunError(f"--{name} must not be negative")
+    return parse_flags(
+        Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset] | {"preset": chosen.preset}
+    )
 
 
 # --- maths --------------------------------------------------------------------------------------
@@ -951,8 +935,11 @@ class ImaginedEnv(ModelBasedEnvBase):
     An action is a belief, too: `action` (N, A), `action_covariance` (N, A, A) and `action_gain`.
     """
 
+    dtype = torch.float64
+
     def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
-        super().__init__(world_model, ("mean", "covariance"))
+        width = world_model.obs_dim + 2 * len(world_model.angles)
+        super().__init__(world_model, {"mean": (width,), "covariance": (width, width)})
         if noise not in ("latent", "observed"):
             raise ValueError(f"noise is latent or observed, not {noise}")
         self.cost, self.noise = cost, noise
@@ -1007,7 +994,7 @@ class SampledEnv(ModelBasedEnvBase):
     """
 
     def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
-        super().__init__(world_model, ("state",))
+        super().__init__(world_model, {"state": (world_model.obs_dim,)})
         self.cost, self.noise = cost, noise
 
     def _step(self, td: TensorDict) -> TensorDict:
@@ -1128,119 +1115,6 @@ def search(
     return found, best, used
 
 
-# --- scenarios ----------------------------------------------------------------------------------
-
-
-def pendulum(z, u, g=9.82, m=1.0, length=1.0, b=0.01):
-    """State (dtheta, theta), theta = 0 hangs; torque u (N m)."""
-    dtheta, theta = z
-    return np.array(
-        [(u[0] - b * dtheta - m * g * length * np.sin(theta) / 2) * 3 / (m * length**2), dtheta]
-    )
-
-
-def cart_pole(z, u, g=9.82, m=0.5, cart=0.5, length=0.5, b=0.1):
-    """State (x, dx, dtheta, theta), theta = 0 hangs; force u (N) on the cart."""
-    _, dx, dtheta, theta = z
-    sin, cos, force = np.sin(theta), np.cos(theta), u[0] - b * dx
-    pull = m * length * dtheta**2 * sin
-    ddx = (2 * pull + 3 * m * g * sin * cos + 4 * force) / (4 * (cart + m) - 3 * m * cos**2)
-    ddtheta = -3 * pull * cos - 6 * (cart + m) * g * sin - 6 * force * cos
-    return np.array([dx, ddx, ddtheta / (length * (4 * (m + cart) - 3 * m * cos**2)), dtheta])
-
-
-def double_pendulum(z, u, g=9.82, m=0.5, length=0.5):
-    """State (dtheta1, dtheta2, theta1, theta2), 0 is upright; a torque (N m) at either joint."""
-    dtheta1, dtheta2, theta1, theta2 = z
-    inertia, couple = m * length**2 / 12, 0.5 * m * length**2
-    cos, sin = np.cos(theta1 - theta2), np.sin(theta1 - theta2)
-    own1, own2 = 1.25 * m * length**2 + inertia, 0.25 * m * length**2 + inertia
-    force1 = 1.5 * m * g * length * np.sin(theta1) - couple * dtheta2**2 * sin + u[0]
-    force2 = 0.5 * m * g * length * np.sin(theta2) + couple * dtheta1**2 * sin + u[1]
-    determinant = own1 * own2 - (couple * cos) ** 2
-    ddtheta1 = (own2 * force1 - couple * cos * force2) / determinant
-    ddtheta2 = (own1 * force2 - couple * cos * force1) / determinant
-    return np.array([ddtheta1, ddtheta2, dtheta1, dtheta2])
-
-
-def runge_kutta(rate: Callable, z: np.ndarray, u: np.ndarray, dt: float, steps: int = 20):
-    """z after dt seconds of constant u."""
-    h = dt / steps
-    for _ in range(steps):
-        k1 = rate(z, u)
-        k2 = rate(z + h / 2 * k1, u)
-        k3 = rate(z + h / 2 * k2, u)
-        k4 = rate(z + h * k3, u)
-        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-    return z
-
-
-class Plant(gymnasium.Env):
-    """A scenario of the authors: an ODE, held actions, noisy observations.
-
-    `points(z)` is the chain of joints (K, 2) in metres, drawn, and its end the tip: the reward is
-    minus the saturated distance of the true tip from `goal`, -1 + exp(-(d / width)^2 / 2).
-    """
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
-
-    def __init__(
-        self, rate, points, goal, width, start, std, noise, most, dt=0.1, render_mode=None
-    ):
-        self.rate, self.points, self.goal, self.width, self.dt = rate, points, goal, width, dt
-        self.start, self.std, self.noise, self.most = map(np.array, (start, std, noise, most))
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.start.shape)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.most.shape)
-        self.render_mode = render_mode
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.z = self.np_random.normal(self.start, self.std)
-        return self.observe(), {}
-
-    def step(self, action):
-        u = np.clip(np.asarray(action, float), -1, 1) * self.most
-        self.z = runge_kutta(self.rate, self.z, u, self.dt)
-        square = np.square(self.points(self.z)[-1] - np.array(self.goal)).sum()
-        return self.observe(), np.exp(-0.5 * square / self.width**2) - 1, False, False, {}
-
-    def observe(self):
-        return self.np_random.normal(self.z, self.noise).astype(np.float32)
-
-    def render(self):
-        picture = Image.new("RGB", (256, 256), "white")
-        draw = ImageDraw.Draw(picture)
-        across = [tuple(128 + 90 * np.array([x, -y])) for x, y in self.points(self.z)]
-        x, y = (128 + 90 * self.goal[0], 128 - 90 * self.goal[1])
-        draw.ellipse((x - 5, y - 5, x + 5, y + 5), outline="red", width=2)
-        draw.line((0, 128, 256, 128), fill="lightgray")
-        draw.line(across, fill="black", width=5)
-        draw.rectangle((across[0][0] - 12, 122, across[0][0] + 12, 134), fill="steelblue")
-        return np.asarray(picture)
-
-
-def chain(base: float, *angles: float, length: float) -> np.ndarray:
-    """Joints of links at these angles from straight up, from (base, 0)."""
-    links = [(length * np.sin(angle), length * np.cos(angle)) for angle in angles]
-    return np.cumsum([(base, 0.0), *links], 0)
-
-
-PLANTS = {
-    "Pendulum": (40, dict(
-        rate=pendulum, points=lambda z: chain(0, math.pi - z[1], length=1.0), goal=(0, 1),
-        width=0.5, start=(0, 0), std=(0.1, 0.1), noise=(0.1, 0.01), most=(2.5,))),
-    "CartPole": (40, dict(
-        rate=cart_pole, points=lambda z: chain(z[0], math.pi - z[3], length=0.5), goal=(0, 0.5),
-        width=0.25, start=(0,) * 4, std=(0.1,) * 4, noise=(0.01,) * 4, most=(10,))),
-    "DoublePendulum": (30, dict(
-        rate=double_pendulum, points=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
-        width=0.5, start=(0, 0, math.pi, math.pi), std=(0.1, 0.1, 0.01, 0.01), noise=(0.01,) * 4,
-        most=(2, 2))),
-}  # fmt: skip
-for name, (steps, kwargs) in PLANTS.items():
-    gymnasium.register(f"PILCO/{name}-v0", Plant, max_episode_steps=steps, kwargs=kwargs)
-
-
 # --- acting -------------------------------------------------------------------------------------
 
 
@@ -1304,19 +1178,21 @@ class Agent:
         return torch.cat([rows[key] for key in self.keys], -1).double()
 
     @torch.no_grad()
-    def act(self, rows: TensorDict, state=None, random: bool = False):
-        """Rows[N] -> action (N, A), and the state, which this policy does not have."""
+    def act(self, rows: TensorDict, latent=None, random: bool = False):
+        """Rows[N] -> `action` (N, A); this policy remembers nothing."""
         if random:
-            return torch.rand(len(rows), self.spec["action_dim"]) * 2 - 1, None
+            action = torch.rand(len(rows), self.spec["action_dim"]) * 2 - 1
+            return TensorDict(action=action, batch_size=[len(rows)])
         features = with_angles(*certain(self.state(rows)), self.args.angles)
         belief = select(*features, self.world_model.features)
-        return self.controller(*belief, self.best())[0].float(), None
+        action = self.controller(*belief, self.best())[0].float()
+        return TensorDict(action=action, batch_size=[len(rows)])
 
     def best(self):
         """The policy that acts, prepared: the first of those side by side."""
         return self.controller.prepare(self.controller.theta[:1])
 
-    def dreams(self, run=None) -> tuple[SampledEnv, Callable]:
+    def dreams(self) -> tuple[SampledEnv, Callable]:
         """For `dream_env`: what steps, and draw(seed) -> first states [K]."""
         mean, cov = self.start()
         root = cov[0].diagonal().sqrt()  # independent numbers
@@ -1333,7 +1209,7 @@ class Agent:
         parts = states["state"].float().split(widths, -1)
         return states.update(dict(zip(self.keys, parts, strict=True)))
 
-    def row(self, rows: TensorDict, state=None) -> TensorDict:
+    def row(self, rows: TensorDict, latent=None) -> TensorDict:
         """Rows[N] as `evaluate` keeps them."""
         return rows
 
@@ -1450,7 +1326,7 @@ class Agent:
 
 def load(run: str | Path) -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if it has no policy so far."""
-    agent = checkpoint.load_agent(run, "pilco", lambda spec, args: Agent(spec, Args(**args)))
+    agent = load_agent(run, "pilco", Args, Agent)
     if not agent.drawn:
         raise RunError(f"{run} has no policy so far: its first trial is not over")
     return agent
@@ -1461,18 +1337,11 @@ def load(run: str | Path) -> Agent:
 
 def play(agent: Agent, number: int, random: bool = False) -> tuple[TensorDict, Tensor]:
     """One rollout: rows [T + 1] and actions (T, A), T = horizon or less if the episode ends."""
-    envs = make_envs(agent.args, 1, agent.args.seed * 1000 + number)
+    envs = make_envs(agent.args, num_envs=1, seed=agent.args.seed * 1000 + number)
     rows, actions = [envs.step(None)], []
     while len(actions) < agent.args.horizon and not rows[-1]["is_last"].item():
-        action = agent.act(rows[-1], random=random)[0]
-        after = envs.step(action)
-        if after["is_first"].item():  # it crashed and was built again: no transition
-            if actions:
-                break
-            rows = [after]
-            continue
-        actions.append(action)
-        rows.append(after)
+        actions.append(agent.act(rows[-1], random=random)["action"])
+        rows.append(envs.step(actions[-1]))
     envs.close()
     return torch.cat(rows), torch.cat(actions)
 
@@ -1511,6 +1380,21 @@ def trial_plot(dream: TensorDict, costs: Tensor, states: Tensor):
     axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     axes[-1].set_xlabel("steps")
     return figure
+
+
+def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int, run: Run) -> dict:
+    """Metrics of a rollout; of a trial, also what was predicted, and a picture of both."""
+    states = agent.state(rows)
+    costs, metrics = agent.cost.of(states[1:]), {}
+    if trial:
+        dream = agent.predict()
+        metrics["search/cost"] = dream["next", "cost"].mean().item()
+        run.logger.picture(f"trial_{trial:03}", trial_plot(dream, costs, states))
+    return metrics | {
+        "episode/return": rows["reward"].sum().item(), "trial": trial,
+        "episode/length": len(actions), "episode/cost": costs.mean().item(),
+        "episode/final_cost": costs[-10:].mean().item(),
+    }  # fmt: skip
 
 
 def report(metrics: dict, horizon: int):
@@ -1571,61 +1455,33 @@ def benchmark(repeats: int = 10):
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    check(args)
-    checkpoint.prepare(args.seed, args.threads)
+    prepare(args)
     if args.benchmark:
         return benchmark()
     if args.eval:
-        agent = load(args.eval)
-        agent.args = dataclasses.replace(agent.args, eval_episodes=args.eval_episodes)
-        return score(agent, Logger(args.eval, 0, tensorboard=False), "eval", agent.fps)
+        return show_run(load(args.eval), args)
 
-    folder, saved = checkpoint.open_run(
-        "pilco", args, MAY_CHANGE, {"render_quality": usual_quality()}
-    )
-    envs = make_envs(args, 1, args.seed)
-    agent, played, step = Agent(envs.spec, args), 0, 0
+    envs = make_envs(args, num_envs=1)
+    agent = Agent(envs.spec, args)
     envs.close()
     check_horizon(args)
-    checkpoint.check_spec(agent.spec, saved, args.env_id)
-    total = args.random_rollouts + args.trials
-    logger = Logger(folder, total, args.tensorboard, quiet=True)
-    parts = dict(agent=agent, logger=logger)
-    if saved:
-        checkpoint.restore(saved, parts)
-        played, step = saved["rollouts"], saved["step"]
-    print(f"{folder}: {f'resumes after {played} rollouts' if saved else 'starts'}")
-
-    with Stop() as stop:
-        while played < total and not stop.requested:
-            trial, metrics = max(0, played + 1 - args.random_rollouts), {}  # 0: random
-            if trial:
-                metrics = agent.learn(lambda: stop.requested)
-            if stop.requested:  # an interrupted search is repeated
+    with Run("pilco", args, agent, total=args.random_rollouts + args.trials) as run:
+        run.resume()
+        while run.training():
+            trial = max(0, run.done + 1 - args.random_rollouts)  # 0: random
+            metrics = agent.learn(run.stopping) if trial else {}
+            if run.stopping():  # an interrupted search is repeated
                 break
-            rows, actions = play(agent, played, random=not trial)
-            costs = agent.cost.of(agent.state(rows)[1:])
-            if trial:
-                dream = agent.predict()
-                metrics["search/cost"] = dream["next", "cost"].mean().item()
-                picture = trial_plot(dream, costs, agent.state(rows))
-                logger.picture(f"trial_{trial:03}", picture)
+            rows, actions = play(agent, run.done, random=not trial)
+            metrics |= assess(agent, rows, actions, trial, run)
             agent.add(rows, actions)
-            played, step = played + 1, step + len(actions) * args.action_repeat
-            metrics |= {"episode/return": rows["reward"].sum().item(), "trial": trial,
-                        "episode/length": len(actions),
-                        "episode/cost": costs.mean().item(), "seconds": step * args.dt,
-                        "episode/final_cost": costs[-10:].mean().item()}  # fmt: skip
+            run.done, run.step = run.done + 1, run.step + len(actions) * args.action_repeat
+            metrics["seconds"] = run.step * args.dt
             report(metrics, args.horizon)
-            logger.write(step, **metrics)
-            rng = checkpoint.rng_state()
-            checkpoint.save(folder, **parts, rollouts=played, step=step, rng=rng)
-    if played >= total:
-        logger.write(step, **score(agent, logger, "policy", agent.fps)[0])
-        print(f"learning curve: {plot_curve(folder)}")
-    print(f"all of it: {folder}" if played >= total else "stopped; the same command resumes")
-    logger.close()
+            run.logger.write(run.step, **metrics)
+            run.save()
+        run.finish()
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    launch(main)

@@ -1,8 +1,8 @@
 """Environments: any gymnasium id -> rows of TensorDict.
 
     envs = Envs("dm_control/walker-walk-v0", num_envs=4, seed=1)  # "ALE/Pong-v5", "CartPole-v1",
-    row = envs.step(None)                                         # "crafter/Reward-v0",
-    row = envs.step(policy(row))                                  # "my_module:MyEnv-v0"
+    row = envs.step(None)                                         # "my_module:MyEnv-v0"
+    row = envs.step(policy(row))
 
 A row is one time step: the observation, the reward that arrived with it, is_first, is_last and
 is_terminal. An episode of n steps gives n + 1 rows, the first one being the reset.
@@ -21,7 +21,7 @@ import signal
 import sys
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import gymnasium
@@ -46,33 +46,25 @@ if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.k
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for one, and complains
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
-RESERVED = ("action", "index", "previous", "deter", "stoch")  # keys of a row besides observations
+RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
+LATENT = ("state", "belief")  # an observation of that name gets another one
+FLAGS = ("is_first", "is_last", "is_terminal")
 MODULES = {"dm_control": ("dm_control", "shimmy"), "ALE": ("ale_py",)}  # register these ids
-PACKAGES = {  # how an id begins: what to install; gymnasium names its own
-    "dm_control/": "shimmy dm-control",
-    "ALE/": "ale-py opencv-python",
-    "crafter/": "crafter",
-}
+PACKAGES = {"dm_control/": "shimmy dm-control", "ALE/": "ale-py opencv-python"}  # of these ids
 
 
 @dataclass
 class Options:
-    """Keyword arguments of `Envs`."""
+    """Keyword arguments of `Envs`, named like the flags of the scripts."""
 
     action_repeat: int = 1  # inner steps per action, rewards are summed (Atari: frame skip)
     obs: str = "auto"  # auto; vector: no images; pixels: only its image, or a rendered one; both
     image_size: int = 64  # images are resized to this square, MuJoCo renders at it
-    workers: bool = False  # a process for each environment
+    env_workers: bool = False  # a process for each environment
     sticky: bool = False  # Atari: 25 % repeated actions and the full action set
     camera: int = -1  # of MuJoCo; -1: the usual one (dm_control: quadruped 2, rodent 4, else 0)
-    render_quality: str = "auto"  # fast: MuJoCo without shadows, anti-aliasing; auto: on a CPU fast
+    render_quality: str = "fast"  # fast: MuJoCo without shadows and anti-aliasing; full: with them
     frames: int = 0  # side of the pictures for videos, 0 for none
-    max_crashes: int = 10  # an environment that raises is built again so many times in a row
-
-
-def usual_quality() -> str:
-    """What render_quality="auto" means on this machine."""
-    return "full" if torch.cuda.is_available() else "fast"
 
 
 class Envs:
@@ -81,18 +73,16 @@ class Envs:
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
     to finite bounds) or one-hots of `action_classes` choices. `spec` is what a network has to know,
     `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
-    unsupported space, NaN, or if it cannot render or crashes too often.
+    unsupported space, or if it cannot render, EnvError if an environment raises or gives NaN.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
         self.env_id, self.num_envs, options = env_id, num_envs, Options(**options)
         if options.obs not in ("auto", "vector", "pixels", "both"):
             raise RunError(f"obs={options.obs!r} is not auto, vector, pixels or both")
-        if options.render_quality == "auto":
-            options.render_quality = usual_quality()
         makers = [partial(_Rows, env_id, i, seed, options) for i in range(num_envs)]
         make = gymnasium.vector.SyncVectorEnv
-        if options.workers:  # never a plain fork: it would copy threads and the CUDA and EGL state
+        if options.env_workers:  # never a plain fork: it would copy threads, CUDA and EGL state
             forks = "forkserver" in multiprocessing.get_all_start_methods()
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             context = "forkserver" if forks else "spawn"
@@ -106,21 +96,16 @@ class Envs:
         boxes = sorted(self._vector.get_attr("boxes")[0].items())
         shapes = {key: list(box.shape) for key, box in boxes}
         self.spec = dict(shapes=shapes, action_dim=self.action_dim, classes=list(classes))
-        self._episodes = self._crashes = torch.zeros(num_envs, dtype=torch.int64)
+        self._episodes = torch.zeros(num_envs, dtype=torch.int64)
         self._actions = [bytearray() for _ in makers]  # of the episode, float32
         self._row = None
 
-    @property
-    def crashes(self) -> int:
-        """How often an environment raised and was built again."""
-        return int(self._crashes.sum())
-
     def step(self, action: Tensor | None) -> TensorDict:
-        """The next rows [N] for actions [N, A]; None before the first row.
+        """The next rows [N] for actions [N, A]; before the first row they are ignored, or None.
 
         After an is_last row the action is ignored and a new episode begins.
         """
-        if action is None:
+        if action is None or self._row is None:
             assert self._row is None, "only the first step goes without an action"
             action = torch.zeros(self.num_envs, self.action_dim)
         action = action.detach().to("cpu", torch.float32).contiguous().numpy()
@@ -140,7 +125,7 @@ class Envs:
 
     def _receive(self, row):
         self._row = TensorDict(row, batch_size=[self.num_envs])
-        self._episodes, self._crashes = self._row.pop("_episode"), self._row.pop("_crashes")
+        self._episodes = self._row.pop("_episode")
 
     def frame(self) -> np.ndarray:
         """A picture of environment 0, uint8 [frames, frames, 3]; needs `can_render`."""
@@ -151,7 +136,6 @@ class Envs:
         past = [np.frombuffer(past, np.float32) for past in self._actions]
         return {
             "episodes": self._episodes.tolist(),
-            "crashes": self._crashes.tolist(),
             "actions": [torch.tensor(actions).view(-1, self.action_dim) for actions in past],
             "row": None if self._row is None else self._row.clone().to_dict(),
         }
@@ -164,7 +148,7 @@ class Envs:
             return
         past = [actions.numpy() for actions in state["actions"]]
         ends = state["row"]["is_last"].tolist()
-        rows = self._vector.call("replay", state["episodes"], state["crashes"], past, ends)
+        rows = self._vector.call("repeat", state["episodes"], past, ends)
         self._receive({key: np.stack([row[key] for row in rows]) for key in rows[0]})
         for i, row in enumerate(self._row):
             self._actions[i][:] = b"" if row["is_first"] else past[i].tobytes()
@@ -183,38 +167,36 @@ def example_rows(spec: dict) -> TensorDict:
     """Rows [1] of zeros as environments of this spec give them, without making one."""
     shapes = spec["shapes"].items()
     rows = {k: torch.zeros(1, *s, dtype=torch.uint8 if len(s) == 3 else None) for k, s in shapes}
-    rows |= {key: torch.zeros(1).bool() for key in ("is_first", "is_last", "is_terminal")}
+    rows |= {key: torch.zeros(1).bool() for key in FLAGS}
     return TensorDict({**rows, "reward": torch.zeros(1)}, [1])
 
 
-def make_envs(args, num_envs: int, seed: int, workers: bool = False, frames: int = 0) -> Envs:
-    """The environments that a script's Args describe; `frames` > 0: with pictures of that size."""
-    options = dict(
-        action_repeat=args.action_repeat, obs=getattr(args, "obs", "vector"),
-        image_size=getattr(args, "image_size", 64), sticky=getattr(args, "sticky", False),
-        camera=args.camera, render_quality=args.render_quality,
-    )  # fmt: skip
-    return Envs(args.env_id, num_envs, seed, workers=workers, frames=frames, **options)
+def make_envs(args, **changes) -> Envs:
+    """The environments that a script's Args describe, with the changes: arguments of `Envs`."""
+    known = ["num_envs", "seed", *(field.name for field in fields(Options))]
+    options = {name: getattr(args, name) for name in known if hasattr(args, name)}
+    return Envs(args.env_id, **{"obs": "vector"} | options | changes)
 
 
 class _Rows(gymnasium.Env):
     """One environment whose observation is the whole row, and which resets itself."""
 
     def __init__(self, env_id, index, seed, options):
-        if options.workers and multiprocessing.parent_process() is not None:
+        if options.env_workers and multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if hasattr(os, "setpgrp"):
                 os.setpgrp()  # Ctrl-C, or a signal to the group, is for the parent, which saves
         self.env_id, self.index, self.seed, self.options = env_id, index, seed, options
-        self.episode, self.crashes, self.count, self.done = -1, 0, 0, True
-        self.streak = 0  # crashes since an episode came to its end
+        self.episode, self.count, self.done = -1, 0, True
         self.drawn = options.obs in ("pixels", "both")
         self.filmed = options.frames > 0 and index == 0
         self.env = self._build()
         size, leaves = options.image_size, _flatten(self.env.observation_space)
-        self.names = {key: key for key in leaves}  # key of the environment: key of the row
+        self.names = {  # key of the environment: key of the row
+            key: f"observation.{key}" if key in LATENT else key for key in leaves
+        }
         if options.obs == "vector":
-            self.names = {key: key for key, space in leaves.items() if not _is_image(space)}
+            self.names = {k: self.names[k] for k, space in leaves.items() if not _is_image(space)}
         elif options.obs == "pixels":
             image = len(leaves) == 1 and _is_image(*leaves.values())
             self.names, self.drawn = dict.fromkeys(leaves, "pixels") if image else {}, not image
@@ -223,9 +205,9 @@ class _Rows(gymnasium.Env):
         if self.drawn:
             self.boxes["pixels"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.can_render = (self.drawn or self.filmed) and self._probe()
-        row = {key: spaces.Box(0, 1, (), bool) for key in ("is_first", "is_last", "is_terminal")}
+        row = {key: spaces.Box(0, 1, (), bool) for key in FLAGS}
         row["reward"] = spaces.Box(-np.inf, np.inf, (), np.float32)
-        row |= {key: spaces.Box(0, 2**62, (), np.int64) for key in ("_episode", "_crashes")}
+        row["_episode"] = spaces.Box(0, 2**62, (), np.int64)
         if taken := self.boxes.keys() & {*row, *RESERVED}:
             raise RunError(f"{env_id} has an observation named {min(taken)!r}: rename it")
         if not self.boxes:
@@ -321,33 +303,35 @@ class _Rows(gymnasium.Env):
         return self._next(action), 0.0, False, False, {}
 
     def _next(self, action, draw=True):
-        """One step, or a reset after the last row of an episode and after a crash."""
-        reward, terminated, truncated = 0.0, False, False
+        """One step, or a reset after the last row of an episode; EnvError if that fails."""
+        first, reward, terminated, truncated = self.done, 0.0, False, False
+        self.episode, self.count = (
+            (self.episode + 1, 0) if first else (self.episode, self.count + 1)
+        )
         try:
-            if self.done:
-                self.episode, self.count = self.episode + 1, 0
+            if first:
                 seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
                 obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # fits an int32
-            else:
-                self.count += 1
-                for _ in range(1 if "ALE/" in self.env_id else self.options.action_repeat):
-                    obs, r, terminated, truncated, _ = self.env.step(self.decode(action))
-                    reward += float(r)
-                    if terminated or truncated:
-                        break
+            for _ in range(
+                0 if first else 1 if "ALE/" in self.env_id else self.options.action_repeat
+            ):
+                obs, r, terminated, truncated, _ = self.env.step(self.decode(action))
+                reward += float(r)
+                if terminated or truncated:
+                    break
             row = self._observe(obs, draw) | {"reward": np.float32(reward)}
         except Exception as error:
-            self._crash(error)
-            return self._next(action)
+            traceback.print_exception(error)  # here, because no traceback leaves a worker
+            raise EnvError(f"{error!r} was raised {self._where()}") from error
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
-            where = f"at step {self.count} of environment {self.index} (episode {self.episode})"
             kind = "reward" if key == "reward" else f"observation {key!r}"
-            raise EnvError(f"{kind} of {self.env_id} is not finite {where}")
-        row |= {"is_first": np.bool_(self.done), "is_terminal": np.bool_(terminated)}
+            raise EnvError(f"{kind} of {self.env_id} is not finite {self._where()}")
         self.done = bool(terminated or truncated)
-        self.streak = 0 if self.done else self.streak
-        row |= {"is_last": np.bool_(self.done), "_crashes": np.int64(self.crashes)}
-        return row | {"_episode": np.int64(self.episode)}
+        row |= {"is_first": np.bool_(first), "is_terminal": np.bool_(terminated)}
+        return row | {"is_last": np.bool_(self.done), "_episode": np.int64(self.episode)}
+
+    def _where(self):
+        return f"at step {self.count} of environment {self.index} (episode {self.episode})"
 
     def _observe(self, obs, draw):
         found, row, size = _flatten(obs), {}, self.options.image_size
@@ -358,28 +342,13 @@ class _Rows(gymnasium.Env):
             row["pixels"] = self._picture(size) if draw else np.zeros((size, size, 3), np.uint8)
         return row
 
-    def _crash(self, error):
-        self.crashes, self.streak, self.done = self.crashes + 1, self.streak + 1, True
-        text = f"environment {self.index} of {self.env_id}, crash {self.crashes}: {error!r}"
-        if self.streak > self.options.max_crashes:
-            raise EnvError(f"{text}; that is too often") from error
-        if self.crashes == 1:
-            traceback.print_exception(error)
-        print(f"{text}; it is built again for a new episode", file=sys.stderr)
-        with contextlib.suppress(Exception):
-            self.env.close()
-        try:
-            self.env = self._build()
-        except Exception as again:
-            raise EnvError(f"{text}; building it again failed: {again!r}") from again
-
-    def replay(self, episodes, crashes, actions, ends):
+    def repeat(self, episodes, actions, ends):
         """Repeat the actions of a saved episode and return its last row."""
-        self.episode, self.crashes = episodes[self.index] - 1, crashes[self.index]
-        self.done, actions = True, actions[self.index]
+        self.episode, self.done = episodes[self.index] - 1, True
+        actions = actions[self.index]
         row = self._next(None, draw=len(actions) == 0)
         for k, action in enumerate(actions):
-            if self.done or (k and row["is_first"]):  # over too early, or crashed
+            if self.done:  # over too early
                 break
             row = self._next(action, draw=k == len(actions) - 1)
         self.done |= ends[self.index]
@@ -430,6 +399,13 @@ def _resize(image, size):
     return np.stack([p.resize((size, size), Image.Resampling.BILINEAR) for p in planes], -1)
 
 
+def action_width(spec) -> int:
+    """Width of the action vector of an action space, of anything with a shape, or the number."""
+    if isinstance(spec, spaces.Space):
+        return _actions(spec, "the environment")[0]
+    return spec if isinstance(spec, int) else spec.shape[-1]
+
+
 def _actions(space, env_id):
     """Width of the action vector, sizes of its one-hots, function to the environment's action."""
     match space:
@@ -460,35 +436,3 @@ def _actions(space, env_id):
         return (choice + start).astype(space.dtype).reshape(space.shape)[()]  # scalar if Discrete
 
     return int(sizes.sum()), tuple(sizes.tolist()), choose
-
-
-class _Crafter(gymnasium.Env):
-    """Crafter (Hafner, 2022) with today's interface: it is older than gymnasium."""
-
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
-
-    def __init__(self, reward, render_mode=None):
-        import crafter  # pip install crafter
-
-        def chunks(world):  # the package's sets have another order in every process
-            return {k: sorted(v, key=lambda o: tuple(o.pos)) for k, v in world._chunks.items()}
-
-        crafter.engine.World.chunks = property(chunks)
-        self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
-        self.action_space = spaces.Discrete(17)
-        self.inner, self.render_mode = crafter.Env(reward=reward), render_mode
-
-    def reset(self, *, seed=None, options=None):
-        self.inner._seed, self.inner._episode = seed, 0  # the world is a hash of these two
-        return self.inner.reset(), {}
-
-    def step(self, action):
-        obs, reward, done, info = self.inner.step(action)
-        return obs, reward, info["discount"] == 0, done and info["discount"] > 0, info
-
-    def render(self):
-        return self.inner.render()
-
-
-gymnasium.register("crafter/Reward-v0", _Crafter, kwargs={"reward": True})
-gymnasium.register("crafter/NoReward-v0", _Crafter, kwargs={"reward": False})

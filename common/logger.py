@@ -21,14 +21,11 @@ class Logger:
     """Write the metrics of a run to `folder`, one JSON line per write; every step is an env step.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save.
-    With `silent` it keeps everything to itself.
     """
 
-    def __init__(self, folder, total_steps, tensorboard=True, quiet=False, silent=False):
-        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet or silent
-        self.silent, tensorboard = silent, tensorboard and not silent
-        path = Path(os.devnull) if silent else self.folder / "metrics.jsonl"
-        self.file = path.open("ab")
+    def __init__(self, folder, total_steps, tensorboard=True, quiet=False):
+        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet
+        self.file = (self.folder / "metrics.jsonl").open("ab")
         self.sums, self.counts, self.shown = {}, {}, {}
         self.step = self.first = 0  # now, and where this process took over
         self.started = self.born = time.monotonic()  # this process, and the whole run
@@ -117,12 +114,11 @@ class Logger:
 
     def load_state_dict(self, state):
         """Go on from there; raises RunError if metrics.jsonl has lost lines since."""
-        size = state["bytes"] if self.silent else os.fstat(self.file.fileno()).st_size
+        size = os.fstat(self.file.fileno()).st_size
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
-        if not self.silent:
-            self.file.truncate(state["bytes"])
+        self.file.truncate(state["bytes"])
         self.step = self.first = state["step"]
         self.born = self.started - state["wall"]
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
@@ -166,16 +162,6 @@ class Logger:
         options["unit"] = " steps"
         seconds = time.monotonic() - self.started
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
-
-
-def check_finite(metrics, updates):
-    """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
-    if not torch.stack(list(metrics.values())).isfinite().all():  # one wait for a GPU, not twenty
-        bad = [name for name, value in metrics.items() if not value.isfinite()]
-        raise RunError(
-            f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
-            "Look at the scale of rewards and observations, or try a smaller learning rate"
-        )
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""Windows of rows on memory-mapped files, with latents written back and an exact resume."""
+"""Sequences of rows on memory-mapped files, with latents written back and an exact resume."""
 
 import os
 import shutil
@@ -11,6 +11,8 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from common.checkpoint import DISK_FULL, RunError
+
+LATENTS = ("belief", "state")
 
 
 def _map(files, directory):
@@ -36,17 +38,27 @@ def _map(files, directory):
     )
 
 
-def make_replay(args, example: TensorDict, folder: Path, online: bool = True) -> "Replay":
+def with_previous(rows: TensorDict) -> TensorDict:
+    """Rows [B, T + 1] -> rows 1..T, and as `previous` [B, T] the action and latents before each.
+
+    The rows themselves lose their latents: filtering makes them anew.
+    """
+    previous = rows[:, :-1].select("action", *LATENTS, strict=False)
+    return rows[:, 1:].exclude(*LATENTS).set("previous", previous)
+
+
+def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
     """The replay of a run: no larger than `steps` can fill, else with room for a save interval.
 
-    args: the script's flags; example: a row, see Replay. Prints the size.
+    args: the script's flags; example, options: see Replay. Prints the size.
     """
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
     needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)
     capacity = min(args.replay_size, needed)
     slack = ceil(args.save_every / per_row) + 1 if capacity < needed else 0
-    options = dict(directory=folder / "replay", slack=slack, seed=args.seed, online=online)
-    replay = Replay(example, capacity, args.num_envs, args.batch_length + 1, **options)
+    shape = capacity, args.num_envs, args.batch_length + 1, folder / "replay"
+    options |= dict(batch_size=args.batch_size, slack=slack, seed=args.seed)
+    replay = Replay(example, *shape, **options)
     size = sum(leaf.nbytes for leaf in replay.storage.values()) / 1e9
     print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return replay
@@ -65,12 +77,15 @@ class Replay:
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
-    RunError if a window of `length` rows does not fit the ring or the disk is too full.
+    episodes: draw a finished episode, then a window inside of it; the one at its end only with
+    `last`. RunError if a window of `length` rows does not fit the ring or the disk is too full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
-                 *, updatable=("deter", "stoch"), slack=0, seed=0, online=True):  # fmt: skip
-        self.num_envs, self.length, self.online = num_envs, length, online
+                 *, batch_size=16, updatable=LATENTS, slack=0, seed=0,
+                 online=False, episodes=False, last=False):  # fmt: skip
+        self.num_envs, self.length, self.batch_size = num_envs, length, batch_size
+        self.online, self.episodes, self.last = online, episodes, last
         self.capacity = capacity // num_envs  # rows of one environment
         self.physical = self.capacity + slack
         if self.capacity < length:
@@ -93,9 +108,9 @@ class Replay:
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
-        self.whole = deque()  # (environment, first row, rows) of the finished episodes
+        self.finished = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
-        self.long = None, None  # (rows appended, last) and what `episodes` found then
+        self.found_at, self.long = None, None  # rows appended when `long_episodes` looked last
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -118,6 +133,13 @@ class Replay:
         """Number of windows that can be drawn."""
         return self.num_envs * max(0, self.total - self.oldest - self.length + 1)
 
+    @property
+    def ready(self) -> bool:
+        """Whether to draw: from a long episode, or from batch_size * (length - 1) windows."""
+        if self.episodes:
+            return len(self.long_episodes()) > 0
+        return len(self) >= self.batch_size * (self.length - 1)
+
     def append(self, row: TensorDict):
         """Add one row of each environment: TensorDict[N] with the keys of `example`."""
         assert set(row.keys()) == set(self.storage.keys()), (row, self.layout)
@@ -133,18 +155,25 @@ class Replay:
         for env in row["is_first"].nonzero()[:, 0].tolist():
             self.begun[env] = self.total
         for env in row["is_last"].nonzero()[:, 0].tolist():
-            self.whole.append((env, self.begun[env], self.total + 1 - self.begun[env]))
+            self.finished.append((env, self.begun[env], self.total + 1 - self.begun[env]))
         self.total += 1
-        while self.whole and sum(self.whole[0][1:]) <= self.oldest:
-            self.whole.popleft()
+        while self.finished and sum(self.finished[0][1:]) <= self.oldest:
+            self.finished.popleft()
         while self.queue and self.queue[0][1] < self.oldest:
             self.queue.popleft()
 
-    def sample(self, batch_size: int) -> TensorDict:
-        """Copies of windows, TensorDict[B, length], and their "index" [B, length, 2]: (env, row).
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """A batch of rows TensorDict[B, length - 1], each with the row before it: `with_previous`.
 
-        New windows come first, in order, then uniform draws. A window may cross episodes:
-        is_first is set on its row 0, is_last before an is_first. ValueError if there is none.
+        "index" [B, length - 1, 2] has (environment, row), for `write_back`.
+        """
+        size = batch_size or self.batch_size
+        return with_previous(self.draw_in_episodes(size) if self.episodes else self.draw(size))
+
+    def draw(self, batch_size: int) -> TensorDict:
+        """Windows [B, length]: new ones first, in order (`online`), then uniform draws.
+
+        A window may cross episodes. ValueError if there is none.
         """
         if not len(self):
             raise ValueError(f"no window of {self.length} rows in {self.rows} rows")
@@ -155,36 +184,36 @@ class Replay:
         window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
         return self.windows(window)
 
-    def episodes(self, last: bool = False) -> Tensor:
+    def long_episodes(self) -> Tensor:
         """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
-        if self.long[0] != (self.total, last):
-            enough = self.length - last
-            found = [e for e in self.whole if e[1] >= self.oldest and e[2] >= enough]
-            self.long = (self.total, last), torch.tensor(found, dtype=torch.int64).view(-1, 3)
-        return self.long[1]
+        if self.found_at != self.total:
+            enough = self.length - self.last
+            long = [e for e in self.finished if e[1] >= self.oldest and e[2] >= enough]
+            self.found_at, self.long = self.total, torch.tensor(long, dtype=torch.int64).view(-1, 3)
+        return self.long
 
-    def sample_episodes(self, batch_size: int, last: bool = False) -> TensorDict:
-        """Like `sample`, but an episode is drawn first, then a window inside of it.
+    def draw_in_episodes(self, batch_size: int) -> TensorDict:
+        """Windows [B, length] inside of an episode that is drawn first, as Dreamer (2020) does.
 
-        As the authors of Dreamer (2020) do it: the window at an episode's end is drawn only with
-        `last`. Row 0 of a window is the row before it, so the window has `length` - 1 rows; before
-        an episode's first row it belongs to another one. RunError if there is no such episode.
+        Row 0 is the row before the window; before an episode's first row it belongs to another one.
+        RunError if no episode is long enough.
         """
-        episodes = self.episodes(last)
+        episodes = self.long_episodes()
         if not len(episodes):
-            rows = self.length - last
-            text = f"the replay holds no whole episode of {rows} rows or more: try a larger"
-            raise RunError(
-                f"{text} --prefill or --replay-size, or a smaller --batch-length (with --fresh)"
-            )
+            text = f"the replay holds no whole episode of {self.length - self.last} rows or more"
+            ways = "a larger --prefill or --replay-size, or a smaller --batch-length (with --fresh)"
+            raise RunError(f"{text}: try {ways}")
         draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
         env, first, rows = episodes[draw].unbind(-1)
-        starts = rows - (self.length - 1) + last
+        starts = rows - (self.length - 1) + self.last
         offset = (torch.rand(batch_size, generator=self.generator) * starts).long()
         return self.windows(torch.stack([env, first + offset - 1], -1))
 
     def windows(self, window: Tensor) -> TensorDict:
-        """Copies of the windows that begin at (environment, row) [B, 2], with their "index"."""
+        """Copies of the windows that begin at (environment, row) [B, 2], with their "index".
+
+        is_first is set on row 0, is_last before an is_first.
+        """
         batch_size = len(window)
         index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
         index[..., 1] += torch.arange(self.length)
@@ -199,12 +228,12 @@ class Replay:
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # abandoned episodes
         return batch.set("index", index)
 
-    def write_back(self, index: Tensor, values: TensorDict):
-        """Replace the updatable keys of rows [B, T, 2] drawn before by values, TensorDict[B, T].
+    def write_back(self, batch: TensorDict, latents: TensorDict):
+        """Replace the updatable keys of a batch's rows by those of `latents`, both [B, T].
 
         Rows that have left the ring are skipped; of a row that occurs twice, the last one counts.
         """
-        env, row = index.flatten(0, 1).cpu().unbind(-1)
+        env, row = batch["index"].flatten(0, 1).cpu().unbind(-1)
         kept = (row >= self.oldest).nonzero()[:, 0]
         where = (row % self.physical * self.num_envs + env)[kept]
         # Two writes to one row have no fixed order in torch: keep the last one of each row.
@@ -212,7 +241,7 @@ class Replay:
         order = torch.zeros_like(where).scatter_reduce_(0, group, kept, "amax")
         spare = 1 - self.saved[where]
         for key in self.updatable:
-            leaf, value = self.storage[key], values[key].detach().flatten(0, 1)[order]
+            leaf, value = self.storage[key], latents[key].detach().flatten(0, 1)[order]
             leaf.index_copy_(0, where * 2 + spare.long(), value.to(leaf))
         self.current[where] = spare
 
@@ -227,7 +256,7 @@ class Replay:
             "layout": self.layout,
             "total": self.total,
             "queue": torch.tensor(self.queue, dtype=torch.int64).view(-1, 2),
-            "whole": torch.tensor(self.whole, dtype=torch.int64).view(-1, 3),
+            "finished": torch.tensor(self.finished, dtype=torch.int64).view(-1, 3),
             "begun": list(self.begun),
             "current": self.current[: self.total * self.num_envs].clone(),
             "generator": self.generator.get_state(),
@@ -254,7 +283,7 @@ class Replay:
             raise RunError(f"{text}: put it back, or start over with --fresh")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
-        self.whole = deque(map(tuple, state["whole"].tolist()))
+        self.finished = deque(map(tuple, state["finished"].tolist()))
         self.begun = list(state["begun"])
         self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)

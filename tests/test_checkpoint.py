@@ -1,209 +1,25 @@
-"""Run folders, atomic saves, resume, signals and clocks of common/checkpoint.py."""
+"""Atomic saves, resume, generators and signals of common/checkpoint.py; the ratio of updates."""
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_info, threadpool_limits
 
-from common import checkpoint
-from common.checkpoint import (
-    Every,
-    Ratio,
-    RunError,
-    Stop,
-    load,
-    open_run,
-    prepare,
-    restore,
-    rng_state,
-    save,
-)
+from common.checkpoint import RunError, Stop, load, rng_state, save, seed_all, set_rng_state
+from dreamer_v3 import Ratio
 
-REPO = Path(__file__).resolve().parents[1]
 # Forked processes start fast, since they need not import torch again.
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 forks = pytest.mark.skipif(FORK is None, reason="needs fork")
-
-
-@dataclass
-class Settings:
-    env_id: str = "dm_control/walker-walk-v0"
-    seed: int = 3
-    lr: float = 4e-5
-    steps: int = 100
-    sizes: tuple = (1, 2)
-    quality: str = ""
-    run: str = ""
-    fresh: bool = False
-    eval: str = ""
-
-
-def start(code, *argv):
-    """Run `code` in another process with the repository on its path."""
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, cwd=REPO, **pipes)
-
-
-def test_threads_are_those_of_torch_and_of_numpy():
-    before = torch.get_num_threads()
-    with threadpool_limits(2):  # restores what it finds
-        checkpoint.prepare(0, 1)
-        pools = {pool["user_api"]: pool["num_threads"] for pool in threadpool_info()}
-        torch.set_num_threads(before)
-    assert pools["blas"] == 1 and pools.get("openmp", 1) == 1
-
-
-def test_folder_name_first_start_and_resume(tmp_path):
-    folder, state = open_run("dreamer", Settings(), root=tmp_path)
-    assert folder == tmp_path / "dreamer" / "dm_control-walker-walk-v0" / "seed3"
-    assert state is None
-    save(folder, step=7, numbers=[1, 2.5, None, "x"])
-    _, state = open_run("dreamer", Settings(), root=tmp_path)
-    assert state["step"] == 7 and state["numbers"] == [1, 2.5, None, "x"]
-    assert state["header"] == {"format": 1, "script": "dreamer", "torch": torch.__version__}
-
-
-def test_run_names_the_folder_and_it_may_move(tmp_path):
-    folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
-    assert folder == tmp_path / "a"
-    save(folder, step=1)
-    folder.rename(tmp_path / "b")
-    _, state = open_run("dreamer", Settings(run=str(tmp_path / "b")))
-    assert state["step"] == 1
-
-
-def test_other_arguments_are_shown_with_both_ways_out(tmp_path):
-    folder, _ = open_run("dreamer", Settings(), root=tmp_path)
-    save(folder, step=1)
-    with pytest.raises(RunError) as error:
-        open_run("dreamer", Settings(lr=3e-4, steps=200), root=tmp_path, may_change=("steps",))
-    text = str(error.value)
-    assert "  lr: 4e-05 -> 0.0003 (saved -> asked)" in text
-    assert "--fresh" in text and "--run OTHER_FOLDER" in text
-    assert "steps" not in text and "sizes" not in text
-    assert load(folder)["step"] == 1
-
-
-def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
-    @dataclass
-    class Newer(Settings):
-        momentum: float = 0.9
-
-    save(open_run("dreamer", Settings(), root=tmp_path)[0], step=1)
-    with pytest.raises(RunError, match=r"momentum: \(none\) -> 0.9"):
-        open_run("dreamer", Newer(), root=tmp_path)
-
-
-def test_may_change_and_control_fields_resume(tmp_path):
-    folder, _ = open_run("dreamer", Settings(), root=tmp_path)
-    save(folder, step=1)
-    changed = Settings(steps=200, eval="x")
-    _, state = open_run("dreamer", changed, root=tmp_path, may_change=("steps",))
-    assert state["step"] == 1
-    assert '"steps": 200' in (folder / "args.json").read_text()
-
-
-def test_what_auto_means_is_decided_once(tmp_path):
-    """A run started without a GPU goes on as it began on a machine that has one."""
-    for value, fresh in (("fast", False), ("full", False), ("full", True)):
-        args = Settings(quality="auto", fresh=fresh)
-        folder, _ = open_run("dreamer", args, decided={"quality": value}, root=tmp_path)
-        save(folder, step=1)
-        assert args.quality == ("full" if fresh else "fast")
-    with pytest.raises(RunError, match="quality: full -> fast"):
-        args = Settings(quality="fast")
-        open_run("dreamer", args, decided={"quality": "full"}, root=tmp_path)
-
-
-def test_fresh_starts_over_with_new_arguments(tmp_path):
-    folder, _ = open_run("dreamer", Settings(), root=tmp_path)
-    save(folder, step=1)
-    (folder / "replay").mkdir()
-    (folder / "replay" / "rows").write_text("x")
-    _, state = open_run("dreamer", Settings(lr=1.0, fresh=True), root=tmp_path)
-    assert state is None
-    assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
-
-
-@pytest.mark.parametrize("content", ["thesis.tex", "args.json"])
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_foreign_folder_is_never_touched(tmp_path, content, fresh):
-    (tmp_path / content).write_text('{"precious": 1}')
-    with pytest.raises(RunError, match="neither empty nor a run folder"):
-        open_run("dreamer", Settings(run=str(tmp_path), fresh=fresh))
-    assert [path.name for path in tmp_path.iterdir()] == [content]
-
-
-def test_fresh_does_not_delete_the_run_of_another_script(tmp_path):
-    folder, _ = open_run("pilco", Settings(run=str(tmp_path / "a")))
-    save(folder, step=1)
-    with pytest.raises(RunError, match="run of pilco.py"):
-        open_run("dreamer", Settings(run=str(folder), fresh=True))
-    assert load(folder)["step"] == 1
-
-
-def test_fresh_follows_no_links(tmp_path):
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "rows").write_text("x")
-    folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
-    (folder / "replay").symlink_to(scratch)
-    open_run("dreamer", Settings(run=str(folder), fresh=True))
-    assert (scratch / "rows").exists() and not (folder / "replay").exists()
-
-
-def test_without_a_checkpoint_the_leftovers_go_and_the_notes_stay(tmp_path):
-    folder, _ = open_run("dreamer", Settings(), root=tmp_path)
-    for name in ("metrics.jsonl", "checkpoint.pt.tmp", "notes.txt"):
-        (folder / name).write_text("x")
-    _, state = open_run("dreamer", Settings(), root=tmp_path)
-    assert state is None
-    assert {path.name for path in folder.iterdir()} == {"args.json", "lock", "notes.txt"}
-
-
-HOLD = """
-import sys, time
-from dataclasses import dataclass
-from common.checkpoint import open_run
-@dataclass
-class Settings:
-    run: str
-    env_id: str = ""
-    fresh: bool = False
-open_run("dreamer", Settings(sys.argv[1]))
-print("held", flush=True)
-time.sleep(60)
-"""
-
-
-def test_two_processes_cannot_share_a_folder(tmp_path):
-    other = start(HOLD, tmp_path / "a")
-    assert other.stdout.readline() == "held\n"
-    before = (tmp_path / "a" / "args.json").read_text()
-    with pytest.raises(RunError, match="another process is running"):
-        open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
-    assert (tmp_path / "a" / "args.json").read_text() == before
-    other.kill()
-    other.communicate()
-    open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
-    open_run("dreamer", Settings(run=str(tmp_path / "a")))  # this process may open it again
 
 
 def test_missing_checkpoint_names_the_folder(tmp_path):
@@ -252,14 +68,14 @@ def test_a_file_of_someone_else(tmp_path, content, monkeypatch):
 
 
 def test_checkpoint_of_another_script_or_format(tmp_path, monkeypatch):
-    folder, _ = open_run("pilco", Settings(), root=tmp_path)
-    save(folder, step=1)
-    assert load(folder, "pilco")["step"] == load(folder)["step"] == 1
+    (tmp_path / "args.json").write_text('{"script": "pilco"}')
+    save(tmp_path, step=1)
+    assert load(tmp_path, "pilco")["step"] == load(tmp_path)["step"] == 1
     with pytest.raises(RunError, match=r"written by pilco.py, not by dreamer.py"):
-        load(folder, "dreamer")
-    monkeypatch.setattr("common.checkpoint.FORMAT", 2)
-    with pytest.raises(RunError, match="has format 1, this code reads format 2"):
-        load(folder)
+        load(tmp_path, "dreamer")
+    monkeypatch.setattr("common.checkpoint.FORMAT", 3)
+    with pytest.raises(RunError, match="has format 2, this code reads format 3"):
+        load(tmp_path)
 
 
 def test_modules_and_optimisers_are_saved_by_state_dict(tmp_path):
@@ -399,19 +215,19 @@ def draws():
 
 
 def test_generators_continue_after_a_round_trip(tmp_path):
-    prepare(5)
+    seed_all(5)
     draws()  # leaves half a pair of normal numbers in python's and numpy's generator
     save(tmp_path, rng=rng_state())
     expected = [draws() for _ in range(3)]
-    prepare(6)
-    restore(load(tmp_path), {})
+    seed_all(6)
+    set_rng_state(load(tmp_path)["rng"])
     assert [draws() for _ in range(3)] == expected
 
 
 def test_a_seed_repeats():
-    prepare(2**40 + 1)
+    seed_all(2**40 + 1)
     first = draws()
-    prepare(2**40 + 1)
+    seed_all(2**40 + 1)
     assert draws() == first
 
 
@@ -430,45 +246,6 @@ def test_an_impatient_user_does_not_break_a_save(tmp_path, monkeypatch):
         assert stop.requested and load(tmp_path)["step"] == 7
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-
-
-def test_every_keeps_to_multiples():
-    every = Every(10)
-    assert [n for n in (0, 4, 9, 13, 19, 20, 45, 46, 50) if every(n)] == [13, 20, 45, 50]
-    assert not any(Every(0)(n) for n in range(5))
-
-
-def test_every_resumes_also_with_another_period():
-    for before in (10, 0):  # 0: it had been switched off
-        old, new = Every(before), Every(25)
-        old(33)
-        new.load_state_dict(old.state_dict())
-        assert [n for n in range(34, 80) if new(n)] == [50, 75]
-
-
-def test_origins_of_a_run(tmp_path):
-    """A resumed run names every commit and command that made it, each once."""
-    for argv in (["a.py"], ["a.py", "--steps", "9"], ["a.py", "--steps", "9"]):
-        sys.argv, before = argv, sys.argv
-        folder, _ = open_run("dreamer", Settings(), root=tmp_path)
-        sys.argv = before
-        save(folder, step=1)
-    origins = json.loads((folder / "args.json").read_text())["origin"]
-    assert [origin["command"] for origin in origins] == ["python a.py", "python a.py --steps 9"]
-    assert all(len(origin["commit"]) >= 7 and origin["hardware"] for origin in origins)
-
-
-def test_a_full_disk_and_other_errors_of_a_run():
-    """One line for what the user can mend, a traceback for the rest."""
-    for error, text in (
-        (OSError(errno.ENOSPC, "No space left"), "disk full"),
-        (KeyboardInterrupt(), "stopped"),
-        (RunError("--lr"), "error: --lr"),
-    ):
-        with pytest.raises(SystemExit, match=text):
-            checkpoint.run(lambda error=error: (_ for _ in ()).throw(error))
-    with pytest.raises(PermissionError):
-        checkpoint.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
 
 
 def test_ratio_counts_by_hand():

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gymnasium import spaces
+from helpers import near
 from tensordict import TensorDict
 from torch import nn
 from torch.distributions import (
@@ -18,7 +20,8 @@ from torch.distributions import (
 )
 
 import dreamer
-from common.evaluation import open_loop
+from common.replay import with_previous
+from common.run import open_loop
 from dreamer import (
     Agent,
     Args,
@@ -36,8 +39,8 @@ from dreamer import (
     distance,
     features,
     gaussian_kl,
+    kl_loss,
     lambda_return,
-    with_context,
 )
 
 TINY = dict(deter=12, hidden=10, stoch=4, depth=2, units=16, imagination_horizon=5)
@@ -51,6 +54,11 @@ def make_agent(spec=SPEC, seed=0, **changes):
 
 
 def make_batch(spec=SPEC, size=3, length=6, seed=1):
+    """Random rows [size, length], each with the row before it: windows inside an episode."""
+    return with_previous(make_rows(spec, size, length, seed))
+
+
+def make_rows(spec=SPEC, size=3, length=6, seed=1):
     """Random rows [size, length + 1]: each window lies inside an episode."""
     torch.manual_seed(seed)
     td = TensorDict(batch_size=[size, length + 1])
@@ -65,35 +73,33 @@ def make_batch(spec=SPEC, size=3, length=6, seed=1):
     return td
 
 
-def near(found, expected, relative=1e-5, absolute=1e-6):
-    torch.testing.assert_close(
-        torch.as_tensor(found).double(), torch.as_tensor(expected).double(),
-        rtol=relative, atol=absolute,
-    )  # fmt: skip
-
-
 # --- formulas -----------------------------------------------------------------------------------
 
 
 def test_59_free_nats_of_the_mean():
     """KLs of 1 and 7 nats: the mean is 4, not the mean 5 of max(KL, 3)."""
     moments = {
-        "post_mean": torch.tensor([[[math.sqrt(2.0)], [math.sqrt(14.0)]]], requires_grad=True),
-        "post_std": torch.ones(1, 2, 1),
+        "posterior_mean": torch.tensor([[[math.sqrt(2.0)], [math.sqrt(14.0)]]], requires_grad=True),
+        "posterior_std": torch.ones(1, 2, 1),
         "prior_mean": torch.zeros(1, 2, 1),
         "prior_std": torch.ones(1, 2, 1),
     }
-    model = make_agent().world_model
-    near(DreamerModelLoss(model).kl(moments), 4.0)
-    near(DreamerModelLoss(model, delayed_clamp=False).kl(moments), 5.0)
-    near(DreamerModelLoss(model, free_nats=4.5).kl(moments), 4.5)
-    for loss, expected in (
-        (DreamerModelLoss(model), [math.sqrt(2.0) / 2, math.sqrt(14.0) / 2]),
-        (DreamerModelLoss(model, delayed_clamp=False), [0, math.sqrt(14.0) / 2]),
-        (DreamerModelLoss(model, free_nats=4.5), [0, 0]),
+    model, td = make_agent().world_model, make_batch(size=1, length=2).update(moments)
+    td["belief"], td["state"] = torch.zeros(1, 2, 12), torch.zeros(1, 2, 4)
+    for options, kl, gradient in (
+        ({}, 4.0, [math.sqrt(2.0) / 2, math.sqrt(14.0) / 2]),
+        (dict(delayed_clamp=False), 5.0, [0, math.sqrt(14.0) / 2]),
+        (dict(free_nats=4.5), 4.5, [0, 0]),
     ):
-        (gradient,) = torch.autograd.grad(loss.kl(moments), moments["post_mean"])
-        near(gradient[0, :, 0], torch.tensor(expected))
+        loss = DreamerModelLoss(model, **options)
+        found = (
+            kl_loss(moments, loss.free_nats, loss.delayed_clamp),
+            loss(td)[0]["loss_model_kl"],  # which takes the moments that td already has
+        )
+        for value in found:
+            near(value, kl)
+            (found_gradient,) = torch.autograd.grad(value, moments["posterior_mean"])
+            near(found_gradient[0, :, 0], torch.tensor(gradient))
 
 
 def test_gaussian_kl_is_that_of_torch():
@@ -214,7 +220,7 @@ def test_first_transposed_convolution_is_a_product():
     near(decoder.spread(x), decoder.deconvs[0](x[..., None, None]), 1e-5, 1e-6)
 
 
-def test_65_initialisation():
+def test_65_initialization():
     torch.manual_seed(0)
     agent = Agent({"shapes": {"pixels": (64, 64, 3)}, "action_dim": 6, "classes": ()}, Args())
     cell = agent.world_model.prior.cell
@@ -272,25 +278,28 @@ def test_64_policy_at_first():
 def test_66_recurrence():
     """One step against the GRU's equations (Cho et al., 2014, with the reset after the product)."""
     torch.manual_seed(0)
-    prior = RSSMPrior(2, 6, 5, 3).double()
+    prior = RSSMPrior(2, hidden_dim=5, rnn_hidden_dim=6, state_dim=3).double()
     for p in prior.parameters():
         nn.init.normal_(p)
-    deter, stoch, action = (torch.randn(4, n, dtype=torch.float64) for n in (6, 3, 2))
-    x = F.elu(torch.cat([stoch, action], -1) @ prior.inputs[0].weight.T + prior.inputs[0].bias)
+    belief, state, action = (torch.randn(4, n, dtype=torch.float64) for n in (6, 3, 2))
+    x = F.elu(torch.cat([state, action], -1) @ prior.inputs[0].weight.T + prior.inputs[0].bias)
     gi = x @ prior.cell.weight_ih.T + prior.cell.bias_ih
-    gh = deter @ prior.cell.weight_hh.T + prior.cell.bias_hh
+    gh = belief @ prior.cell.weight_hh.T + prior.cell.bias_hh
     (ir, iz, inew), (hr, hz, hnew) = gi.chunk(3, -1), gh.chunk(3, -1)
     reset, update = torch.sigmoid(ir + hr), torch.sigmoid(iz + hz)
-    expected = update * deter + (1 - update) * torch.tanh(inew + reset * hnew)
-    next_deter, next_stoch = prior.cell(x, deter), None
-    near(next_deter, expected, 1e-10)
+    expected = update * belief + (1 - update) * torch.tanh(inew + reset * hnew)
+    near(prior.cell(x, belief), expected, 1e-10)
     noise = torch.randn(4, 3)
     prior = prior.float()
-    next_deter, next_stoch = prior(deter.float(), stoch.float(), action.float(), noise)
-    near(next_deter, expected, 1e-5)
-    hidden = F.elu(next_deter @ prior.head[0].weight.T + prior.head[0].bias)
+    inputs = state.float(), belief.float(), action.float()
+    prior_mean, prior_std, next_state, next_belief = prior(*inputs, noise)
+    near(next_belief, expected, 1e-5)
+    near(prior.recurrence(*inputs), expected, 1e-5)
+    hidden = F.elu(next_belief @ prior.head[0].weight.T + prior.head[0].bias)
     mean, std = (hidden @ prior.head[2].weight.T + prior.head[2].bias).chunk(2, -1)
-    near(next_stoch, mean + (F.softplus(std) + 0.1) * noise)
+    near(prior_mean, mean)
+    near(prior_std, F.softplus(std) + 0.1)
+    near(next_state, mean + (F.softplus(std) + 0.1) * noise)
 
 
 def test_vectors_are_encoded_in_sorted_order():
@@ -302,7 +311,8 @@ def test_vectors_are_encoded_in_sorted_order():
     assert len(linears) == 3
     for layer in linears:
         x = F.elu(x @ layer.weight.T + layer.bias)
-    near(encoder(td), x)
+    near(encoder.embed(td), x)
+    near(encoder(td)["encoded_obs"], x)
 
 
 def test_several_images_and_vectors():
@@ -312,16 +322,16 @@ def test_several_images_and_vectors():
     assert agent.world_model.encoder.outputs == 16 + 64
     metrics = agent.update(make_batch(spec, 2, 3))
     assert all(torch.isfinite(value) for value in metrics.values())
-    td = TensorDict(deter=torch.randn(2, 12), stoch=torch.randn(2, 4), batch_size=[2])
+    td = TensorDict(belief=torch.randn(2, 12), state=torch.randn(2, 4), batch_size=[2])
     out = DreamerDecoder(agent.world_model)(td)
     assert out["eye"].shape == (2, 64, 64, 3) and out["depth"].shape == (2, 64, 64, 1)
     assert out["eye"].dtype == torch.uint8 and out["place"].shape == (2, 3)
 
 
 def test_decoder_in_the_environments_units():
-    """A mean of 0 is grey, 127.5 or 128; +-0.5 and beyond are white and black."""
+    """A mean of 0 is gray, 127.5 or 128; +-0.5 and beyond are white and black."""
     model = make_agent(SPEC | {"shapes": {"eye": (64, 64, 3)}}).world_model
-    td = TensorDict(deter=torch.randn(3, 12), stoch=torch.randn(3, 4), batch_size=[3])
+    td = TensorDict(belief=torch.randn(3, 12), state=torch.randn(3, 4), batch_size=[3])
     for level, value in ((-0.7, 0), (-0.5, 0), (0.0, 128), (0.25, 191), (0.5, 255), (9.0, 255)):
         for parameter in model.decoder.deconvs[-1].parameters():
             nn.init.zeros_(parameter)
@@ -331,20 +341,28 @@ def test_decoder_in_the_environments_units():
 
 def make_rollout(seed=0, **mode):
     torch.manual_seed(seed)
-    prior, posterior = RSSMPrior(2, 12, 10, 4), RSSMPosterior(7, 12, 10, 4)
-    return RSSMRollout(prior, posterior, **mode)
+    sizes = dict(hidden_dim=10, rnn_hidden_dim=12, state_dim=4)
+    return RSSMRollout(RSSMPrior(2, **sizes), RSSMPosterior(obs_dim=7, **sizes), **mode)
 
 
 def rollout_inputs(batch=3, length=6):
+    """Latents to start from, and what goes into each step."""
     torch.manual_seed(5)
     is_first = torch.zeros(batch, length, dtype=torch.bool)
     is_first[1, 3] = is_first[2, 0] = True
-    sizes = dict(embed=7, action=2, deter=12, stoch=4, noise=4)
+    sizes = dict(encoded_obs=7, action=2, belief=12, state=4, noise=4)
     inputs = {
-        k: torch.randn(batch, n) if k in ("deter", "stoch") else torch.randn(batch, length, n)
+        k: torch.randn(batch, n) if k in ("belief", "state") else torch.randn(batch, length, n)
         for k, n in sizes.items()
     }
     return inputs | {"is_first": is_first}
+
+
+def roll(rollout, inputs):
+    """State, belief, posterior mean and std, each (batch, length, ...)."""
+    keep = (~inputs["is_first"]).float()
+    steps = inputs["action"], inputs["encoded_obs"], keep, inputs["noise"]
+    return rollout.loop(inputs["state"], inputs["belief"], steps)
 
 
 @pytest.mark.parametrize("mode", ["use_scan", "compile_step"])
@@ -355,11 +373,11 @@ def test_rollout_modes_agree(mode, monkeypatch):
     results = []
     for options in ({}, {mode: True}):
         rollout, inputs = make_rollout(**options), rollout_inputs()
-        inputs["embed"].requires_grad_()
-        outputs = rollout(**inputs)
+        inputs["encoded_obs"].requires_grad_()
+        outputs = roll(rollout, inputs)
         sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs).backward()
         grads = [
-            inputs["embed"].grad,
+            inputs["encoded_obs"].grad,
             *(p.grad for p in rollout.parameters() if p.grad is not None),
         ]
         results.append((*outputs, *grads))
@@ -370,38 +388,85 @@ def test_rollout_modes_agree(mode, monkeypatch):
 
 def test_rollout_is_causal_and_resets():
     rollout, inputs = make_rollout(), rollout_inputs()
-    inputs["embed"].requires_grad_()
+    inputs["encoded_obs"].requires_grad_()
     inputs["action"].requires_grad_()
-    inputs["deter"].requires_grad_()
-    deter, stoch, mean, _ = rollout(**inputs)
+    inputs["belief"].requires_grad_()
+    state, belief, mean, _ = roll(rollout, inputs)
     for t in range(6):
-        (embed,) = torch.autograd.grad(mean[0, t].sum(), inputs["embed"], retain_graph=True)
-        assert embed[0, t].any() and not embed[0, t + 1 :].any() and not embed[1:].any()
-        assert embed[0, : t + 1].any(-1).all()
+        (obs,) = torch.autograd.grad(mean[0, t].sum(), inputs["encoded_obs"], retain_graph=True)
+        assert obs[0, t].any() and not obs[0, t + 1 :].any() and not obs[1:].any()
+        assert obs[0, : t + 1].any(-1).all()
         gradients = torch.autograd.grad(
-            deter[0, t].sum(), [inputs["embed"], inputs["action"]], retain_graph=True,
+            belief[0, t].sum(), [inputs["encoded_obs"], inputs["action"]], retain_graph=True,
             allow_unused=True,
         )  # fmt: skip
-        assert not gradients[0][0, t:].any(), "deter knows the rows before, not its own"
+        assert not gradients[0][0, t:].any(), "belief knows the rows before, not its own"
         assert gradients[1][0, t].any() and not gradients[1][0, t + 1 :].any()
-    wanted = [inputs[k] for k in ("embed", "action", "deter")]
-    embed, action, start = torch.autograd.grad(stoch[1, 3:].sum(), wanted, retain_graph=True)
-    assert not embed[1, :3].any() and not action[1, :4].any() and not start.any()
-    _, action, start = torch.autograd.grad(stoch[2].sum(), wanted)
+    wanted = [inputs[k] for k in ("encoded_obs", "action", "belief")]
+    obs, action, start = torch.autograd.grad(state[1, 3:].sum(), wanted, retain_graph=True)
+    assert not obs[1, :3].any() and not action[1, :4].any() and not start.any()
+    _, action, start = torch.autograd.grad(state[2].sum(), wanted)
     assert not action[2, 0].any() and not start[2].any()
+
+
+def test_rollout_of_a_tensordict():
+    """From zeros, with the action before each row: that in `previous`, or that of the row before.
+
+    It adds the latents and the moments of both distributions.
+    """
+    inputs = rollout_inputs()
+    inputs["belief"].zero_()
+    inputs["state"].zero_()
+    for mode in ({}, {"use_scan": True}):
+        rollout = make_rollout(**mode)
+        expected = roll(rollout, inputs)
+        td = TensorDict(
+            {k: inputs[k] for k in ("encoded_obs", "is_first")}
+            | {"previous": TensorDict(action=inputs["action"], batch_size=[3, 6])},
+            [3, 6],
+        )
+        out = rollout(td.clone(), inputs["noise"])
+        for name, x in zip(("state", "belief", "posterior_mean", "posterior_std"), expected,
+                           strict=True):  # fmt: skip
+            near(out[name], x)
+        mean, std = rollout.prior.moments(out["belief"])
+        near(out["prior_mean"], mean)
+        near(out["prior_std"], std)
+        inputs["action"][:, 0] = 0  # nothing comes before the first row
+        shifted = td.exclude("previous", "is_first")
+        shifted["action"] = F.pad(inputs["action"][:, 1:], (0, 0, 0, 1))
+        plain = roll(rollout, inputs | {"is_first": torch.zeros(3, 6, dtype=torch.bool)})
+        near(rollout(shifted, inputs["noise"])["posterior_mean"], plain[2])
+        assert (plain[2] - expected[2])[1, 3:].any()  # the episode that begins there matters
+
+
+def test_parts_find_their_widths():
+    """The action from its space, what the posterior is given from the first call."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_dim=10, rnn_hidden_dim=12, state_dim=4)
+    prior = RSSMPrior(spaces.Box(-1, 1, (2,)), **sizes)
+    posterior = RSSMPosterior(hidden_dim=10, state_dim=4)
+    belief, obs, noise = torch.randn(3, 12), torch.randn(3, 7), torch.randn(3, 4)
+    mean, std, state = posterior(belief, obs, noise)
+    near(posterior.moments(belief, obs)[0], mean)
+    near(posterior.moments(belief, obs)[1], std)
+    near(state, mean + std * noise)
+    assert prior.recurrence(state, belief, torch.zeros(3, 2)).shape == (3, 12)
+    assert prior.draw_noise(5, 2).shape == (5, 2, 4)
+    assert DreamerActor(16, spaces.Discrete(3), (3,), 8).action_dim == 3
 
 
 # --- losses -------------------------------------------------------------------------------------
 
 
 def test_model_loss_by_hand():
-    agent, td = make_agent(pcont=True, free_nats=0.0, kl_scale=2.0), with_context(make_batch())
+    agent, td = make_agent(pcont=True, free_nats=0.0, kl_scale=2.0), make_batch()
     td["is_terminal"][1, 4] = True
     noise = torch.randn(3, 6, 4)
     losses, td = agent.model_loss(td, noise)
-    feat = torch.cat([td["stoch"], td["deter"]], -1)
+    feat = torch.cat([td["state"], td["belief"]], -1)
     near(features(td), feat)
-    p, q = (Normal(td[f"{k}_mean"], td[f"{k}_std"]) for k in ("post", "prior"))
+    p, q = (Normal(td[f"{k}_mean"], td[f"{k}_std"]) for k in ("posterior", "prior"))
     near(losses["loss_model_kl"], 2 * kl_divergence(p, q).sum(-1).mean())
     model, likelihood = agent.world_model, 0.0
     for key, mean in model.decoder(feat).items():
@@ -418,7 +483,7 @@ def test_model_loss_by_hand():
         model, lambda_kl=0.5, lambda_reco=3.0, lambda_reward=7.0, lambda_continue=1.0,
         free_nats=0.0, reco_loss="l2", reward_loss="l1",
     )  # fmt: skip
-    found, _ = others(with_context(make_batch()).set("is_terminal", td["is_terminal"]), noise)
+    found, _ = others(make_batch().set("is_terminal", td["is_terminal"]), noise)
     square = sum(((m - td[k]) ** 2).sum(-1) for k, m in model.decoder(feat).items())
     near(found["loss_model_reco"], 3 * square.mean())
     near(found["loss_model_reward"], 7 * (model.reward(feat)[..., 0] - td["reward"]).abs().mean())
@@ -429,7 +494,7 @@ def test_model_loss_by_hand():
 def start_of(agent, n=4, seed=3):
     torch.manual_seed(seed)
     args = agent.args
-    latents = dict(deter=torch.randn(n, args.deter), stoch=torch.randn(n, args.stoch))
+    latents = dict(belief=torch.randn(n, args.deter), state=torch.randn(n, args.stoch))
     return TensorDict(latents, [n])
 
 
@@ -473,11 +538,11 @@ def test_dreams_leave_out_the_start():
     agent, start = make_agent(), start_of(make_agent())
     noise = agent.actor_loss.draw_noise(4)
     _, dream = agent.actor_loss(start, noise)
-    deter, stoch = start["deter"], start["stoch"]
+    belief, state = start["belief"], start["state"]
     for t in range(5):
-        action = agent.actor(torch.cat([stoch, deter], -1)).sample(noise["action"][:, t])
-        deter, stoch = agent.world_model.prior(deter, stoch, action, noise["stoch"][:, t])
-        feat = torch.cat([stoch, deter], -1)
+        action = agent.actor(torch.cat([state, belief], -1)).sample(noise["action"][:, t])
+        *_, state, belief = agent.world_model.prior(state, belief, action, noise["state"][:, t])
+        feat = torch.cat([state, belief], -1)
         near(dream["feat"][:, t], feat)
         near(dream["reward"][:, t], agent.world_model.reward(feat)[:, 0])
         near(dream["value"][:, t], agent.value(feat)[:, 0])
@@ -492,15 +557,15 @@ def test_63_gradient_through_the_dynamics():
     grads = torch.autograd.grad(loss["loss_actor"], params, retain_graph=True)
     assert all(grad.any() for grad in grads)
     # Inputs of the policy, fixed: the start, then the dream's own states.
-    first = torch.cat([start["stoch"], start["deter"]], -1)[:, None]
+    first = torch.cat([start["state"], start["belief"]], -1)[:, None]
     inputs = torch.cat([first, dream["feat"][:, :-1]], 1).detach()
 
     def objective():
-        deter, stoch, feats = start["deter"], start["stoch"], []
+        belief, state, feats = start["belief"], start["state"], []
         for t in range(5):
             action = agent.actor(inputs[:, t]).sample(noise["action"][:, t])
-            deter, stoch = agent.world_model.prior(deter, stoch, action, noise["stoch"][:, t])
-            feats.append(torch.cat([stoch, deter], -1))
+            *_, state, belief = agent.world_model.prior(state, belief, action, noise["state"][:, t])
+            feats.append(torch.cat([state, belief], -1))
         feat = torch.stack(feats, 1)
         reward, value = agent.world_model.reward(feat)[..., 0], agent.value(feat)[..., 0]
         returns = lambda_return(reward, value, torch.full_like(reward, 0.99), 0.95)
@@ -535,7 +600,7 @@ def test_the_losses_reach_only_their_own_parameters():
 
 
 def test_gradient_routing_of_the_update():
-    """Each optimiser moves its own module; with a rate of 0 for one, the others do not touch it."""
+    """Each optimizer moves its own module; with a rate of 0 for one, the others do not touch it."""
     for frozen in ("world_model", "actor", "value"):
         agent = make_agent(free_nats=0.0)
         agent.optimizers[frozen].param_groups[0]["lr"] = 0.0
@@ -547,18 +612,17 @@ def test_gradient_routing_of_the_update():
             ]
             assert all(same) if name == frozen else not any(same), name
     agent = make_agent()
-    td = with_context(make_batch())
-    agent.model_loss(td)
-    starts = td.select("deter", "stoch").flatten()
+    _, td = agent.model_loss(make_batch())
+    starts = td.select("belief", "state").flatten()
     loss, dream = agent.actor_loss(starts)
     with pytest.raises(RuntimeError, match="not require grad|unused|appears to not"):
-        torch.autograd.grad(loss["loss_actor"], starts["deter"])
+        torch.autograd.grad(loss["loss_actor"], starts["belief"])
     value = agent.value_loss(dream)[0]["loss_value"]
     grads = torch.autograd.grad(value, list(agent.actor.parameters()), allow_unused=True)
     assert all(grad is None for grad in grads)
 
 
-def test_70_optimisers():
+def test_70_optimizers():
     agent = make_agent(clip=0.01)
     rates = {name: o.param_groups[0] for name, o in agent.optimizers.items()}
     assert {k: g["lr"] for k, g in rates.items()} == dict(world_model=6e-4, actor=8e-5, value=8e-5)
@@ -571,22 +635,25 @@ def test_70_optimisers():
     assert Args().clip == 100.0
 
 
-@pytest.mark.parametrize(("pcont", "rows"), [(False, 18), (True, 15)])
+@pytest.mark.parametrize(("pcont", "rows"), [(False, 6), (True, 5)])
 def test_pcont_starts_leave_out_the_last_row(monkeypatch, pcont, rows):
     agent = make_agent(pcont=pcont)
     seen, forward = [], agent.actor_loss.forward
     monkeypatch.setattr(
         agent.actor_loss, "forward", lambda td, noise: seen.append(td) or forward(td, noise)
     )
+    noise_sizes, draw = [], agent.actor_loss.draw_noise
+    monkeypatch.setattr(agent.actor_loss, "draw_noise", lambda n: noise_sizes.append(n) or draw(n))
     agent.update(make_batch())
-    assert seen[0].shape == (rows,)
+    assert seen[0].shape == (3, rows)
+    assert noise_sizes == [3 * rows]  # a dream from each of them
 
 
 # --- acting -------------------------------------------------------------------------------------
 
 
 def rows_of(agent, n=2, **flags):
-    td = make_batch(agent.spec, n, 1)[:, 1].exclude("action")
+    td = make_rows(agent.spec, n, 1)[:, 1].exclude("action")
     for key, value in flags.items():
         td[key] = torch.full((n,), value)
     return td
@@ -599,17 +666,15 @@ def test_67_exploration():
         agent.actor.mlp[-1].bias[2:] = -30.0  # a deviation of 1e-4: the noise is all
     rows, found = rows_of(agent, 2000), {}
     for training in (False, True):
-        action, state = agent.act(rows, None, training)
-        assert torch.equal(action, state["action"])
-        found[training] = action
+        found[training] = agent.act(rows, None, training)["action"]
     assert found[False].abs().max() < 1e-3
     assert abs(found[True].std() - 0.3) < 0.01 and abs(found[True].mean()) < 0.02
     agent.actor.mlp[-1].bias.data[:2] = 100.0  # tanh(5) = 0.9999
-    action, _ = agent.act(rows, None, True)
+    action = agent.act(rows, None, True)["action"]
     assert action.max() == 1.0 and 0.4 < (action == 1.0).float().mean() < 0.6
-    action, _ = agent.act(rows, None, True, random=True)
+    action = agent.act(rows, None, True, random=True)["action"]
     assert abs(action.mean()) < 0.03 and abs(action.std() - 3**-0.5) < 0.02
-    assert not agent.act(rows_of(agent, 4, is_last=True), None, True)[0].any()
+    assert not agent.act(rows_of(agent, 4, is_last=True), None, True)["action"].any()
 
 
 def test_67_epsilon_greedy():
@@ -618,12 +683,12 @@ def test_67_epsilon_greedy():
         agent.actor.mlp[-1].weight.zero_()
         agent.actor.mlp[-1].bias.copy_(torch.tensor([30.0, 0, 0, 30, 0]))
     rows = rows_of(agent, 5000)
-    action, _ = agent.act(rows)
+    action = agent.act(rows)["action"]
     assert torch.equal(action, torch.tensor([1.0, 0, 0, 1, 0]).expand(5000, 5))
-    action, _ = agent.act(rows, None, True)
+    action = agent.act(rows, None, True)["action"]
     both = (action[:, 0] == 1) & (action[:, 3] == 1)
     assert abs(both.float().mean() - (0.7 + 0.3 / 6)) < 0.02
-    random, _ = agent.act(rows, None, True, random=True)
+    random = agent.act(rows, None, True, random=True)["action"]
     expected = torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
     assert (random.mean(0) - expected).abs().max() < 0.03
     for drawn in (action, random):
@@ -631,70 +696,73 @@ def test_67_epsilon_greedy():
 
 
 def test_the_noised_action_is_the_models_input():
-    """The next latents depend on the action in the state, which is the one that was played."""
+    """The next latents depend on the action in the latent, which is the one that was played."""
     agent = make_agent()
     rows = rows_of(agent, 2)
-    _, state = agent.act(rows, None, True)
+    latent = agent.act(rows, None, True)
     torch.manual_seed(0)
-    _, after = agent.act(rows, state)
-    near(
-        after["deter"],
-        agent.world_model.prior.core(*(state[k] for k in ("deter", "stoch", "action"))),
-    )
+    after = agent.act(rows, latent)
+    inputs = (latent[k] for k in ("state", "belief", "action"))
+    near(after["belief"], agent.world_model.prior.recurrence(*inputs))
+    assert torch.equal(agent.row(rows, latent)["action"], latent["action"])  # in the replay, too
     first = rows_of(agent, 2, is_first=True)
-    _, reset = agent.act(first, state)
-    near(reset["deter"], agent.act(first, None)[1]["deter"])
+    near(agent.act(first, latent)["belief"], agent.act(first, None)["belief"])
 
 
 def test_acting_filters_like_training():
-    """Row by row with `act`, or a window at once with the loss: the same deter."""
-    agent, batch = make_agent(), make_batch()
-    batch["is_first"][:, 1] = True
-    td = with_context(batch)
+    """Row by row with `act`, or a window at once with the world model: the same belief."""
+    agent, rows = make_agent(), make_rows()
+    rows["is_first"][:, 1] = True
+    td = with_previous(rows)
     torch.manual_seed(0)
-    deter, _, mean, _ = agent.model_loss.posterior(td, torch.zeros(3, 6, 4))
-    state = None
+    out = agent.world_model(td.copy(), torch.zeros(3, 6, 4))
+    belief, mean = out["belief"], out["posterior_mean"]
+    latent = None
     for t in range(6):
         rows = td[:, t].exclude("previous", "action")
-        if state is not None:
-            state["action"] = td["previous", "action"][:, t]
-        _, state = agent.act(rows, state)
-        near(state["deter"], deter[:, t])
-        embed = agent.world_model.encoder(rows)
-        near(agent.world_model.posterior(state["deter"], embed)[0], mean[:, t])
-        state["stoch"] = mean[:, t]
+        if latent is not None:
+            latent["action"] = td["previous", "action"][:, t]
+        latent = agent.act(rows, latent)
+        near(latent["belief"], belief[:, t])
+        embed = agent.world_model.encoder.embed(rows)
+        near(agent.world_model.posterior.moments(latent["belief"], embed)[0], mean[:, t])
+        latent["state"] = mean[:, t]
 
 
 def test_imagination_environment():
     agent, start = make_agent(pcont=True), start_of(make_agent())
     torch.manual_seed(0)
-    out = agent.env.rollout(7, agent.actor.act, start, auto_reset=False)
+    out = agent.env.rollout(7, agent.actor, start, auto_reset=False)
     assert out.shape == (4, 7)
-    near(out["deter"][:, 0], start["deter"])
-    near(out["next", "deter"][:, :-1], out["deter"][:, 1:])
-    feat = torch.cat([out["next", "stoch"], out["next", "deter"]], -1)
+    near(out["belief"][:, 0], start["belief"])
+    near(out["next", "belief"][:, :-1], out["belief"][:, 1:])
+    feat = torch.cat([out["next", "state"], out["next", "belief"]], -1)
     near(out["next", "reward"], agent.world_model.reward(feat)[..., 0])
     near(out["next", "continue"], agent.world_model.cont(feat)[..., 0].sigmoid())
     for t in range(7):
-        inputs = (out[k][:, t] for k in ("deter", "stoch", "action"))
-        near(out["next", "deter"][:, t], agent.world_model.prior.core(*inputs))
+        inputs = (out[k][:, t] for k in ("state", "belief", "action"))
+        near(out["next", "belief"][:, t], agent.world_model.prior.recurrence(*inputs))
     decoded = DreamerDecoder(agent.world_model)(out)
     near(decoded["next", "position"], agent.world_model.decoder(feat)["position"])
 
 
 def test_open_loop_sees_the_context_only():
-    agent, batch = make_agent(), make_batch(length=9)
-    dream = open_loop(agent, batch.clone(), 3)
-    other = batch.clone()
+    agent, rows = make_agent(), make_rows(length=9)
+
+    def predict(rows):
+        return open_loop(agent, with_previous(rows.clone()), 3)
+
+    dream = predict(rows)
+    other = rows.clone()
     other["position"][:, 4:] += 5.0  # rows 4.. of the window are imagined
     other["reward"] += 1.0
-    again = open_loop(agent, other, 3)
+    again = predict(other)
     near(again["position"], dream["position"])
     near(again["true", "reward"], dream["true", "reward"] + 1)
     other["position"][:, 3] += 5.0
-    assert not torch.equal(open_loop(agent, other, 3)["position"][:, 3:], dream["position"][:, 3:])
-    batch["action"][:, 6] += 1.0  # the action after row 6 of the window [B, T + 1]
-    moved = open_loop(agent, batch, 3)["position"] != dream["position"]
+    assert not torch.equal(predict(other)["position"][:, 3:], dream["position"][:, 3:])
+    rows["action"][:, 6] += 1.0  # the action after row 6 of the window [B, T + 1]
+    moved = predict(rows)["position"] != dream["position"]
     assert not moved[:, :6].any() and moved[:, 6:].all()
 
 
@@ -705,26 +773,26 @@ def test_bfloat16_losses_are_near():
     for precision in ("float32", "bfloat16"):
         agent = make_agent(precision=precision)
         noise["dream"] = TensorDict(
-            action=torch.full((18, 5, 2), 0.3), stoch=torch.full((18, 5, 4), -0.2),
+            action=torch.full((18, 5, 2), 0.3), state=torch.full((18, 5, 4), -0.2),
             batch_size=[18, 5],
         )  # fmt: skip
-        found[precision] = agent.update(make_batch(), noise)
+        found[precision] = agent.optimize(make_batch(), noise)
     for name, value in found["float32"].items():
         if "loss" in name:
             assert abs(found["bfloat16"][name] - value) < 0.03 * abs(value) + 0.02, name
 
 
-def test_the_recurrent_state_is_float32_under_bfloat16():
+def test_the_belief_is_float32_under_bfloat16():
     agent = make_agent(precision="bfloat16")
-    prior, (deter, stoch, action) = agent.world_model.prior, torch.randn(3, 7, 12).unbind(0)
-    stoch, action = stoch[:, :4], action[:, :2]
+    prior, (belief, state, action) = agent.world_model.prior, torch.randn(3, 7, 12).unbind(0)
+    state, action = state[:, :4], action[:, :2]
     seen, cell = [], prior.cell.forward
     prior.cell.forward = lambda x, h: seen.append((x, h)) or cell(x, h)
     with agent.autocast():
-        after = prior.core(deter, stoch, action)
-    ((inputs, state),) = seen
-    assert after.dtype == inputs.dtype == torch.float32 and state is deter
-    assert torch.equal(after, cell(inputs, deter))  # outside of autocast
+        after = prior.recurrence(state, belief, action)
+    ((inputs, memory),) = seen
+    assert after.dtype == inputs.dtype == torch.float32 and memory is belief
+    assert torch.equal(after, cell(inputs, belief))  # outside of autocast
 
 
 def test_pictures_under_bfloat16():
@@ -745,22 +813,33 @@ def test_adam_moves_between_devices():
     other = make_agent(seed=1)
     other.load_state_dict(state)
     noise = {"posterior": torch.zeros(3, 6, 4), "dream": agent.actor_loss.draw_noise(18)}
-    found = [each.update(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
+    found = [each.optimize(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
     assert found[0] == found[1]
     assert not any(o.param_groups[0]["capturable"] for o in other.optimizers.values())
 
 
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE])
 def test_compiled_update_is_the_same(spec, monkeypatch):
-    compile_ = torch.compile
+    compiled, compile_ = [], torch.compile
+    for function in dreamer.COMPILED:  # --compile replaces them for the whole process
+        assert getattr(dreamer, function.__name__) is function
+        monkeypatch.setattr(dreamer, function.__name__, function)
     monkeypatch.setattr(
-        dreamer.torch, "compile", lambda f, **kw: compile_(f, backend="aot_eager", **kw)
-    )
-    agents = [make_agent(spec), make_agent(spec, compile=True)]
-    for _ in range(2):
-        results = []
-        for agent in agents:
+        dreamer.torch, "compile",
+        lambda f, **kw: compiled.append(f) or compile_(f, backend="aot_eager", **kw),
+    )  # fmt: skip
+    results = []
+    for options in ({}, {"compile": True}):  # in this order: the functions stay compiled
+        assert not compiled
+        agent = make_agent(spec, **options)
+        results.append([])
+        for _ in range(2):
             torch.manual_seed(7)
-            results.append(agent.update(make_batch(spec)))
-        for name, value in results[0].items():
-            near(results[1][name], value, 1e-4, 1e-5)
+            results[-1].append(agent.update(make_batch(spec)))
+    assert {f.__name__ for f in compiled} == {
+        "rssm_step", "dream_step", "reconstruction_loss", "reward_loss", "continue_loss",
+    }  # fmt: skip
+    assert all(getattr(dreamer, f.__name__) is not f for f in dreamer.COMPILED)
+    for plain, fast in zip(*results, strict=True):
+        for name, value in plain.items():
+            near(fast[name], value, 1e-4, 1e-5)

@@ -1,4 +1,4 @@
-"""Three updates of the authors' JAX code (danijar/dreamerv3 at e3f0224) against `Agent.update`.
+"""Three updates of the authors' JAX code (danijar/dreamerv3 at e3f0224) against `Agent.optimize`.
 
 dreamer_v3_jax.npz holds their parameters, a batch with episode ends, and what their code computed
 in float32 with sampling replaced by fixed rules: a latent is the mode, an action is
@@ -13,7 +13,17 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from dreamer_v3 import Agent, Args, features, two_hot_decode, with_context
+from common.replay import with_previous
+from dreamer_v3 import (
+    Agent,
+    Args,
+    continue_loss,
+    features,
+    kl_losses,
+    reconstruction_loss,
+    reward_loss,
+    two_hot_decode,
+)
 
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
 SCALES = {"rep": 0.1, "repval": 0.3}  # of the losses; the others have 1
@@ -57,7 +67,7 @@ def parameters(agent):
         agent.world_model.posterior,
     )
     found = {}
-    for i, layers in enumerate((prior.deter_in, prior.stoch_in, prior.action_in)):
+    for i, layers in enumerate((prior.belief_in, prior.state_in, prior.action_in)):
         found |= sequence(layers, [f"dyn/dynin{i}"], [f"dyn/dynin{i}norm"])
     for name, layer in (("dyn/dynhid0", prior.hidden), ("dyn/dyngru", prior.gates)):
         found |= {f"{name}/kernel": layer.weight.transpose(0, 1), f"{name}/bias": layer.bias}
@@ -84,7 +94,7 @@ def parameters(agent):
     return {name: x.detach() for name, x in found.items()}
 
 
-def make_agent(reference):
+def authors_agent(reference):
     """The authors' small model with their parameters."""
     args = Args(deter=64, hidden=16, stoch=8, classes=4, units=16, lr=1e-3, warmup=0)
     agent = Agent(SPEC, args)
@@ -99,15 +109,16 @@ def make_agent(reference):
 
 
 def make_batch(reference):
-    """[4, 10] rows, row 0 the context; stored latents of later rows are not to be used."""
+    """[4, 9] rows, each with the one before it; of the latents before, only the first are used."""
     td = {k: torch.from_numpy(reference[f"batch/{k}"]) for k in OBSERVED}
-    td |= {k: torch.from_numpy(reference[f"batch/dyn/{k}"]) for k in ("deter", "stoch")}
-    return TensorDict(td, [4, 10]).clone()
+    td["belief"] = torch.from_numpy(reference["batch/dyn/deter"])
+    td["state"] = torch.from_numpy(reference["batch/dyn/stoch"]).flatten(-2)
+    return with_previous(TensorDict(td, [4, 10]).clone())
 
 
 def make_noise():
     action = torch.tensor([0.5, -0.5]).expand(36, 15, 2)
-    dream = TensorDict(action=action, stoch=torch.ones(36, 15, 8, 4), batch_size=[36, 15])
+    dream = TensorDict(action=action, state=torch.ones(36, 15, 8, 4), batch_size=[36, 15])
     return {"posterior": torch.ones(4, 9, 8, 4), "dream": dream}
 
 
@@ -122,10 +133,9 @@ def close(name, actual, expected, rtol=1e-5):
 @pytest.fixture(scope="module")
 def forward(reference):
     """The agent before any update, its rows with posteriors, its dream, all losses."""
-    agent, noise = make_agent(reference), make_noise()
-    losses, td = agent.model_loss(with_context(make_batch(reference)), noise["posterior"])
-    starts = td.select("deter", "stoch").flatten()
-    actor, dream = agent.actor_loss(starts, noise["dream"])
+    agent, noise = authors_agent(reference), make_noise()
+    losses, td = agent.model_loss(make_batch(reference), noise["posterior"])
+    actor, dream = agent.actor_loss(td, noise["dream"])
     value, _ = agent.value_loss(dream)
     boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
     replay, _ = agent.value_loss.replay(td, boot)
@@ -141,11 +151,13 @@ def test_the_batch_is_a_hard_one(reference):
 
 def test_latents(reference, forward):
     agent, td, _, _ = forward
-    close("tokens", agent.world_model.encoder(td), reference["out/tokens"])
-    for ours, theirs in (("post_logits", "post_logit"), ("prior_logits", "prior_logit")):
+    close("encoded_obs", agent.world_model.encoder.embed(td), reference["out/tokens"])
+    close("encoded_obs", td["encoded_obs"], reference["out/tokens"])
+    for ours, theirs in (("posterior_logits", "post_logit"), ("prior_logits", "prior_logit")):
         close(ours, td[ours], reference[f"out/{theirs}"])
-    close("deter", td["deter"], reference["out/deter"])
-    assert np.array_equal(td["stoch"].detach().numpy(), reference["out/stoch"])
+    close("belief", td["belief"], reference["out/deter"])
+    state = td["state"].detach().unflatten(-1, (8, 4))
+    assert np.array_equal(state.numpy(), reference["out/stoch"])
 
 
 def test_predictions(reference, forward):
@@ -158,16 +170,18 @@ def test_predictions(reference, forward):
 
 
 def test_losses_per_row(reference, forward):
-    """What the losses' own methods give for each row, before mean and scale."""
+    """What the parts of the losses give for each row, before mean and scale."""
     agent, td, dream, _ = forward
-    loss, feat = agent.model_loss, features(td)
-    dynamic, representation = loss.kl(td["post_logits"], td["prior_logits"])
-    found = {"dyn": dynamic, "rep": representation, "rew": loss.reward(feat, td["reward"])}
-    found["con"] = loss.cont(feat, td["is_terminal"])
+    model, loss, feat = agent.world_model, agent.model_loss, features(td)
+    logits = td["posterior_logits"], td["prior_logits"]
+    dynamic, representation = kl_losses(*logits, model.prior.unimix, loss.free_nats)
+    reward = reward_loss(model.reward, feat, td["reward"], model.bins)
+    found = {"dyn": dynamic, "rep": representation, "rew": reward}
+    found["con"] = continue_loss(model.cont, feat, td["is_terminal"], loss.horizon)
     for name, x in found.items():
         close(name, x, reference[f"out/losses/{name}"])
     both = reference["out/losses/position"] + reference["out/losses/velocity"]
-    close("reconstruction", loss.reconstruction(td), both)
+    close("reconstruction", reconstruction_loss(model.decoder, td), both)
     dream = dream[:, :-1]
     error = agent.value_loss.error(dream["value_logits"], dream["lambda_target"], dream["feat"])
     value = (dream["weight"] * error).mean(1).reshape(4, 9)
@@ -181,7 +195,7 @@ def test_policy_and_replay_losses_per_row(reference, forward):
     """
     agent, td, dream, _ = forward
     agent.actor_loss.eval()
-    noise, starts = make_noise()["dream"], td.select("deter", "stoch").flatten()
+    noise, starts = make_noise()["dream"], td.select("belief", "state").flatten()
     rows = [agent.actor_loss(starts[i : i + 1], noise[i : i + 1])[0] for i in range(36)]
     agent.actor_loss.train()
     policy = torch.stack([x["loss_actor"] for x in rows]).reshape(4, 9)
@@ -195,7 +209,7 @@ def test_policy_and_replay_losses_per_row(reference, forward):
 def test_imagination_statistics(reference, forward):
     agent, _, dream, _ = forward
     low, scale = agent.actor_loss.low, agent.actor_loss.high - agent.actor_loss.low
-    assert scale > 1.5  # the normaliser is at work
+    assert scale > 1.5  # the normalizer is at work
     returns, value = dream["lambda_target"][:, :-1], dream["value"]
     advantage, normed = (returns - value[:, :-1]) / scale, (returns - low) / scale
     found = {
@@ -270,9 +284,9 @@ def compare_parameters(agent, reference, step, border):
 
 def test_three_updates(reference):
     """Loss at each, gradient norm, parameters, slow critic, return bounds after one and three."""
-    agent, border = make_agent(reference), {}
+    agent, border = authors_agent(reference), {}
     for step in (1, 2, 3):
-        metrics, latents = agent.update(make_batch(reference), make_noise())
+        metrics, latents = agent.optimize(make_batch(reference), make_noise())
         total = sum(v for k, v in metrics.items() if k.startswith("train/loss"))
         close(f"loss {step}", total, reference[f"step{step}/opt/loss"], 2e-6)
         grads = [p.grad for m in agent.modules.values() for p in m.parameters()]
@@ -280,7 +294,7 @@ def test_three_updates(reference):
         close(f"gradient {step}", norm, reference[f"step{step}/opt/grad_norm"], 2e-5)
         border = {k: v | border.get(k, False) for k, v in borderline(agent).items()}
         if step == 1:
-            close("deter", latents["deter"], reference["out/deter"])
+            close("belief", latents["belief"], reference["out/deter"])
         if step != 2:
             compare_parameters(agent, reference, step, border)
             for key, ours in (("lo", agent.actor_loss.low), ("hi", agent.actor_loss.high)):

@@ -1,4 +1,4 @@
-"""Three updates of the authors' TF2 code (danijar/dreamer at 56d4d44) against `Agent.update`.
+"""Three updates of the authors' TF2 code (danijar/dreamer at 56d4d44) against `Agent.optimize`.
 
 dreamer_tf.npz holds their parameters, a batch of pixels, and what their code computed in float32
 with sampling replaced by fixed rules: a latent is mean + std * 0.5 (-1)^k over its numbers k, an
@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import near
 from tensordict import TensorDict
 from torch import nn
 
-from dreamer import Agent, Args, features, gaussian_kl, with_context
+from common.replay import with_previous
+from dreamer import Agent, Args, features, gaussian_kl
 
 SPEC = {"shapes": {"image": (64, 64, 3)}, "action_dim": 2, "classes": ()}
 B, T, H = 3, 6, 5
@@ -49,7 +51,7 @@ def parameters(agent, values):
         add(f"{name}/kernel", layer.weight, lambda x: x.transpose(3, 2, 0, 1))
         add(f"{name}/bias", layer.bias)
 
-    def tokens(x):  # rows: deter, then the embedding flattened as [h, w, c]; ours as [c, h, w]
+    def tokens(x):  # rows: belief, then the embedding flattened as [h, w, c]; ours as [c, h, w]
         embed = x[16:].reshape(2, 2, 16, -1).transpose(2, 0, 1, 3).reshape(64, -1)
         return np.concatenate([x[:16], embed])
 
@@ -84,7 +86,7 @@ def of_step(reference, step):
     return {k.split("/", 1)[1]: v for k, v in reference.items() if k.startswith(f"params{step}/")}
 
 
-def make_agent(reference):
+def authors_agent(reference):
     args = Args(
         deter=16, hidden=16, stoch=6, units=20, depth=2, imagination_horizon=H, free_nats=0.5
     )
@@ -100,7 +102,7 @@ def make_agent(reference):
 
 
 def make_batch(reference):
-    """[3, 7] rows: theirs, and before each of them the action that led to it."""
+    """[3, 6] rows: theirs, and before each of them the action that led to it."""
     image, reward, action = (
         torch.from_numpy(reference[f"batch/{k}"]) for k in ("image", "reward", "action")
     )
@@ -110,7 +112,7 @@ def make_batch(reference):
     td["action"] = torch.cat([action, action[:, :1] * np.nan], 1)
     for key in ("is_first", "is_last", "is_terminal"):
         td[key] = torch.zeros(B, T + 1, dtype=torch.bool)
-    return td
+    return with_previous(td)
 
 
 def alternating(scale, *shape):
@@ -121,23 +123,17 @@ def alternating(scale, *shape):
 
 def make_noise():
     dream = TensorDict(
-        action=alternating(0.1, B * T, H, 2), stoch=alternating(0.5, B * T, H, 6),
+        action=alternating(0.1, B * T, H, 2), state=alternating(0.5, B * T, H, 6),
         batch_size=[B * T, H],
     )  # fmt: skip
     return {"posterior": alternating(0.5, B, T, 6), "dream": dream}
 
 
-def near(found, expected, relative=1e-5, absolute=1e-6):
-    found = found.detach().numpy() if isinstance(found, torch.Tensor) else found
-    np.testing.assert_allclose(found, expected, rtol=relative, atol=absolute)
-
-
 @pytest.fixture(scope="module")
 def forward(reference):
-    agent, noise = make_agent(reference), make_noise()
-    td = with_context(make_batch(reference))
-    losses, td = agent.model_loss(td, noise["posterior"])
-    more, dream = agent.actor_loss(td.select("deter", "stoch").flatten(), noise["dream"])
+    agent, noise = authors_agent(reference), make_noise()
+    losses, td = agent.model_loss(make_batch(reference), noise["posterior"])
+    more, dream = agent.actor_loss(td.select("belief", "state").flatten(), noise["dream"])
     losses.update(more).update(agent.value_loss(dream)[0])
     return agent, losses, td, dream
 
@@ -145,21 +141,24 @@ def forward(reference):
 def test_embedding_and_latents(reference, forward):
     agent, _, td, _ = forward
     embed = (
-        agent.world_model.encoder(td).unflatten(-1, (16, 2, 2)).permute(0, 1, 3, 4, 2).flatten(2)
+        agent.world_model.encoder.embed(td)
+        .unflatten(-1, (16, 2, 2))
+        .permute(0, 1, 3, 4, 2)
+        .flatten(2)
     )
     near(embed, reference["out/embed"])
     for name in ("mean", "std"):
-        near(td[f"post_{name}"], reference[f"out/post/{name}"])
+        near(td[f"posterior_{name}"], reference[f"out/post/{name}"])
         near(td[f"prior_{name}"], reference[f"out/prior/{name}"])
-    near(td["stoch"], reference["out/post/stoch"])
-    near(td["deter"], reference["out/post/deter"])
-    near(td["deter"], reference["out/prior/deter"])
+    near(td["state"], reference["out/post/stoch"])
+    near(td["belief"], reference["out/post/deter"])
+    near(td["belief"], reference["out/prior/deter"])
 
 
 def test_predictions_and_likelihoods(reference, forward):
     agent, losses, td, _ = forward
     feat = features(td)
-    moments = (td[k] for k in ("post_mean", "post_std", "prior_mean", "prior_std"))
+    moments = (td[k] for k in ("posterior_mean", "posterior_std", "prior_mean", "prior_std"))
     near(gaussian_kl(*moments), reference["out/kl"])
     near(agent.world_model.predict_reward(feat), reference["out/reward_mean"])
     image = agent.world_model.decoder(feat)["image"]
@@ -187,11 +186,11 @@ def test_losses(reference, forward):
 
 
 def test_three_updates(reference):
-    agent, batch, noise = make_agent(reference), make_batch(reference), make_noise()
+    agent, batch, noise = authors_agent(reference), make_batch(reference), make_noise()
     for step in (1, 2, 3):
         for optimizer in agent.optimizers.values():  # TensorFlow adds it before the correction
             optimizer.param_groups[0]["eps"] = 1e-7 / (1 - 0.999**step) ** 0.5
-        metrics = agent.update(batch.clone(), noise)
+        metrics = agent.optimize(batch.clone(), noise)
         model = sum(value for name, value in metrics.items() if "loss_model" in name)
         found = {
             "model": model,

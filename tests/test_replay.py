@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,17 +20,17 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from common.checkpoint import RunError
-from common.replay import Replay
+from common.replay import Replay, make_replay, with_previous
 
 EXAMPLE = TensorDict(
     observation=torch.zeros(3),
     pixels=torch.zeros(4, 4, 3, dtype=torch.uint8),
-    deter=torch.zeros(2, dtype=torch.float16),
-    stoch=torch.zeros(2, dtype=torch.uint8),
+    belief=torch.zeros(2, dtype=torch.float16),
+    state=torch.zeros(2, dtype=torch.uint8),
     is_first=torch.zeros((), dtype=torch.bool),
     is_last=torch.zeros((), dtype=torch.bool),
 )
-PLAIN = EXAMPLE.exclude("deter", "stoch", "pixels")
+PLAIN = EXAMPLE.exclude("belief", "state", "pixels")
 
 
 def make_row(row, num_envs, first=False, latent=0):
@@ -40,8 +41,8 @@ def make_row(row, num_envs, first=False, latent=0):
     return TensorDict(
         observation=observation,
         pixels=((number + env) % 256).byte()[:, None, None, None].expand(-1, 4, 4, 3),
-        deter=torch.full((num_envs, 2), latent, dtype=torch.float32),
-        stoch=torch.full((num_envs, 2), latent % 256),
+        belief=torch.full((num_envs, 2), latent, dtype=torch.float32),
+        state=torch.full((num_envs, 2), latent % 256),
         is_first=torch.full((num_envs,), first),
         is_last=torch.zeros(num_envs, dtype=torch.bool),
         batch_size=[num_envs],
@@ -55,10 +56,15 @@ def fill(replay, rows, **options):
         replay.append(row.select(*replay.storage.keys()))
 
 
+def at(index):
+    """A batch of the rows `index` [B, T, 2], as far as write_back looks at it."""
+    return TensorDict(index=index, batch_size=index.shape[:2])
+
+
 def latents(index, value):
     """Values for write_back at `index`, in wider dtypes than the stored ones."""
-    deter = torch.as_tensor(value).float().expand(index.shape[:2])[..., None].expand(-1, -1, 2)
-    return TensorDict(deter=deter, stoch=deter.long() % 256, batch_size=index.shape[:2])
+    belief = torch.as_tensor(value).float().expand(index.shape[:2])[..., None].expand(-1, -1, 2)
+    return TensorDict(belief=belief, state=belief.long() % 256, batch_size=index.shape[:2])
 
 
 class Model:
@@ -100,11 +106,27 @@ class Model:
             assert batch["observation"][b].tolist() == [[env, row, 1] for row in rows]
             assert batch["pixels"][b, :, 3, 1, 2].tolist() == [(env + row) % 256 for row in rows]
             wanted = [self.latent[env, row] for row in rows]
-            assert batch["deter"][b].tolist() == [[value, value] for value in wanted]
-            assert batch["stoch"][b].tolist() == [[value % 256] * 2 for value in wanted]
+            assert batch["belief"][b].tolist() == [[value, value] for value in wanted]
+            assert batch["state"][b].tolist() == [[value % 256] * 2 for value in wanted]
             first = [True] + [self.first[row] for row in rows[1:]]
             assert batch["is_first"][b].tolist() == first
             assert batch["is_last"][b].tolist() == [*first[1:], False]
+
+    def check_sample(self, batch, windows):
+        """Of a window rows 1, 2, ..., each with the latents of the row before it."""
+        assert set(batch.keys()) == {*PLAIN.keys(), "pixels", "index", "previous"}
+        assert batch.shape == batch["previous"].shape == (len(windows), self.length - 1)
+        for b, (env, start) in enumerate(windows):
+            rows = list(range(start + 1, start + self.length))
+            assert batch["index"][b].tolist() == [[env, row] for row in rows]
+            assert batch["observation"][b].tolist() == [[env, row, 1] for row in rows]
+            before = [self.latent[env, row - 1] for row in rows]
+            previous = batch["previous"][b]
+            assert previous["belief"].tolist() == [[value, value] for value in before]
+            assert previous["state"].tolist() == [[value % 256] * 2 for value in before]
+            first = [self.first[row] for row in rows]
+            assert batch["is_first"][b].tolist() == first
+            assert batch["is_last"][b].tolist() == [*first[1:], False][: len(rows)]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -114,16 +136,16 @@ class Model:
     st.integers(0, 9),
     st.integers(1, 12),
     st.integers(0, 2**31),
-    st.lists(st.sampled_from("aaaaswwkc"), min_size=8, max_size=60),
+    st.lists(st.sampled_from("aaaasbwwkc"), min_size=8, max_size=60),
 )
 def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, actions):
-    """Random appends, samples, write-backs, checkpoints and crashes give what lists give."""
+    """Random appends, draws, write-backs, checkpoints and crashes give what lists give."""
     rng = random.Random(seed)
     capacity = num_envs * (length + extra) + rng.randrange(num_envs)
     shape = (EXAMPLE, capacity, num_envs, length)
     with tempfile.TemporaryDirectory() as directory:
         replay, model = (
-            Replay(*shape, directory, slack=slack, seed=seed),
+            Replay(*shape, directory, slack=slack, seed=seed, online=True),
             Model(num_envs, capacity, length, seed),
         )
         checkpoint, latent = None, 0
@@ -141,7 +163,10 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
                     model.append(first, latent)
             elif action == "s" and len(replay):
                 batch_size = rng.randrange(1, 7)
-                model.check(replay.sample(batch_size), model.draw(batch_size))
+                model.check(replay.draw(batch_size), model.draw(batch_size))
+            elif action == "b" and len(replay):
+                batch_size = rng.randrange(1, 7)
+                model.check_sample(replay.sample(batch_size), model.draw(batch_size))
             elif action == "w" and replay.total:
                 low = max(0, replay.total - replay.physical - 2)  # some have left the ring
                 index = torch.tensor(
@@ -151,7 +176,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
                     ]
                 )
                 value = latent + 1 + torch.arange(index[..., 0].numel()).view(index.shape[:2])
-                replay.write_back(index, latents(index, value))
+                replay.write_back(at(index), latents(index, value))
                 latent = int(value.max())
                 for (env, row), new in zip(
                     index.flatten(0, 1).tolist(), value.flatten().tolist(), strict=True
@@ -162,7 +187,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
                 checkpoint = save()
             elif action == "c":  # crash: only the files and the checkpoint are left
                 model = copy.deepcopy(checkpoint) or Model(num_envs, capacity, length, seed)
-                replay = Replay(*shape, directory, slack=slack, seed=seed)
+                replay = Replay(*shape, directory, slack=slack, seed=seed, online=True)
                 if checkpoint:
                     state = torch.load(f"{directory}/checkpoint.pt", weights_only=True)
                     replay.load_state_dict(state)
@@ -171,30 +196,31 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
             assert len(replay) == len(model.pairs())
             assert replay.rows == num_envs * (len(model.first) - model.oldest)
         if len(replay):
-            model.check(replay.sample(20), model.draw(20))
+            model.check(replay.draw(20), model.draw(20))
 
 
 @pytest.mark.parametrize(("num_envs", "gate"), [(1, 1088), (16, 128)])
 def test_first_batch_is_the_queue(tmp_path, num_envs, gate):
     """Details 51 and 53: 1,024 windows are there at row 1,088, or 128 rows of 16 environments."""
-    replay = Replay(PLAIN, 100_000, num_envs, 65, tmp_path)
-    while len(replay) < 1024:
+    replay = Replay(PLAIN, 100_000, num_envs, 65, tmp_path, batch_size=16, online=True)
+    while not replay.ready:
+        assert len(replay) < 1024
         fill(replay, 1)
-    assert replay.total == gate
-    windows = replay.sample(16)["index"][:, 0].tolist()
+    assert replay.total == gate and len(replay) == 1024
+    windows = replay.draw(16)["index"][:, 0].tolist()
     if num_envs == 1:
         assert windows == [[0, 1 + 65 * i] for i in range(16)]
     else:
         assert windows == [[env, 1] for env in range(16)]
     assert not replay.queue
-    again = replay.sample(16)["index"][:, 0].tolist()
+    again = replay.draw(16)["index"][:, 0].tolist()
     assert again != windows and len(again) == 16
 
 
 def test_online_can_be_switched_off(tmp_path):
     replay = Replay(PLAIN, 1000, 2, 5, tmp_path, online=False)
     fill(replay, 100)
-    assert not replay.queue and replay.sample(4).shape == (4, 5)
+    assert not replay.queue and replay.draw(4).shape == (4, 5)
 
 
 @pytest.mark.parametrize("rows", [30, 57, 100])  # before, just after and long after wrapping
@@ -205,7 +231,7 @@ def test_starts_are_uniform_and_never_cross_the_write_head(tmp_path, rows):
     oldest = max(0, rows - 50)
     starts = rows - oldest - 7 + 1
     assert len(replay) == 3 * starts
-    batch = replay.sample(60_000)
+    batch = replay.draw(60_000)
     index = batch["index"]
     assert (batch["observation"][..., :2] == index).all()
     assert (index[:, 1:, 1] - index[:, :-1, 1] == 1).all() and (
@@ -231,7 +257,7 @@ def episodes_of(lengths, replay):
 @pytest.mark.parametrize("reopened", [False, True])
 def test_windows_of_episodes(tmp_path, reopened):
     """Detail 69: uniform over long enough episodes, starts in [0, rows - T), the last one never."""
-    length = 5  # a row of context and T = 4
+    length = 5  # the row before the window and T = 4
     lengths = [[3, 9, 5, 4, 6, 12, 2, 11], [20, 4, 5, 7, 16]]
     replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
     episodes_of(lengths, replay)
@@ -249,7 +275,7 @@ def test_windows_of_episodes(tmp_path, reopened):
     whole = round(sum(expected.values()))  # of 13: some episodes are too short, some overwritten
     assert whole == 7 and oldest > 0
     draws = 40_000
-    index = replay.sample_episodes(draws)["index"]
+    index = replay.draw_in_episodes(draws)["index"]
     assert index.shape == (draws, 5, 2) and (index.diff(dim=1)[..., 1] == 1).all()
     starts = torch.unique(index[:, 1], dim=0, return_counts=True)
     found = {
@@ -260,10 +286,13 @@ def test_windows_of_episodes(tmp_path, reopened):
         (found[k] - draws * p / whole) ** 2 / (draws * p / whole) for k, p in expected.items()
     )
     assert abs(chi - len(found)) < 4 * (2 * len(found)) ** 0.5
-    index = replay.sample_episodes(4000, last=True)["index"]
-    ends = {(env, first + n - 1) for env, first, n in replay.episodes().tolist()}
+    ends = {(env, first + n - 1) for env, first, n in replay.long_episodes().tolist()}
+    options = dict(slack=4, seed=5, last=True)
+    with_ends = Replay(PLAIN, 80, 2, length, tmp_path, **options)
+    with_ends.load_state_dict(replay.state_dict())
+    index = with_ends.draw_in_episodes(4000)["index"]
     assert {tuple(place) for place in index[:, -1].tolist()} >= ends
-    batch = replay.sample_episodes(50)
+    batch = replay.draw_in_episodes(50)
     assert (batch["observation"][:, 1:, :2] == batch["index"][:, 1:]).all()
     assert not batch["is_first"][:, 2:].any() and not batch["is_last"][:, 1:-1].any()
 
@@ -272,15 +301,17 @@ def test_shortest_episodes_and_abandoned_ones(tmp_path):
     """An episode of T rows has one window, the last; rows without an end are never drawn."""
     replay = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, online=False)
     episodes_of([[4, 3]], replay)
-    assert not len(replay.episodes())
-    index = replay.sample_episodes(20, last=True)["index"]
+    assert not len(replay.long_episodes())
+    with_ends = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, last=True)
+    with_ends.load_state_dict(replay.state_dict())
+    index = with_ends.draw_in_episodes(20)["index"]
     assert (index[:, 1:, 1] == torch.arange(4)).all()
-    replay = Replay(PLAIN, 80, 1, 5, tmp_path / "crash", seed=5, online=False)
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path / "crash", seed=5, last=True)
     for first, last in [(1, 0)] + [(0, 0)] * 7 + [(1, 0)] + [(0, 0)] * 5 + [(0, 1)]:
         row = make_row(replay.total, 1)  # eight rows, a crash, an episode of seven
         row["is_first"], row["is_last"] = torch.tensor([[first], [last]]).bool()
         replay.append(row.select(*replay.storage.keys()))
-    starts = replay.sample_episodes(200, last=True)["index"][:, 1, 1]
+    starts = replay.draw_in_episodes(200)["index"][:, 1, 1]
     assert set(starts.tolist()) == {8, 9, 10, 11}
 
 
@@ -288,42 +319,118 @@ def test_no_episode_to_draw(tmp_path):
     replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
     episodes_of([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
     with pytest.raises(RunError, match="no whole episode of 5 rows"):
-        replay.sample_episodes(3)
+        replay.draw_in_episodes(3)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"online": True}, {"episodes": True}, {"episodes": True, "last": True}]
+)
+def test_a_sample_is_rows_and_what_came_before_them(tmp_path, options):
+    """Of the same draws: rows 1, 2, ..., and `previous` with action and latents of 0, 1, ..."""
+    example = EXAMPLE.clone().set("action", torch.zeros(2))
+    options = options | dict(batch_size=6, seed=7)
+    first, second = (Replay(example, 200, 2, 5, tmp_path / n, **options) for n in "ab")
+    for row in range(90):
+        rows = make_row(row, 2, first=row % 8 == 0, latent=row)
+        rows["is_last"][:] = row % 8 == 7
+        rows["action"] = rows["observation"][:, :2] + 0.5
+        first.append(rows)
+        second.append(rows)
+    batch, window = first.sample(), (second.draw_in_episodes if first.episodes else second.draw)(6)
+    assert batch.shape == (6, 4) and window.shape == (6, 5)
+    assert set(batch.keys()) == {*example.keys(), "index", "previous"} - {"belief", "state"}
+    assert set(batch["previous"].keys()) == {"action", "belief", "state"}
+    for key in batch.exclude("previous").keys():
+        assert torch.equal(batch[key], window[key][:, 1:]), key
+    for key, value in batch["previous"].items():
+        assert torch.equal(value, window[key][:, :-1]) and value.dtype == example[key].dtype, key
+    number = batch["index"] - torch.tensor([0, 1])  # of the row before
+    assert torch.equal(batch["previous", "action"], number + 0.5)
+    assert (batch["previous", "belief"] == number[..., 1:]).all()
+    same = with_previous(window)
+    assert all(torch.equal(batch[key], same[key]) for key in batch.exclude("previous").keys())
+    assert (batch["previous"] == same["previous"]).all()
+    assert first.sample(3).shape == (3, 4)
+    first.write_back(batch, latents(batch["index"], 1234.0))
+    env, row = batch["index"].flatten(0, 1).unbind(-1)
+    where = row * 2 + env
+    found = first.storage["belief"][where * 2 + first.current[where].long()]
+    assert (found == 1234).all() and (first.storage["observation"][where, 1] == row).all()
+
+
+@pytest.mark.parametrize(("last", "rows"), [(False, 5), (True, 4)])
+def test_ready_for_episodes(tmp_path, last, rows):
+    """Ready once an episode that holds a window is over, however few windows there are."""
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path, batch_size=16, episodes=True, last=last)
+    episodes_of([[rows - 1]], replay)
+    assert not replay.ready
+    fill(replay, 1, first=True)
+    fill(replay, rows - 2)
+    assert not replay.ready
+    row = make_row(replay.total, 1)
+    row["is_last"][:] = True
+    replay.append(row.select(*replay.storage.keys()))
+    assert replay.ready and len(replay) < 16
+    assert replay.sample()["index"][0, :, 1].tolist() == [rows - 1 + k for k in range(4)]
+
+
+def test_the_replay_of_a_run(tmp_path, capsys):
+    """No larger than its steps can fill, else with room for a save interval."""
+    flags = dict(num_envs=2, action_repeat=2, steps=90, batch_length=4, batch_size=3, seed=5)
+    flags |= dict(replay_size=1000, save_every=10)
+    replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "a", last=True)
+    # 23 rows of each environment hold 90 steps, 5 are a window
+    assert (replay.capacity, replay.physical, replay.length) == (28, 28, 5)
+    assert (replay.batch_size, replay.online, replay.episodes, replay.last) == (
+        3,
+        False,
+        False,
+        True,
+    )
+    assert (tmp_path / "a" / "replay" / "observation").stat().st_size == 56 * 12
+    assert capsys.readouterr().out == "         0.000 GB for a replay of 56 rows\n"
+    flags |= dict(replay_size=40)  # 10 steps are 3 rows, and one more
+    replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "b", online=True)
+    assert (replay.capacity, replay.physical, replay.online) == (20, 24, True)
+    other = Replay(PLAIN, 40, 2, 5, tmp_path / "c", slack=4, seed=5, online=True)
+    for part in (replay, other):
+        fill(part, 20)
+    assert (replay.draw(30) == other.draw(30)).all()  # the seed is that of the run
 
 
 def test_annotation_touches_only_the_copy(tmp_path):
-    replay = Replay(PLAIN, 12, 1, 12, tmp_path)
+    replay = Replay(PLAIN, 12, 1, 12, tmp_path, online=True)
     for row in range(12):
         fill(replay, 1, first=row in (0, 5, 9))
-    for _ in range(2):  # the second sample shows that the first did not change the files
-        batch = replay.sample(1)
+    for _ in range(2):  # the second draw shows that the first did not change the files
+        batch = replay.draw(1)
         assert batch["is_first"][0].nonzero()[:, 0].tolist() == [0, 5, 9]
         assert batch["is_last"][0].nonzero()[:, 0].tolist() == [4, 8]
     assert not replay.storage["is_last"].any()
     fill(replay, 1)
-    assert replay.sample(1)["is_first"][0].nonzero()[:, 0].tolist() == [0, 4, 8]
+    assert replay.draw(1)["is_first"][0].nonzero()[:, 0].tolist() == [0, 4, 8]
 
 
 def test_dtypes_and_write_back(tmp_path):
-    """Detail 49: the following sample sees the latents, in the stored dtypes."""
-    replay = Replay(EXAMPLE, 10, 1, 10, tmp_path)
+    """Detail 49: the following draw sees the latents, in the stored dtypes."""
+    replay = Replay(EXAMPLE, 10, 1, 10, tmp_path, online=True)
     fill(replay, 10, latent=3)
-    batch = replay.sample(2)
+    batch = replay.draw(2)
     assert {key: batch[key].dtype for key in EXAMPLE.keys()} == {
         key: EXAMPLE[key].dtype for key in EXAMPLE.keys()
     }
     assert batch["pixels"].shape == (2, 10, 4, 4, 3) and batch["index"].dtype == torch.int64
-    index = batch["index"][:, 1:]
-    values = latents(index, 0.1).apply(
+    rows = batch[:, 1:]
+    values = latents(rows["index"], 0.1).apply(
         lambda leaf: leaf.clone().requires_grad_(leaf.is_floating_point())
     )
-    values["stoch"] += 200
-    replay.write_back(index, values)
-    after = replay.sample(1)
-    assert (after["deter"][0, 1:] == torch.tensor(0.1).half()).all() and (
-        after["deter"][0, 0] == 3
+    values["state"] += 200
+    replay.write_back(rows, values)
+    after = replay.draw(1)
+    assert (after["belief"][0, 1:] == torch.tensor(0.1).half()).all() and (
+        after["belief"][0, 0] == 3
     ).all()
-    assert (after["stoch"][0, 1:] == 200).all() and not after["deter"].requires_grad
+    assert (after["state"][0, 1:] == 200).all() and not after["belief"].requires_grad
 
 
 def test_last_duplicate_wins(tmp_path):
@@ -333,18 +440,18 @@ def test_last_duplicate_wins(tmp_path):
     index[..., 1] = torch.arange(64) % 2 + 10
     for trial in range(20):
         value = torch.arange(32 * 64).view(32, 64) % 1999 + trial
-        replay.write_back(index, latents(index, value))
+        replay.write_back(at(index), latents(index, value))
         live = torch.tensor([10, 11]) * 2 + replay.current[10:12].long()
-        assert replay.storage["deter"][live][:, 0].tolist() == value[-1, -2:].tolist()
+        assert replay.storage["belief"][live][:, 0].tolist() == value[-1, -2:].tolist()
 
 
 def test_same_seed_same_samples(tmp_path):
     batches = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        replay = Replay(EXAMPLE, 200, 2, 5, tmp_path / name, seed=seed)
+        replay = Replay(EXAMPLE, 200, 2, 5, tmp_path / name, seed=seed, online=True)
         fill(replay, 150)
         torch.rand(7)  # the draws do not use the global generator
-        batches.append(torch.cat([replay.sample(8) for _ in range(20)]))
+        batches.append(torch.cat([replay.draw(8) for _ in range(20)]))
     assert (batches[0] == batches[1]).all()
     assert (batches[0]["index"] != batches[2]["index"]).any()
 
@@ -367,15 +474,15 @@ def test_exhausted_says_when_to_save(tmp_path):
 
 
 def test_reopening_neither_zeroes_nor_copies(tmp_path):
-    replay = Replay(PLAIN, 20, 1, 4, tmp_path)
+    replay = Replay(PLAIN, 20, 1, 4, tmp_path, online=True)
     fill(replay, 9)
     state = replay.state_dict()
     inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
-    other = Replay(PLAIN, 20, 1, 4, tmp_path)
+    other = Replay(PLAIN, 20, 1, 4, tmp_path, online=True)
     other.load_state_dict(state)
     assert inodes == {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     assert other.storage["observation"][:9, 1].tolist() == list(range(9))
-    assert other.rows == 9 and (other.sample(30) == replay.sample(30)).all()
+    assert other.rows == 9 and (other.draw(30) == replay.draw(30)).all()
 
 
 def test_lost_files_are_noticed(tmp_path):
@@ -403,7 +510,7 @@ def test_lost_files_are_noticed(tmp_path):
         (dict(num_envs=4), "num_envs is 2 in the checkpoint, 4 here"),
         (dict(length=6), "length is 5 in the checkpoint, 6 here"),
         (dict(slack=1), "physical is 20 in the checkpoint, 21 here"),
-        (dict(updatable=()), "updatable is deter, stoch in the checkpoint,  here"),
+        (dict(updatable=()), "updatable is belief, state in the checkpoint,  here"),
         (
             dict(example=EXAMPLE.exclude("pixels")),
             r"pixels is torch.uint8 \[4, 4, 3\] .* None here",
@@ -411,16 +518,16 @@ def test_lost_files_are_noticed(tmp_path):
     ],
 )
 def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message):
-    same = dict(example=EXAMPLE, capacity=40, num_envs=2, length=5, directory=tmp_path)
+    same = dict(example=EXAMPLE, capacity=40, num_envs=2, length=5, directory=tmp_path, online=True)
     replay = Replay(**same)
     fill(replay, 30)
     state = replay.state_dict()
-    wanted = replay.sample(9)
+    wanted = replay.draw(9)
     with pytest.raises(ValueError, match=message):
         Replay(**same | change).load_state_dict(state)
     again = Replay(**same)
     again.load_state_dict(state)
-    assert (again.sample(9) == wanted).all()
+    assert (again.draw(9) == wanted).all()
 
 
 def test_sizes(tmp_path, monkeypatch):
@@ -448,7 +555,7 @@ def test_too_small_or_empty(tmp_path):
     fill(replay, 4)
     assert len(replay) == 0
     with pytest.raises(ValueError, match="no window of 5 rows in 16 rows"):
-        replay.sample(1)
+        replay.draw(1)
     with pytest.raises(AssertionError):
         replay.append(make_row(0, 4))  # keys that the replay does not have
 
@@ -456,17 +563,17 @@ def test_too_small_or_empty(tmp_path):
 KILLED = """
 import os, sys, torch
 sys.path.insert(0, "tests")
-from test_replay import EXAMPLE, Replay, fill, latents
+from test_replay import EXAMPLE, Replay, at, fill, latents
 folder = sys.argv[1]
-replay = Replay(EXAMPLE, 100, 2, 5, folder + "/replay", slack=7)
+replay = Replay(EXAMPLE, 100, 2, 5, folder + "/replay", slack=7, online=True)
 for turn in range(1, 10**9):
     for _ in range(7):
         assert not replay.exhausted
         fill(replay, 1, latent=turn % 1000)
         rows = range(max(0, replay.total - 50), replay.total)
         index = torch.tensor([[(env, row) for row in rows] for env in range(2)])
-        replay.write_back(index, latents(index, 1999))  # must never be seen after a kill
-    replay.write_back(index, latents(index, turn % 1000))
+        replay.write_back(at(index), latents(index, 1999))  # must never be seen after a kill
+    replay.write_back(at(index), latents(index, turn % 1000))
     torch.save({"turn": turn, "replay": replay.state_dict()}, folder + "/tmp")
     os.replace(folder + "/tmp", folder + "/checkpoint.pt")
     print(turn, flush=True)
@@ -488,24 +595,24 @@ def test_a_killed_process_resumes_at_its_checkpoint(tmp_path):
         process.stdout.close()
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
         turn = state["turn"]
-        replay = Replay(EXAMPLE, 100, 2, 5, folder / "replay", slack=7)
+        replay = Replay(EXAMPLE, 100, 2, 5, folder / "replay", slack=7, online=True)
         replay.load_state_dict(state["replay"])
         assert replay.total == 7 * turn >= 210
-        batch = replay.sample(500)
+        batch = replay.draw(500)
         assert (batch["observation"][..., :2] == batch["index"]).all()
         assert len(batch["index"].flatten(0, 1).unique(dim=0)) == replay.rows == 100
-        assert (batch["deter"] == turn % 1000).all()
-        assert (batch["stoch"] == turn % 1000 % 256).all()
+        assert (batch["belief"] == turn % 1000).all()
+        assert (batch["state"] == turn % 1000 % 256).all()
 
 
 def test_a_longer_run_may_ask_for_a_larger_ring(tmp_path):
-    small = Replay(EXAMPLE, 60, 2, 5, tmp_path, slack=3)
+    small = Replay(EXAMPLE, 60, 2, 5, tmp_path, slack=3, online=True)
     fill(small, 25)
     state = small.state_dict()
-    large = Replay(EXAMPLE, 200, 2, 5, tmp_path, slack=7)
+    large = Replay(EXAMPLE, 200, 2, 5, tmp_path, slack=7, online=True)
     large.load_state_dict(state)
     assert (large.total, len(large)) == (25, len(small))
-    ours, theirs = large.sample(40), small.sample(40)
+    ours, theirs = large.draw(40), small.draw(40)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys())
     fill(small, 20)  # once the small ring has come round, its rows lie elsewhere in a larger one
     with pytest.raises(ValueError, match="capacity is 30"):

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import tyro
 
-from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import read_metrics
-from tools.plot import differences
+from common.run import launch
+from tools.plot import CONTROL, differences
 
 RESULTS = Path(__file__).parents[1] / "results"
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
@@ -55,7 +55,6 @@ def rows_of(metrics: list[dict], seed: int) -> list[dict]:
 
 def entry_of(args: dict, metrics: list[dict]) -> dict:
     """What the manifest says about a run."""
-    control = ("script", *checkpoint.RUN_CONTROL)
     updates = [row["updates"] for row in metrics if "updates" in row]
     returns, evaluations = RETURNS.get(args["script"], ("training episodes", "unknown"))
     return {
@@ -72,7 +71,7 @@ def entry_of(args: dict, metrics: list[dict]) -> dict:
              "std": _round(row.get("eval/return_std"))}
             for row in metrics if row.get("eval/return") is not None
         ],
-        "args": {key: value for key, value in args.items() if key not in control},
+        "args": {key: value for key, value in args.items() if key not in CONTROL},
     }  # fmt: skip
 
 
@@ -147,4 +146,4 @@ def main(
 
 
 if __name__ == "__main__":
-    checkpoint.run(lambda: tyro.cli(main, description=__doc__))
+    launch(lambda: tyro.cli(main, description=__doc__))

@@ -10,6 +10,7 @@ rounded up to PPO's rollouts of 512. For one vector of observations and continuo
 """
 
 import argparse
+import importlib
 import json
 import sys
 from functools import partial
@@ -28,11 +29,11 @@ try:
 except ImportError:
     sys.exit("error: this needs Stable-Baselines3: pip install -r requirements-extra.txt")
 
-from common import checkpoint
 from common.checkpoint import RunError
 from common.envs import make_envs
-from common.imagination import dream_env
 from common.logger import read_metrics
+from common.run import launch
+from tools.dream_env import dream_env
 
 RESULTS = Path(__file__).parents[1] / "results"
 EPISODES, SAME_STEP = 10, gymnasium.vector.AutoresetMode.SAME_STEP
@@ -46,7 +47,7 @@ class Real(gymnasium.Env):
     """The environment that a run was trained in, as its agent sees it: action repeat, [-1, 1]."""
 
     def __init__(self, args, space, seed: int):
-        self.envs, self.rows = make_envs(args, 1, seed), None
+        self.envs, self.rows = make_envs(args, num_envs=1, seed=seed), None
         (self.key,) = self.envs.spec["shapes"]
         self.observation_space, self.action_space = space
 
@@ -179,11 +180,14 @@ def main(
     if min(actions, seeds) < 1:
         raise RunError("--actions and --seeds must be at least 1")
     torch.set_num_threads(1)
-    dreams = dream_env(run, 16, horizon=horizon)
+    if not Path(run, "args.json").exists():
+        raise RunError(f"{run} is not a run folder: it has no args.json")
+    args = json.loads(Path(run, "args.json").read_text())
+    agent = importlib.import_module(args["script"]).load(run)
+    dreams = dream_env(agent, 16, horizon=horizon)
     space = dreams.single_observation_space, dreams.single_action_space
     if not all(isinstance(box, spaces.Box) and len(box.shape) == 1 for box in space):
         raise RunError(f"{run}: this is for one vector and continuous actions, not {space}")
-    args = json.loads(Path(run, "args.json").read_text())
     rows = list(read_metrics(Path(run, "metrics.jsonl")))
     real_actions = rows[-1]["step"] // args["action_repeat"]
     if not (evaluations := [row["eval/return"] for row in rows if "eval/return" in row]):
@@ -211,4 +215,4 @@ def main(
 
 
 if __name__ == "__main__":
-    checkpoint.run(lambda: tyro.cli(main, description=__doc__))
+    launch(lambda: tyro.cli(main, description=__doc__))

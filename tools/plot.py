@@ -37,15 +37,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from scipy import stats
 
-from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import read_metrics
+from common.run import launch
 
 REFERENCES = Path(__file__).parents[1] / "results" / "reference"
 ENDINGS = "png", "svg", "csv"
 # Runs of one method may differ in these: they do not change what is learned, or only how long, or
 # other flags say the same (preset, size).
-FREE = (*checkpoint.RUN_CONTROL, "seed", "preset", "size", "steps", "trials", "benchmark", "device",
+CONTROL = ("script", "origin", "run", "fresh", "eval")  # what args.json says of no algorithm
+FREE = (*CONTROL, "seed", "preset", "size", "steps", "trials", "benchmark", "device",
         "threads", "compile", "env_workers", "tensorboard", "log_every", "save_every", "eval_every",
         "dream_every", "eval_episodes")  # fmt: skip
 # Okabe and Ito's colours; lines and markers tell them apart in grey. Published curves are grey.
@@ -720,4 +721,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    launch(main)

@@ -25,9 +25,9 @@ import tyro
 from common import checkpoint
 from common.checkpoint import RunError, Stop
 from common.logger import read_metrics
+from common.run import compare, launch, may_change, plain, run_folder
 
 OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
-NEEDED = ("parse_args", "check")  # of a script
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 # Becomes the script. If the worker dies, Linux tells it to save and stop (PR_SET_PDEATHSIG is 1).
 CHILD = """
@@ -104,18 +104,16 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
         raise RunError(f"there is no script {path.resolve()}")
     sys.path.insert(0, str(path.resolve().parent))
     script = importlib.import_module(path.stem)  # which knows its flags
-    if lacking := [name for name in NEEDED if not hasattr(script, name)]:
-        raise RunError(f"{path} cannot be swept: it has no {', '.join(lacking)}")
+    if not hasattr(script, "parse_args"):
+        raise RunError(f"{path} cannot be swept: it has no parse_args")
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
         own = [*flags, *(["--env-id", env_id] if env_id else []), "--seed", str(seed)]
         parsed = script.parse_args(own)
         if getattr(parsed, "device", "").startswith("cuda") and not args.gpus:
             raise RunError(f"--device {parsed.device} needs --gpus: without it a run sees none")
-        here = {"device": "cpu"} if hasattr(parsed, "device") else {}  # GPUs are for the runs
-        script.check(type(parsed)(**vars(parsed) | here))
         unit = "step" if hasattr(parsed, "steps") else "trial"
-        folder = checkpoint.run_folder(path.stem, parsed)
-        check_same(folder, parsed, script)
+        folder = run_folder(path.stem, parsed)
+        check_same(folder, parsed)
         argv = [str(path), *own, "--run", str(folder)]  # a fork has another name than its runs
         total = getattr(parsed, f"{unit}s")
         job = Job(f"{parsed.env_id} seed {seed}", argv, folder.resolve(), unit, total, mark)
@@ -126,14 +124,13 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     return jobs
 
 
-def check_same(folder: Path, parsed, script):
+def check_same(folder: Path, parsed):
     """RunError if the run in that folder has other arguments: its numbers are not those asked."""
     path = folder / "args.json"
     if path.exists() and (folder / "checkpoint.pt").exists():
-        saved, asked = json.loads(path.read_text()), checkpoint.plain(parsed)
-        free = ["render_quality"] if asked.get("render_quality") == "auto" else []  # was decided
         ways = "Move it away, or sweep in another directory."
-        checkpoint.compare(folder, saved, asked, ("script", *script.MAY_CHANGE, *free), ways)
+        saved = json.loads(path.read_text())
+        compare(folder, saved, plain(parsed), ("script", *may_change(type(parsed))), ways)
 
 
 def work(args: Args, jobs: list[Job]) -> bool:
@@ -301,4 +298,4 @@ def show(jobs: list[Job], again: bool):
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    launch(main)

@@ -1,0 +1,118 @@
+"""PILCO's physical systems: PILCO/Pendulum-v0, PILCO/CartPole-v0, PILCO/DoublePendulum-v0."""
+
+import math
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def pendulum(z, u, g=9.82, m=1.0, length=1.0, b=0.01):
+    """State (dtheta, theta), theta = 0 hangs; torque u (N m)."""
+    dtheta, theta = z
+    return np.array(
+        [(u[0] - b * dtheta - m * g * length * np.sin(theta) / 2) * 3 / (m * length**2), dtheta]
+    )
+
+
+def cart_pole(z, u, g=9.82, m=0.5, cart=0.5, length=0.5, b=0.1):
+    """State (x, dx, dtheta, theta), theta = 0 hangs; force u (N) on the cart."""
+    _, dx, dtheta, theta = z
+    sin, cos, force = np.sin(theta), np.cos(theta), u[0] - b * dx
+    pull = m * length * dtheta**2 * sin
+    ddx = (2 * pull + 3 * m * g * sin * cos + 4 * force) / (4 * (cart + m) - 3 * m * cos**2)
+    ddtheta = -3 * pull * cos - 6 * (cart + m) * g * sin - 6 * force * cos
+    return np.array([dx, ddx, ddtheta / (length * (4 * (m + cart) - 3 * m * cos**2)), dtheta])
+
+
+def double_pendulum(z, u, g=9.82, m=0.5, length=0.5):
+    """State (dtheta1, dtheta2, theta1, theta2), 0 is upright; a torque (N m) at either joint."""
+    dtheta1, dtheta2, theta1, theta2 = z
+    inertia, couple = m * length**2 / 12, 0.5 * m * length**2
+    cos, sin = np.cos(theta1 - theta2), np.sin(theta1 - theta2)
+    own1, own2 = 1.25 * m * length**2 + inertia, 0.25 * m * length**2 + inertia
+    force1 = 1.5 * m * g * length * np.sin(theta1) - couple * dtheta2**2 * sin + u[0]
+    force2 = 0.5 * m * g * length * np.sin(theta2) + couple * dtheta1**2 * sin + u[1]
+    determinant = own1 * own2 - (couple * cos) ** 2
+    ddtheta1 = (own2 * force1 - couple * cos * force2) / determinant
+    ddtheta2 = (own1 * force2 - couple * cos * force1) / determinant
+    return np.array([ddtheta1, ddtheta2, dtheta1, dtheta2])
+
+
+def runge_kutta(rate: Callable, z: np.ndarray, u: np.ndarray, dt: float, steps: int = 20):
+    """z after dt seconds of constant u."""
+    h = dt / steps
+    for _ in range(steps):
+        k1 = rate(z, u)
+        k2 = rate(z + h / 2 * k1, u)
+        k3 = rate(z + h / 2 * k2, u)
+        k4 = rate(z + h * k3, u)
+        z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return z
+
+
+class Plant(gymnasium.Env):
+    """A scenario of the authors: an ODE, held actions, noisy observations.
+
+    `points(z)` is the chain of joints (K, 2) in metres, drawn, and its end the tip: the reward is
+    minus the saturated distance of the true tip from `goal`, -1 + exp(-(d / width)^2 / 2).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
+
+    def __init__(
+        self, rate, points, goal, width, start, std, noise, most, dt=0.1, render_mode=None
+    ):
+        self.rate, self.points, self.goal, self.width, self.dt = rate, points, goal, width, dt
+        self.start, self.std, self.noise, self.most = map(np.array, (start, std, noise, most))
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.start.shape)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.most.shape)
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.z = self.np_random.normal(self.start, self.std)
+        return self.observe(), {}
+
+    def step(self, action):
+        u = np.clip(np.asarray(action, float), -1, 1) * self.most
+        self.z = runge_kutta(self.rate, self.z, u, self.dt)
+        square = np.square(self.points(self.z)[-1] - np.array(self.goal)).sum()
+        return self.observe(), np.exp(-0.5 * square / self.width**2) - 1, False, False, {}
+
+    def observe(self):
+        return self.np_random.normal(self.z, self.noise).astype(np.float32)
+
+    def render(self):
+        picture = Image.new("RGB", (256, 256), "white")
+        draw = ImageDraw.Draw(picture)
+        across = [tuple(128 + 90 * np.array([x, -y])) for x, y in self.points(self.z)]
+        x, y = (128 + 90 * self.goal[0], 128 - 90 * self.goal[1])
+        draw.ellipse((x - 5, y - 5, x + 5, y + 5), outline="red", width=2)
+        draw.line((0, 128, 256, 128), fill="lightgray")
+        draw.line(across, fill="black", width=5)
+        draw.rectangle((across[0][0] - 12, 122, across[0][0] + 12, 134), fill="steelblue")
+        return np.asarray(picture)
+
+
+def chain(base: float, *angles: float, length: float) -> np.ndarray:
+    """Joints of links at these angles from straight up, from (base, 0)."""
+    links = [(length * np.sin(angle), length * np.cos(angle)) for angle in angles]
+    return np.cumsum([(base, 0.0), *links], 0)
+
+
+PLANTS = {
+    "Pendulum": (40, dict(
+        rate=pendulum, points=lambda z: chain(0, math.pi - z[1], length=1.0), goal=(0, 1),
+        width=0.5, start=(0, 0), std=(0.1, 0.1), noise=(0.1, 0.01), most=(2.5,))),
+    "CartPole": (40, dict(
+        rate=cart_pole, points=lambda z: chain(z[0], math.pi - z[3], length=0.5), goal=(0, 0.5),
+        width=0.25, start=(0,) * 4, std=(0.1,) * 4, noise=(0.01,) * 4, most=(10,))),
+    "DoublePendulum": (30, dict(
+        rate=double_pendulum, points=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
+        width=0.5, start=(0, 0, math.pi, math.pi), std=(0.1, 0.1, 0.01, 0.01), noise=(0.01,) * 4,
+        most=(2, 2))),
+}  # fmt: skip
+for name, (steps, kwargs) in PLANTS.items():
+    gymnasium.register(f"PILCO/{name}-v0", Plant, max_episode_steps=steps, kwargs=kwargs)

@@ -1,0 +1,515 @@
+"""What a script's main needs around its algorithm: flags, run folder, resume, stop, evaluation.
+
+    args = parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
+    with Run("dreamer", args, agent) as run:     # opens and locks the folder
+        latent = run.resume(envs=envs, replay=replay, latent=agent.initial(envs.num_envs))
+        while run.training(latent):              # logs, draws and saves what is due
+            ...
+        run.finish()
+
+An agent has `spec`, `args`, `fps`, `act(rows, latent)`, `row(rows, latent)` and a state_dict; one
+that dreams also has `env`, `autocast()`, `filter(batch)` and `decode(latents)`.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from math import inf
+from pathlib import Path
+from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+
+import numpy as np
+import torch
+import tyro
+from tensordict import TensorDict
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from common import checkpoint
+from common.checkpoint import DISK_FULL, EnvError, RunError, Stop
+from common.envs import make_envs
+from common.logger import Logger, dream_plot, dream_video, plot_curve
+from common.replay import with_previous
+
+FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
+LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
+COUNTERS = ("step", "done", "updates", "owed", "reported", "returns")
+FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
+
+
+def launch(main: Callable):
+    """Call main(); what the user can mend, and Ctrl-C, end it with one line and no traceback."""
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: the last checkpoint is kept")
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        sys.exit(f"error: disk full, the last checkpoint is kept ({error})")
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What `parse_flags` demands of a flag's value."""
+
+    text: str  # --flag must be ...
+    holds: Callable[[float], bool]
+
+
+T = TypeVar("T")
+MayChange = Annotated[T, "may change when a run is resumed"]
+Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
+Natural = Annotated[int, Rule("at least 0, not negative", lambda x: x >= 0)]
+Positive = Annotated[float, Rule("a positive number", lambda x: 0 < x < inf)]
+NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0 <= x < inf)]
+Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
+
+
+def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict]) -> T:
+    """Flags -> args_type, a dataclass; RunError that names a flag whose value breaks its rule.
+
+    `defaults(chosen)` gives the values that the chosen preset stands for; other flags beat them.
+    """
+    chosen = tyro.cli(args_type, args=argv, description=doc)  # for --preset and --help
+    args = tyro.cli(args_type, args=argv, description=doc, default=args_type(**defaults(chosen)))
+    for name, kind in get_type_hints(args_type, include_extras=True).items():
+        for rule in getattr(kind, "__metadata__", ()):
+            if isinstance(rule, Rule) and not rule.holds(getattr(args, name)):
+                raise RunError(f"--{name.replace('_', '-')} must be {rule.text}")
+    return args
+
+
+def may_change(args_type: type) -> list[str]:
+    """The fields that are free to differ when a run is resumed."""
+    kinds = get_type_hints(args_type, include_extras=True).items()
+    return [
+        k for k, kind in kinds if MayChange.__metadata__[0] in getattr(kind, "__metadata__", ())
+    ]
+
+
+def prepare(args) -> torch.device:
+    """Set seeds and threads (0: the libraries' choice) for this process; the device of the run."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        threadpool_limits(args.threads)  # numpy's, which else wait for each other on a busy core
+    torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
+    checkpoint.seed_all(args.seed)
+    return pick_device(getattr(args, "device", "cpu"))
+
+
+def pick_device(name="") -> torch.device:
+    """The device of that name; empty: CUDA if there is a GPU, else the CPU."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise RunError(f"--device {name} cannot be used: {error}") from error
+
+
+def autocast(device, precision) -> torch.autocast:
+    """Context of bfloat16 matrix products: with "bfloat16" anywhere, with "auto" on CUDA."""
+    auto = device.type == "cuda" and precision == "auto"
+    return torch.autocast(device.type, torch.bfloat16, enabled=auto or precision == "bfloat16")
+
+
+# --- one device of several: tools/ranks.py replaces these ---------------------------------------
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over all devices, where a loss needs one over the whole batch."""
+    return x
+
+
+def mean_(tensors: list[Tensor]):
+    """Replace each tensor by its mean over all devices."""
+
+
+def gather(x: Tensor) -> Tensor:
+    """x (N, ...) of all devices, one after the other, without gradient."""
+    return x
+
+
+# --- the run folder -----------------------------------------------------------------------------
+
+
+def run_folder(script: str, args) -> Path:
+    """Where the run of `args` lies: `args.run`, or runs/script/env_id/seed."""
+    name = re.sub("[/:]", "-", args.env_id)
+    return Path(args.run or Path("runs", script, name, f"seed{args.seed}"))
+
+
+def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
+    """Create or reopen the run folder of `args`, lock it, and load what it holds, None at first.
+
+    `args.fresh` empties it. `asked` is what args.json will say. Raises RunError if fields that may
+    not change differ from the saved ones, another process runs there, or it is no run folder of
+    `script`.
+    """
+    folder = run_folder(script, args)
+    folder.mkdir(parents=True, exist_ok=True)
+    saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
+    checkpoint.lock_folder(folder)
+    if saved and saved["script"] != script:
+        raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
+    file = folder / "checkpoint.pt"
+    if args.fresh:  # args.json stays until it is replaced: without it the folder would be foreign
+        file.unlink(missing_ok=True)  # first: it refers to the others
+        remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
+    state = checkpoint.load(folder, script) if file.exists() else None
+    if state is None:
+        remove(folder / leftover for leftover in LEFTOVERS)
+    else:
+        compare(folder, saved, asked, may_change(type(args)))
+    past, now = saved["origin"] if state else [], origin()
+    asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
+    text = json.dumps(asked, indent=2) + "\n"
+    checkpoint.write(folder / "args.json", lambda file: file.write(text.encode()))
+    return folder, state
+
+
+def saved_args(folder: Path) -> dict | None:
+    """What args.json says, None for an empty folder; RunError if it is not a run folder."""
+    if all(path.name in ("lock", "args.json.tmp") for path in folder.iterdir()):
+        return None
+    path = folder / "args.json"
+    with suppress(ValueError, TypeError):
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        if "script" in saved:
+            return saved
+    raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
+
+
+def plain(args) -> dict:
+    """A dataclass of arguments as args.json has them."""
+    return json.loads(json.dumps(asdict(args), default=str))
+
+
+def compare(folder, saved: dict, asked: dict, free, ways: str = FRESH):
+    """RunError that names the arguments in which a saved run is not the one asked for."""
+    lines = [
+        f"  {name}: {saved.get(name, '(none)')} -> {asked.get(name, '(none)')} (saved -> asked)"
+        for name in {**saved, **asked}
+        if name not in ("origin", *free) and saved.get(name, {}) != asked.get(name, {})
+    ]
+    if lines:
+        raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
+
+
+def origin() -> dict:
+    """What a published figure has to name: command, commit, versions, hardware."""
+    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    commit = ""
+    with suppress(OSError):
+        ask = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = subprocess.run(git, **ask).stdout.strip().replace("-dirty", " with changes")
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (re.findall("model name\\s*: (.*)", cpu) or [platform.processor()])[0]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit or "unknown",
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+        "hardware": f"{os.cpu_count()} cores of {cpu}, {gpu}",
+    }
+
+
+def remove(paths):
+    """Delete files, folders and links, not what links lead to."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def load_agent(folder, script: str, args_type: type, agent_type: type, *device: str):
+    """The agent that a run saved, agent_type(spec, args[, device]); RunError if that fails."""
+    state = checkpoint.load(folder, script)["agent"]
+    try:
+        args = args_type(**state["args"])
+        if hasattr(args, "compile"):
+            args.compile = False
+        agent = agent_type(state["spec"], args, *map(pick_device, device))
+        agent.load_state_dict(state)
+        agent.folder = Path(folder)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        text = f"the checkpoint in {folder} does not fit this code"
+        raise RunError(f"{text}: {type(error).__name__}, {error}") from error
+    return agent
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+
+class Run:
+    """A training in its folder: counters, clocks, checkpoints, log, and the user's wish to stop.
+
+    step: environment steps so far; updates: of the networks; owed: updates that come before the
+    next step; reported: the step up to which all is logged; returns: of the episodes under way. It
+    is over when `done` (the steps, unless the script counts something else) reaches `total`.
+    Leaving the `with` block saves if an environment has failed; any other error leaves the last
+    checkpoint as it is.
+    """
+
+    def __init__(self, script: str, args, agent, total: int | None = None):
+        self.script, self.args, self.agent = script, args, agent
+        self.step = self.done = self.updates = self.owed = self.reported = 0
+        self.returns, self.latent, self.batch = torch.zeros(()), None, None
+        self.stop = Stop()
+        self.folder, self.saved = self.open()
+        if self.saved and self.saved["agent"]["spec"] != agent.spec:
+            text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
+            raise RunError(f"{text} (saved -> now). --fresh starts over")
+        if total is None:  # of a run that was longer the replay keeps its size
+            total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
+        self.total = total
+        self.logger = Logger(self.folder, total, args.tensorboard, quiet=not hasattr(args, "steps"))
+
+    def open(self) -> tuple[Path, dict | None]:
+        """The run folder and what it holds."""
+        return open_folder(self.script, self.args, self.asked())
+
+    def asked(self) -> dict:
+        """What args.json will say, apart from the origin."""
+        return {"script": self.script, **plain(self.args)}
+
+    def __enter__(self) -> "Run":
+        self.stop.__enter__()
+        return self
+
+    def __exit__(self, kind, error, _):
+        self.stop.__exit__()
+        if isinstance(error, EnvError) and self.latent is not None:
+            self.save()
+        if self.complete:
+            print(f"all of it: {self.folder}")
+        elif error is None or isinstance(error, EnvError):
+            print("saved; the same command resumes")
+        self.logger.close()
+        if "envs" in self.parts:
+            self.parts["envs"].close()
+
+    def resume(self, latent: TensorDict | None = None, **parts) -> TensorDict | None:
+        """Continue from the checkpoint, if there is one; returns the latent to go on from.
+
+        parts: what else to save and load, each with a state_dict. latent: that of the beginning.
+        """
+        self.parts = {"agent": self.agent, "logger": self.logger, **parts}
+        for name, module in getattr(self.agent, "modules", {}).items():
+            print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
+        if self.saved:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.saved[name])
+            for name in COUNTERS:
+                setattr(self, name, self.saved[name])
+            if latent is not None:
+                latent = latent.copy_(TensorDict(self.saved["latent"], latent.batch_size))
+            checkpoint.set_rng_state(self.saved["rng"])
+        how = f"resumes at step {self.step:,}" if self.saved else "starts"
+        print(f"{self.folder} on {getattr(self.agent, 'device', 'cpu')}: {how}")
+        return latent
+
+    def training(self, latent: TensorDict | None = None) -> bool:
+        """Do what is due at this step; whether to go on, which is not so at the end and on a stop.
+
+        latent: what the agent goes on from. A script without one can only be resumed from where it
+        calls `save` itself.
+        """
+        self.latent = latent
+        if not self.owed:  # else the burst of updates goes on where a stop has ended it
+            self.report()
+        if not self.complete and not self.stopping():
+            return True
+        if latent is not None:
+            self.save()
+        self.stop.__exit__()  # from here on Ctrl-C ends the process at once
+        return False
+
+    @property
+    def complete(self) -> bool:
+        """Whether all steps and their updates are done."""
+        return self.done >= self.total and not self.owed
+
+    def stopping(self) -> bool:
+        """Whether the user has asked to stop."""
+        return self.stop.requested
+
+    def report(self):
+        """Evaluate, draw dreams, log and save, where a multiple of --..._every was passed."""
+        if self.due("eval") and self.updates:
+            self.evaluate()
+        if self.due("dream") and self.batch is not None:
+            self.draw_dreams()
+        if self.due("log"):
+            self.logger.write(self.step, updates=self.updates)
+        save, self.reported = self.due("save"), self.step
+        if save or ("replay" in self.parts and self.parts["replay"].exhausted):
+            self.save()
+
+    def due(self, name: str) -> bool:
+        """Whether a multiple of --{name}-every was passed since the last report (0: never)."""
+        period = getattr(self.args, f"{name}_every", 0)
+        return period > 0 and self.step // period > self.reported // period
+
+    def evaluate(self):
+        """Log the return of one episode."""
+        returns, *_ = evaluate(self.agent, 1, self.args.seed + 2_000_000 + self.step, side=0)
+        self.logger.write(self.step, **{"eval/return": returns[0]})
+
+    def draw_dreams(self):
+        """Dream from the last batch."""
+        draw_dreams(self.agent, self.logger, self.batch, f"dream_{self.step:09}")
+
+    def count(self, rows: TensorDict):
+        """Count a row of each environment, and log the return of every episode that ends there."""
+        self.step += self.args.num_envs * self.args.action_repeat
+        self.done = self.step
+        self.returns = self.returns * ~rows["is_first"] + rows["reward"]
+        for value in self.ended(rows):
+            self.logger.write(self.step, **{"episode/return": value, "updates": self.updates})
+            self.logger.advance(self.step, **{"return": value})
+
+    def ended(self, rows: TensorDict) -> list[float]:
+        """The returns of the episodes that end in these rows."""
+        return self.returns[rows["is_last"]].tolist()
+
+    def owe(self, updates: int):
+        """Note how many updates come before the next step."""
+        self.owed = updates
+
+    def batches(self, replay) -> Iterator[TensorDict]:
+        """A batch for each update owed; none after a stop. Call `add` after each update."""
+        while self.owed and not self.stopping():
+            self.batch = replay.sample()
+            yield self.batch
+
+    def add(self, metrics: dict[str, Tensor]):
+        """Count an update and log its metrics; RunError where one of them is not finite."""
+        self.updates, self.owed = self.updates + 1, self.owed - 1
+        check_finite(metrics, self.updates)  # before a save could replace the last good one
+        self.logger.add(metrics)
+        self.logger.advance(self.step, updates=self.updates)
+
+    def save(self):
+        """Write the checkpoint."""
+        checkpoint.save(self.folder, **self.state())
+
+    def state(self) -> dict:
+        """What the checkpoint holds."""
+        latent = {} if self.latent is None else self.latent.to_dict()
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        return {**self.parts, **counters, "latent": latent, "rng": checkpoint.rng_state()}
+
+    def finish(self):
+        """At the end of a run that is complete: play, film, dream, draw the learning curve."""
+        if self.complete:
+            self.logger.write(self.step, **show(self.agent, self.logger, "policy"))
+            print(f"learning curve: {plot_curve(self.folder)}")
+
+
+def check_finite(metrics: dict[str, Tensor], updates: int):
+    """RunError that names the losses, gradient norm or other metrics which are NaN or infinite."""
+    if not torch.stack(list(metrics.values())).isfinite().all():  # one wait for a GPU, not twenty
+        bad = [name for name, value in metrics.items() if not value.isfinite()]
+        raise RunError(
+            f"{', '.join(bad)} not finite at update {updates:,}. The last checkpoint is kept. "
+            "Look at the scale of rewards and observations, or try a smaller learning rate"
+        )
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+def evaluate(agent, episodes: int, seed: int, side: int = 256):
+    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams.
+
+    The frames are `side` pixels wide and high; 0 for none.
+    """
+    options = dict(num_envs=1, seed=seed, env_workers=False, frames=side)
+    envs, returns, frames, first = make_envs(agent.args, **options), [], [], []
+    latent = None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for episode in range(episodes):
+            rows, total, length = envs.step(None if latent is None else latent["action"]), 0.0, 0
+            while True:
+                latent = agent.act(rows, latent)
+                total += rows["reward"].item()
+                if episode == 0 and len(first) < ROWS:
+                    first.append(agent.row(rows, latent))
+                if episode == 0 and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
+                    frames.append(envs.frame())
+                length += 1
+                if rows["is_last"].item() or length == LONGEST:
+                    break
+                rows = envs.step(latent["action"])
+            returns.append(total)
+    envs.close()
+    return returns, frames, torch.stack(first, 1)
+
+
+def show(agent, logger: Logger, name: str) -> dict:
+    """Play, film, dream, and print where it all lies; returns the scores."""
+    args = agent.args
+    returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
+    print("returns", *(f"{x:.1f}" for x in returns))
+    if frames:
+        print(f"video of the first episode: {logger.video(name, np.stack(frames), agent.fps)}")
+    else:
+        print(f"no video: {args.env_id} has no pictures to give")
+    if rows.shape[1] > 8 and hasattr(agent, "filter"):
+        print(f"dreams: {draw_dreams(agent, logger, with_previous(rows), f'{name}_dream')}")
+    return {"eval/return": mean, "eval/return_std": std}
+
+
+def show_run(agent, args):
+    """--eval: play that many episodes of a finished or interrupted run, and film the first."""
+    agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
+    show(agent, Logger(args.eval, 0, tensorboard=False), "eval")
+
+
+def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str) -> Path:
+    """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
+    context = max(1, batch.shape[1] // 4)
+    dream, curves = open_loop(agent, batch[:6], context), {}
+    for key, truth in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
+        if truth.dtype == torch.uint8:
+            logger.video(f"{name}_{key}", dream_video(truth, dream[key], context), fps=10)
+        elif truth.ndim == 2:
+            curves[key] = truth[0], dream[key][0]
+        else:
+            pairs = zip(truth[0].unbind(-1), dream[key][0].unbind(-1), strict=True)
+            curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
+    return logger.picture(name, dream_plot(curves, context))
+
+
+@torch.no_grad()
+def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
+    """Filter `context` rows of batch[B, T], then predict the others from the actions alone.
+
+    [B, T]: observations and `reward` as the model has them, and the truth under "true".
+    """
+    with torch.random.fork_rng(), agent.autocast():
+        torch.manual_seed(0)
+        td = agent.filter(batch)
+        latents = list(td[:, :context].select("state", "belief").unbind(1))
+        for action in td["previous", "action"][:, context:].unbind(1):
+            latents.append(agent.env.transition(latents[-1], action))
+        out = agent.decode(torch.stack(latents, 1))
+    keys = [*agent.spec["shapes"], "reward"]
+    return out.select(*keys).set("true", td.select(*keys)).cpu()

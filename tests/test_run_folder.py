@@ -1,0 +1,213 @@
+"""Run folders, arguments, clocks and errors of common/run.py."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tensordict import TensorDict
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import common.run
+from common.checkpoint import RunError, load, save
+from common.run import MayChange, Run, may_change, open_folder, plain, prepare
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Settings:
+    env_id: str = "dm_control/walker-walk-v0"
+    seed: int = 3
+    lr: float = 4e-5
+    steps: MayChange[int] = 100
+    sizes: tuple = (1, 2)
+    run: MayChange[str] = ""
+    fresh: MayChange[bool] = False
+    eval: MayChange[str] = ""
+
+
+def open_run(script, args):
+    """open_folder as a script calls it."""
+    return open_folder(script, args, {"script": script, **plain(args)})
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Without --run, folders lie below the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def start(code, *argv):
+    """Run `code` in another process with the repository on its path."""
+    env = {**os.environ, "PYTHONPATH": str(REPO)}
+    command = [sys.executable, "-c", code, *map(str, argv)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, cwd=REPO, **pipes)
+
+
+def test_threads_are_those_of_torch_and_of_numpy():
+    before = torch.get_num_threads()
+    with threadpool_limits(2):  # restores what it finds
+        prepare(SimpleNamespace(seed=0, threads=1))
+        pools = {pool["user_api"]: pool["num_threads"] for pool in threadpool_info()}
+        torch.set_num_threads(before)
+    assert pools["blas"] == 1 and pools.get("openmp", 1) == 1
+
+
+def test_folder_name_first_start_and_resume(tmp_path):
+    folder, state = open_run("dreamer", Settings())
+    assert folder == Path("runs") / "dreamer" / "dm_control-walker-walk-v0" / "seed3"
+    assert state is None
+    save(folder, step=7, numbers=[1, 2.5, None, "x"])
+    _, state = open_run("dreamer", Settings())
+    assert state["step"] == 7 and state["numbers"] == [1, 2.5, None, "x"]
+    assert state["header"] == {"format": 2, "script": "dreamer", "torch": torch.__version__}
+
+
+def test_run_names_the_folder_and_it_may_move(tmp_path):
+    folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
+    assert folder == tmp_path / "a"
+    save(folder, step=1)
+    folder.rename(tmp_path / "b")
+    _, state = open_run("dreamer", Settings(run=str(tmp_path / "b")))
+    assert state["step"] == 1
+
+
+def test_other_arguments_are_shown_with_both_ways_out(tmp_path):
+    folder, _ = open_run("dreamer", Settings())
+    save(folder, step=1)
+    with pytest.raises(RunError) as error:
+        open_run("dreamer", Settings(lr=3e-4, steps=200))
+    text = str(error.value)
+    assert "  lr: 4e-05 -> 0.0003 (saved -> asked)" in text
+    assert "--fresh" in text and "--run OTHER_FOLDER" in text
+    assert "steps" not in text and "sizes" not in text
+    assert load(folder)["step"] == 1
+
+
+def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
+    @dataclass
+    class Newer(Settings):
+        momentum: float = 0.9
+
+    save(open_run("dreamer", Settings())[0], step=1)
+    with pytest.raises(RunError, match=r"momentum: \(none\) -> 0.9"):
+        open_run("dreamer", Newer())
+
+
+def test_may_change_and_control_fields_resume(tmp_path):
+    folder, _ = open_run("dreamer", Settings())
+    save(folder, step=1)
+    changed = Settings(steps=200, eval="x")
+    _, state = open_run("dreamer", changed)
+    assert state["step"] == 1
+    assert '"steps": 200' in (folder / "args.json").read_text()
+
+
+def test_fresh_starts_over_with_new_arguments(tmp_path):
+    folder, _ = open_run("dreamer", Settings())
+    save(folder, step=1)
+    (folder / "replay").mkdir()
+    (folder / "replay" / "rows").write_text("x")
+    _, state = open_run("dreamer", Settings(lr=1.0, fresh=True))
+    assert state is None
+    assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
+
+
+@pytest.mark.parametrize("content", ["thesis.tex", "args.json"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_foreign_folder_is_never_touched(tmp_path, content, fresh):
+    (tmp_path / content).write_text('{"precious": 1}')
+    with pytest.raises(RunError, match="neither empty nor a run folder"):
+        open_run("dreamer", Settings(run=str(tmp_path), fresh=fresh))
+    assert [path.name for path in tmp_path.iterdir()] == [content]
+
+
+def test_fresh_does_not_delete_the_run_of_another_script(tmp_path):
+    folder, _ = open_run("pilco", Settings(run=str(tmp_path / "a")))
+    save(folder, step=1)
+    with pytest.raises(RunError, match="run of pilco.py"):
+        open_run("dreamer", Settings(run=str(folder), fresh=True))
+    assert load(folder)["step"] == 1
+
+
+def test_fresh_follows_no_links(tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "rows").write_text("x")
+    folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
+    (folder / "replay").symlink_to(scratch)
+    open_run("dreamer", Settings(run=str(folder), fresh=True))
+    assert (scratch / "rows").exists() and not (folder / "replay").exists()
+
+
+def test_without_a_checkpoint_the_leftovers_go_and_the_notes_stay(tmp_path):
+    folder, _ = open_run("dreamer", Settings())
+    for name in ("metrics.jsonl", "checkpoint.pt.tmp", "notes.txt"):
+        (folder / name).write_text("x")
+    _, state = open_run("dreamer", Settings())
+    assert state is None
+    assert {path.name for path in folder.iterdir()} == {"args.json", "lock", "notes.txt"}
+
+
+HOLD = """
+import sys, time
+from dataclasses import dataclass
+from common.run import open_folder, plain
+@dataclass
+class Settings:
+    run: str
+    env_id: str = ""
+    fresh: bool = False
+args = Settings(sys.argv[1])
+open_folder("dreamer", args, {"script": "dreamer", **plain(args)})
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path):
+    other = start(HOLD, tmp_path / "a")
+    assert other.stdout.readline() == "held\n"
+    before = (tmp_path / "a" / "args.json").read_text()
+    with pytest.raises(RunError, match="another process is running"):
+        open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
+    assert (tmp_path / "a" / "args.json").read_text() == before
+    other.kill()
+    other.communicate()
+    open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
+    open_run("dreamer", Settings(run=str(tmp_path / "a")))  # this process may open it again
+
+
+def test_origins_of_a_run(tmp_path):
+    """A resumed run names every commit and command that made it, each once."""
+    for argv in (["a.py"], ["a.py", "--steps", "9"], ["a.py", "--steps", "9"]):
+        sys.argv, before = argv, sys.argv
+        folder, _ = open_run("dreamer", Settings())
+        sys.argv = before
+        save(folder, step=1)
+    origins = json.loads((folder / "args.json").read_text())["origin"]
+    assert [origin["command"] for origin in origins] == ["python a.py", "python a.py --steps 9"]
+    assert all(len(origin["commit"]) >= 7 and origin["hardware"] for origin in origins)
+
+
+def test_a_full_disk_and_other_errors_of_a_run():
+    """One line for what the user can mend, a traceback for the rest."""
+    for error, text in (
+        (OSError(errno.ENOSPC, "No space left"), "disk full"),
+        (KeyboardInterrupt(), "stopped"),
+        (RunError("--lr"), "error: --lr"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            common.run.start(lambda error=error: (_ for _ in ()).throw(error))
+    with pytest.raises(PermissionError):
+        common.run.start(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+
+

@@ -1,0 +1,85 @@
+"""How long a training would take here: what the --benchmark flag of the scripts prints."""
+
+import dataclasses
+import statistics
+import time
+from collections import defaultdict
+
+import psutil
+import torch
+from torch.profiler import profile
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.envs import make_envs
+from common.replay import with_previous
+
+
+def benchmark(make_agent, args, device: torch.device, updates: float):
+    """Print milliseconds per update by operation, steps per second, memory, and the run's time.
+
+    make_agent(spec, args, device) builds the agent; `updates` is the number of updates per row of
+    experience.
+    """
+    seconds = {"environment": [], "policy": [], "update": []}
+    envs, rows, latent = make_envs(args), [], None
+    agent = make_agent(envs.spec, dataclasses.replace(args, compile=False), device)
+    for _ in range(args.batch_length + 101):
+        start = time.perf_counter()
+        row = envs.step(None if latent is None else latent["action"])
+        middle = time.perf_counter()
+        latent = agent.act(row, latent)
+        seconds["environment"].append(middle - start)
+        seconds["policy"].append(time.perf_counter() - middle)
+        rows.append(agent.row(row, latent))
+    envs.close()
+    window = with_previous(torch.stack(rows[-args.batch_length - 1 :], 1))
+    batch = window[torch.arange(args.batch_size) % args.num_envs]
+    with FlopCounterMode(display=False) as flops:  # blind to compiled functions
+        agent.update(batch)
+    if args.compile:
+        del agent  # its memory first
+        agent = make_agent(envs.spec, args, device)
+    for _ in range(13):
+        start = time.perf_counter()
+        agent.update(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds["update"].append(time.perf_counter() - start)
+    environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
+    first = seconds["update"][0]
+    print(f"{args.num_envs * args.action_repeat / environment:10.0f} /s      environment steps")
+    print(f"{args.num_envs / policy:10.0f} /s      policy steps")
+    print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
+    print_operations(agent, batch)
+    with agent.autocast():
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    work, rate = flops.get_total_flops() / 1e9, product_rate(device, dtype)
+    share = f"{1e3 * work / rate:.1f} ms, {work / rate / update:.0%} of its time"
+    print(f"{work:10.1f} GFLOP   products and convolutions of an update: {share}")
+    print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 {str(dtype)[6:]} product")
+    per_row = (environment + policy) / args.num_envs + updates * update
+    hours = args.steps / args.action_repeat * per_row / 3600
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row,")
+    print(f"{'':18}without evaluations")
+    print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
+
+
+def print_operations(agent, batch, most: int = 8):
+    """The operations in which an update spends its own time, by torch's profiler."""
+    with profile() as profiler:
+        agent.update(batch)
+    times = defaultdict(float)
+    for event in profiler.key_averages():
+        times[event.key] += (event.self_device_time_total or event.self_cpu_time_total) / 1e3
+    for name, time_ms in sorted(times.items(), key=lambda item: -item[1])[:most]:
+        print(f"{time_ms:10.1f} ms      {name}, while profiled")
+
+
+def product_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> float:
+    """GFLOP/s of the device in an n x n matrix product, the median."""
+    x = torch.rand(n, n, device=device, dtype=dtype)
+    timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / timer.blocked_autorange().median / 1e9
