@@ -214,7 +214,7 @@ def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RSSMPrior(nn.Module):
-    """Transition model p(s' | s, a): belief' = GRU(belief; state, action), state' ~ N(mean, std)."""
+    """Transition model: belief' = GRU(belief; state, action), state' ~ N(mean, std)."""
 
     def __init__(self, action_spec, hidden_dim=200, rnn_hidden_dim=200, state_dim=30):
         super().__init__()
@@ -704,13 +704,10 @@ class DreamerEnv(ModelBasedEnvBase):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
         super().__init__(world_model, shapes, device, batch_size)
 
-    def transition(self, td: TensorDictBase, action: Tensor, noise=None) -> TensorDict:
-        """Latents td[N], action (N, A) -> next latents, by RSSMPrior as in training."""
-        *_, state, belief = self.world_model.prior(td["state"], td["belief"], action, noise)
-        return TensorDict(belief=belief, state=state, batch_size=td.batch_size)
-
     def _step(self, td: TensorDictBase) -> TensorDict:
-        latent = self.transition(td, td["action"])
+        """Latents and `action` [N] -> next latents with `reward` and `continue`, a discount."""
+        *_, state, belief = self.world_model.prior(td["state"], td["belief"], td["action"])
+        latent = TensorDict(belief=belief, state=state, batch_size=td.batch_size)
         latent["reward"] = self.world_model.predict_reward(features(latent))
         latent["continue"] = self.world_model.predict_continue(features(latent))
         return latent
@@ -771,10 +768,8 @@ class Agent:
             self.saved[f"{name}_optimizer"] = self.optimizers[name]
         if args.compile:  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
-            if (
-                self.device.type == "cuda"
-            ):  # the update, which never waits for the GPU, as one graph
-                self.optimize = CudaGraphModule(self.optimize, warmup=3)
+        if args.compile and self.device.type == "cuda":
+            self.update = CudaGraphModule(self.update, warmup=3)  # it never waits for the GPU
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -824,18 +819,15 @@ class Agent:
         pairs = zip(draws, self.actor.classes, strict=True)
         return torch.cat([F.one_hot(draw, size).float() for draw, size in pairs], -1)
 
-    def update(self, batch: TensorDict) -> dict:
-        """One step of every network on a batch [B, T]; returns metrics (0-dim tensors)."""
-        return self.optimize(batch.to(self.device).copy())
+    def update(self, batch: TensorDict, noise: dict | None = None) -> dict:
+        """One step of every network on a batch [B, T] of the replay, on the agent's device.
 
-    def optimize(self, td: TensorDict, noise: dict | None = None) -> dict:
-        """`update` on the agent's device.
-
-        `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
+        Returns metrics (0-dim tensors). `noise` replaces the random numbers of the posteriors and
+        of the dreams, for tests.
         """
         noise = noise or {}
         with self.autocast():
-            model_losses, td = self.model_loss(td, noise.get("posterior"))
+            model_losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
             starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal
             actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
             value_losses, _ = self.value_loss(dream)
@@ -875,11 +867,6 @@ class Agent:
     def autocast(self):
         """bfloat16 matrix products where asked for; parameters and losses stay float32."""
         return autocast(self.device, self.args.precision)
-
-    @torch.no_grad()
-    def filter(self, batch: TensorDict) -> TensorDict:
-        """A batch of the replay -> with the posteriors' latents."""
-        return self.world_model(batch.to(self.device).copy())
 
     @torch.no_grad()
     def decode(self, latents: TensorDict) -> TensorDict:

@@ -6,21 +6,18 @@
     python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play, film, dream
     python dreamer_v3.py --preset dmc_proprio --benchmark        # how long would it take here?
 
-The same command again resumes the run; --fresh starts over. A run folder holds args.json,
-metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
+The same command again resumes the run; --fresh starts over.
 
 The algorithm is the authors' current code (danijar/dreamerv3 at e3f0224), which differs from the
-paper's text in places: a beta2 of 0.999, symlog errors without 1/2, max-pooled convolutions, no
-uniform mixture in the discrete actor. docs/dreamer_v3.md lists where this file departs from it. Two
-departures matter to a reader: updates follow a step of all environments, not of each, and on CUDA
-matrix products are bfloat16 (autocast), while beliefs and losses stay float32.
+paper's text in places; docs/dreamer_v3.md lists these, and where this file departs from the code.
+Two departures matter to a reader: updates follow a step of all environments, not of each, and on
+CUDA matrix products are bfloat16 (autocast), while beliefs and losses stay float32.
 
 Names: `belief` is the recurrent state (the authors' deter), `state` the S categorical latents of C
-classes as flat one-hots (stoch), `encoded_obs` the embedding of an observation. A TensorDict of
-belief and state is a latent.
-Shapes: B batch, T time, H horizon, N any batch (environments, B, or B * T dreams), A action,
-D belief, S * C state, F = D + S * C features, E encoded_obs. Batch first, time second, everywhere.
-Equations are numbered as in arXiv 2301.04104v2.
+classes as flat one-hots (stoch), `encoded_obs` the embedding of an observation; a TensorDict of
+belief and state is a latent. Shapes: B batch, T time, H horizon, N any batch (environments, B, or
+B * T dreams), A action, D belief, F = D + S * C features, E encoded_obs. Batch first, time second,
+everywhere. Equations are numbered as in arXiv 2301.04104v2.
 """
 
 import copy
@@ -50,21 +47,18 @@ BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 Unimix = Annotated[float, Rule("above 0, for a finite KL, and below 1", lambda x: 0 < x < 1)]
 Side = Annotated[int, Rule("a multiple of 16", lambda x: x > 0 and x % 16 == 0)]
-Classes = Annotated[int, Rule("1 to 256: the replay stores a byte", lambda x: 1 <= x <= 256)]
+
+
+Preset = Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"]
+Size = Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 
 
 @dataclass
 class Args:
-    """Flags. Unless a preset sets it, a value is the authors' for DM Control proprio; not steps
-    and num_envs.
-    """
+    """Flags. The defaults are the authors' for DM Control proprio, except steps and num_envs."""
 
-    preset: Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"] = (
-        "default"  # all that a benchmark fixes; other flags override it
-    )
-    size: Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"] = (
-        ""  # number of parameters; empty: 1m, or the preset's
-    )
+    preset: Preset = "default"  # all that a benchmark fixes; other flags override it
+    size: Size = ""  # number of parameters; empty: 1m, or the preset's
     env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
     steps: MayChange[Count] = 100_000  # environment steps, with action repeat and reset rows
     seed: Natural = 0  # of networks, noise, replay and environments
@@ -107,7 +101,7 @@ class Args:
 
     deter: Count = 512  # width of the belief
     hidden: Count = 64  # width of the layers around it
-    classes: Classes = 4  # per latent
+    classes: Count = 4  # per latent
     depth: Count = 4  # channels of the convolutions, times 2, 3, 4, 4
     units: Count = 64  # width of encoder, decoder, heads, actor and critic
     stoch: Count = 32  # number of latents
@@ -131,23 +125,20 @@ class Args:
 
 
 WIDTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
-SIZES = {
+SIZES = {"": {}} | {
     name: dict(deter=128 * n, hidden=16 * n, classes=n, depth=n, units=16 * n)
     for name, n in WIDTHS.items()
 }
-
 # fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", action_repeat=2, steps=10_000, batch_length=16, train_ratio=128.0,
         deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=2500,
         eval_episodes=10, threads=1),
-    "dmc_proprio": dict(
-        env_id="dm_control/walker-walk-v0", obs="vector", num_envs=16, steps=1_100_000,
-        log_every=250, save_every=1000, dream_every=5000),  # an update a step: half a second each
-    "dmc_vision": dict(
-        env_id="dm_control/walker-walk-v0", obs="pixels", num_envs=16, steps=1_100_000,
-        size="200m", train_ratio=256.0),
+    "dmc_proprio": dict(  # an update a step: half a second each
+        obs="vector", num_envs=16, steps=1_100_000, log_every=250, save_every=1000,
+        dream_every=5000),
+    "dmc_vision": dict(obs="pixels", num_envs=16, steps=1_100_000, size="200m", train_ratio=256.0),
     "atari100k": dict(
         env_id="ALE/Pong-v5", action_repeat=4, steps=440_000, size="200m", train_ratio=256.0),
     "crafter": dict(
@@ -165,21 +156,19 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats --size, which beats the preset, which beats the defaults."""
 
     def defaults(chosen: Args) -> dict:
-        preset = {"size": "1m", **PRESETS[chosen.preset]}
-        size = chosen.size or preset["size"]
-        sizes = SIZES[preset["size"]] | preset | (SIZES[size] if chosen.size else {})
-        return sizes | {"preset": chosen.preset, "size": size}
+        preset = {"size": "1m", **PRESETS[chosen.preset], "preset": chosen.preset}
+        size = {"size": chosen.size} if chosen.size else {}
+        return SIZES[preset["size"]] | preset | SIZES[chosen.size] | size
 
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
-    rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))
-    rows = min(rows, args.replay_size // args.num_envs)  # of each environment
-    windows = args.num_envs * (rows - args.batch_length)
-    if args.train_ratio and windows < args.batch_size * args.batch_length:
-        text = f"--steps and --replay-size give {max(0, windows):,} windows, the first update waits"
-        if not (args.benchmark or args.eval):
-            raise RunError(f"{text} for --batch-size x --batch-length: there would never be one")
+    rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment
+    windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
+    playing = args.benchmark or args.eval or not args.train_ratio
+    if windows < args.batch_size * args.batch_length and not playing:
+        text = "the first update waits for --batch-size x --batch-length windows: with these"
+        raise RunError(f"{text} --steps and --replay-size there would never be one")
     return args
 
 
@@ -733,9 +722,8 @@ class DreamerV3ModelLoss(nn.Module):
                  free_nats=1.0, horizon=333):  # fmt: skip
         super().__init__()
         self.world_model, self.free_nats, self.horizon = world_model, free_nats, horizon
-        self.lambda_reco, self.lambda_reward = lambda_reco, lambda_reward
-        self.lambda_continue, self.lambda_dynamic = lambda_continue, lambda_dynamic
-        self.lambda_representation = lambda_representation
+        scales = lambda_reco, lambda_reward, lambda_continue, lambda_dynamic, lambda_representation
+        self.scales = scales  # in the order of the losses
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None):
         """td[B, T]: rows, see RSSMRollout, or rows that already have their posteriors.
@@ -750,14 +738,12 @@ class DreamerV3ModelLoss(nn.Module):
         reward = reward_loss(model.reward, feat, td["reward"], model.bins)
         cont = continue_loss(model.cont, feat, td["is_terminal"], self.horizon)
         dynamic, representation = kl_losses(*logits, model.prior.unimix, self.free_nats)
-        losses = TensorDict(
-            loss_model_reco=self.lambda_reco * reco.mean(),
-            loss_model_reward=self.lambda_reward * reward.mean(),
-            loss_model_continue=self.lambda_continue * cont.mean(),
-            loss_model_dynamic=self.lambda_dynamic * dynamic.mean(),
-            loss_model_representation=self.lambda_representation * representation.mean(),
-        )
-        return losses, td
+        losses = dict(
+            loss_model_reco=reco, loss_model_reward=reward, loss_model_continue=cont,
+            loss_model_dynamic=dynamic, loss_model_representation=representation,
+        )  # fmt: skip
+        scaled = zip(losses.items(), self.scales, strict=True)
+        return TensorDict({name: scale * loss.mean() for (name, loss), scale in scaled}), td
 
 
 def dream_step(actor, prior, feat, action_noise, state_noise) -> tuple[Tensor, Tensor]:
@@ -853,8 +839,8 @@ class DreamerV3ActorLoss(nn.Module):
         return (self.high - self.low).clamp(min=1.0)
 
 
-def value_error(logits, target, slow_value, feat, bins, slow_regularization=1.0) -> Tensor:
-    """Cross entropy (...) of a critic's logits with the target (...) and with the slow critic."""
+def value_error(logits, target, feat, slow_value, bins, slow_regularization=1.0) -> Tensor:
+    """Cross entropy (...) of logits with the target (...), and with the slow critic's value."""
     with torch.no_grad():
         slow = two_hot_decode(slow_value(feat), bins)
     regularization = slow_regularization * two_hot_loss(logits, slow, bins)
@@ -876,14 +862,10 @@ class DreamerV3ValueLoss(nn.Module):
         self.slow_regularization = slow_regularization
         self.register_buffer("bins", two_hot_bins(BINS))
 
-    def error(self, logits: Tensor, target: Tensor, feat: Tensor) -> Tensor:
-        """`value_error` (...) at feat (..., F)."""
-        slow = self.slow_value, feat, self.bins, self.slow_regularization
-        return value_error(logits, target, *slow)
-
     def forward(self, dream: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         """dream[N, H + 1] of DreamerV3ActorLoss; its last state, without target, does not count."""
-        error = self.error(dream["value_logits"], dream["lambda_target"], dream["feat"])
+        inputs = dream["value_logits"], dream["lambda_target"], dream["feat"]
+        error = value_error(*inputs, self.slow_value, self.bins, self.slow_regularization)
         return TensorDict(loss_value=(dream["weight"] * error)[:, :-1].mean()), dream
 
     def replay(self, td: TensorDictBase, boot: Tensor) -> tuple[TensorDict, TensorDictBase]:
@@ -895,7 +877,8 @@ class DreamerV3ValueLoss(nn.Module):
             td["reward"], boot, td["is_last"], td["is_terminal"], 1 - 1 / self.horizon, self.lam
         )
         feat = features(td)[:, :-1]
-        error = self.error(self.value(feat), returns, feat.detach())
+        inputs = self.value(feat), returns, feat.detach()
+        error = value_error(*inputs, self.slow_value, self.bins, self.slow_regularization)
         weight = (~td["is_last"][:, :-1]).float()
         return TensorDict(loss_replay_value=self.lambda_replay * (weight * error).mean()), td
 
@@ -914,13 +897,10 @@ class DreamerEnv(ModelBasedEnvBase):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
         super().__init__(world_model, shapes, device, batch_size)
 
-    def transition(self, td: TensorDictBase, action: Tensor, noise=None) -> TensorDict:
-        """Latents td[N], action (N, A) -> next latents, by RSSMPrior as in training."""
-        _, state, belief = self.world_model.prior(td["state"], td["belief"], action, noise)
-        return TensorDict(belief=belief, state=state, batch_size=td.batch_size)
-
     def _step(self, td: TensorDictBase) -> TensorDict:
-        latent = self.transition(td, td["action"])
+        """Latents and `action` [N] -> next latents with `reward` and `continue`."""
+        _, state, belief = self.world_model.prior(td["state"], td["belief"], td["action"])
+        latent = TensorDict(belief=belief, state=state, batch_size=td.batch_size)
         latent["reward"], latent["continue"] = predict_outcome(self.world_model, features(latent))
         return latent
 
@@ -1033,33 +1013,28 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            self.actor = DreamerActor(
-                model.feat_size, spec["action_dim"], spec["classes"], args.units
-            )
+            sizes = spec["action_dim"], spec["classes"], args.units
+            self.actor = DreamerActor(model.feat_size, *sizes)
             self.value = mlp(model.feat_size, args.units, 3).append(Linear(args.units, BINS, 0.0))
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
             belief_dim, state_dim = model.prior.sizes
-            self.env = DreamerEnv(model, (state_dim,), (belief_dim,))
-            self.model_loss = DreamerV3ModelLoss(
-                model, free_nats=args.free_nats, horizon=args.horizon
-            )
+            self.env = DreamerEnv(model, prior_shape=(state_dim,), belief_shape=(belief_dim,))
+            horizon = dict(horizon=args.horizon)
+            self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, **horizon)
             self.actor_loss = DreamerV3ActorLoss(
                 self.actor, self.value, self.env, entropy_bonus=args.entropy_bonus,
                 imagination_horizon=args.imagination_horizon, lam=args.lam,
             )  # fmt: skip
-            self.value_loss = DreamerV3ValueLoss(
-                self.value, self.slow_value, lam=args.lam, horizon=args.horizon
-            )
+            values = self.value, self.slow_value
+            self.value_loss = DreamerV3ValueLoss(*values, lam=args.lam, **horizon)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
         self.saved = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
         if args.compile:  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
-            if (
-                self.device.type == "cuda"
-            ):  # the update, which never waits for the GPU, as one graph
-                self.optimize = CudaGraphModule(self.optimize, warmup=3)
+        if args.compile and self.device.type == "cuda":
+            self.update = CudaGraphModule(self.update, warmup=3)  # it never waits for the GPU
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -1088,22 +1063,15 @@ class Agent:
         action = policy.sample(self.actor.draw_noise(len(rows))) if sample else policy.mode
         return latent.set("action", action * (~rows["is_last"]).float()[:, None])
 
-    def update(self, batch: TensorDict) -> tuple[dict, TensorDict]:
-        """One step of every network on a batch [B, T] of the replay.
+    def update(self, batch: TensorDict, noise: dict | None = None) -> tuple[dict, TensorDict]:
+        """One step of every network on a batch [B, T] of the replay, on the agent's device.
 
-        Returns metrics (0-dim tensors) and the new latents [B, T] for the replay.
-        """
-        metrics, latents = self.optimize(self.unpack(batch))
-        return metrics, self.pack(latents)
-
-    def optimize(self, td: TensorDict, noise: dict | None = None) -> tuple[dict, TensorDict]:
-        """`update` with unpacked latents.
-
-        `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
+        Returns metrics (0-dim tensors) and the new latents [B, T] for the replay. `noise` replaces
+        the random numbers of the posteriors and of the dreams, for tests.
         """
         noise = noise or {}
         with self.autocast():
-            losses, td = self.model_loss(td, noise.get("posterior"))
+            losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
             actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # from every row
             value_losses, _ = self.value_loss(dream)
             boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
@@ -1138,32 +1106,15 @@ class Agent:
         return autocast(self.device, self.args.precision)
 
     @torch.no_grad()
-    def filter(self, batch: TensorDict) -> TensorDict:
-        """A batch of the replay -> with the posteriors' latents."""
-        return self.world_model(self.unpack(batch))
-
-    @torch.no_grad()
     def decode(self, latents: TensorDict) -> TensorDict:
         """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
         latents["reward"] = self.world_model.predict_reward(features(latents))
         return DreamerDecoder(self.world_model)(latents)
 
     def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
-        """Rows[N] as the replay stores them: with the action chosen there and the latents."""
-        return rows.copy().update(self.pack(latent).cpu()).set("action", latent["action"].cpu())
-
-    def pack(self, latent: TensorDict) -> TensorDict:
-        """Latents as the replay stores them: belief in half precision, state as bytes (..., S)."""
-        state = latent["state"].unflatten(-1, (-1, self.args.classes)).argmax(-1).byte()
-        return TensorDict(belief=latent["belief"].half(), state=state, batch_size=latent.batch_size)
-
-    def unpack(self, batch: TensorDict) -> TensorDict:
-        """A batch of the replay on the agent's device, the latents before it as `pack` got them."""
-        batch = batch.to(self.device)
-        stored = batch["previous"]
-        state = F.one_hot(stored["state"].long(), self.args.classes).flatten(-2).float()
-        latent = dict(belief=stored["belief"].float(), state=state, action=stored["action"])
-        return batch.copy().set("previous", TensorDict(latent, batch.batch_size))
+        """Rows[N] as the replay stores them: with the action chosen there and compact latents."""
+        stored = dict(belief=latent["belief"].half(), state=latent["state"].byte())
+        return rows.copy().update({**stored, "action": latent["action"]}).cpu()
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.saved.items()}

@@ -986,28 +986,6 @@ class ImaginedEnv(ModelBasedEnvBase):
         return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
 
 
-class SampledEnv(ModelBasedEnvBase):
-    """Steps from a state (N, D) that is known to a sample of what the GPs predict.
-
-    With noise="observed" the sample has the GPs' noise as well. Every step is drawn anew, so a
-    rollout does not follow one function.
-    """
-
-    def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
-        super().__init__(world_model, {"state": (world_model.obs_dim,)})
-        self.cost, self.noise = cost, noise
-
-    def _step(self, td: TensorDict) -> TensorDict:
-        model, state = self.world_model, td["state"]
-        inputs = with_angles(*certain(state), model.angles)[0][:, model.features]
-        inputs = torch.cat([inputs, td["action"]], -1)
-        mean, variance = prediction(inputs, model.factors, model.hyper)
-        if self.noise == "observed":
-            variance = variance + torch.exp(2 * model.hyper[2])
-        state = state + mean + variance.sqrt() * torch.randn_like(mean)
-        return TensorDict(state=state, reward=-self.cost.of(state), batch_size=td.batch_size)
-
-
 # --- policy search ------------------------------------------------------------------------------
 
 
@@ -1191,23 +1169,6 @@ class Agent:
     def best(self):
         """The policy that acts, prepared: the first of those side by side."""
         return self.controller.prepare(self.controller.theta[:1])
-
-    def dreams(self) -> tuple[SampledEnv, Callable]:
-        """For `dream_env`: what steps, and draw(seed) -> first states [K]."""
-        mean, cov = self.start()
-        root = cov[0].diagonal().sqrt()  # independent numbers
-
-        def draw(seed: int) -> TensorDict:
-            states = mean + root * torch.randn(1000, len(root), dtype=torch.float64)
-            return TensorDict(state=states, batch_size=len(states))
-
-        return SampledEnv(self.world_model, self.cost, noise=self.args.noise), draw
-
-    def decode(self, states: TensorDict) -> TensorDict:
-        """States [N] -> with the observations that they are made of."""
-        widths = [math.prod(self.spec["shapes"][key]) for key in self.keys]
-        parts = states["state"].float().split(widths, -1)
-        return states.update(dict(zip(self.keys, parts, strict=True)))
 
     def row(self, rows: TensorDict, latent=None) -> TensorDict:
         """Rows[N] as `evaluate` keeps them."""

@@ -41,9 +41,9 @@ def _map(files, directory):
 def with_previous(rows: TensorDict) -> TensorDict:
     """Rows [B, T + 1] -> rows 1..T, and as `previous` [B, T] the action and latents before each.
 
-    The rows themselves lose their latents: filtering makes them anew.
+    The latents are float32 again; the rows themselves lose theirs: filtering makes them anew.
     """
-    previous = rows[:, :-1].select("action", *LATENTS, strict=False)
+    previous = rows[:, :-1].select("action", *LATENTS, strict=False).float()
     return rows[:, 1:].exclude(*LATENTS).set("previous", previous)
 
 

@@ -8,7 +8,7 @@
         run.finish()
 
 An agent has `spec`, `args`, `fps`, `act(rows, latent)`, `row(rows, latent)` and a state_dict; one
-that dreams also has `env`, `autocast()`, `filter(batch)` and `decode(latents)`.
+that dreams also has `device`, `world_model`, `env`, `autocast()` and `decode(latents)`.
 """
 
 import json
@@ -393,7 +393,7 @@ class Run:
     def batches(self, replay) -> Iterator[TensorDict]:
         """A batch for each update owed; none after a stop. Call `add` after each update."""
         while self.owed and not self.stopping():
-            self.batch = replay.sample()
+            self.batch = replay.sample().to(self.agent.device)
             yield self.batch
 
     def add(self, metrics: dict[str, Tensor]):
@@ -472,8 +472,9 @@ def show(agent, logger: Logger, name: str) -> dict:
         print(f"video of the first episode: {logger.video(name, np.stack(frames), agent.fps)}")
     else:
         print(f"no video: {args.env_id} has no pictures to give")
-    if rows.shape[1] > 8 and hasattr(agent, "filter"):
-        print(f"dreams: {draw_dreams(agent, logger, with_previous(rows), f'{name}_dream')}")
+    if rows.shape[1] > 8 and hasattr(agent, "decode"):
+        batch = with_previous(rows).to(agent.device)
+        print(f"dreams: {draw_dreams(agent, logger, batch, f'{name}_dream')}")
     return {"eval/return": mean, "eval/return_std": std}
 
 
@@ -506,10 +507,11 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
     """
     with torch.random.fork_rng(), agent.autocast():
         torch.manual_seed(0)
-        td = agent.filter(batch)
-        latents = list(td[:, :context].select("state", "belief").unbind(1))
+        td, keys = agent.world_model(batch.copy()), agent.env.shapes
+        latents = list(td[:, :context].select(*keys).unbind(1))
         for action in td["previous", "action"][:, context:].unbind(1):
-            latents.append(agent.env.transition(latents[-1], action))
+            step = agent.env.step(latents[-1].copy().set("action", action))
+            latents.append(step["next"].select(*keys))
         out = agent.decode(torch.stack(latents, 1))
     keys = [*agent.spec["shapes"], "reward"]
     return out.select(*keys).set("true", td.select(*keys)).cpu()

@@ -7,6 +7,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported
 import pytest
 import torch
 
+pytest_plugins = ["running"]  # fixtures: nursery, start, two, inside
+
 
 @pytest.fixture(autouse=True)
 def as_main_found_it():

@@ -13,7 +13,7 @@ class Base(gymnasium.Env):
 
     action_space = spaces.Box(-1, 1, (2,), np.float32)
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    length, terminal, bad_step = 5, False, 0
+    length, terminal = 5, False
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -109,10 +109,21 @@ class Slash(Base):
         return {"walker/joints": super().observe()}
 
 
-class Latent(Base):
-    """Observes a key that rows use for something else."""
+class Latent(Nested):
+    """Observes keys that rows use for latents, one of them an image, and one that only ends so."""
 
-    observation_space = spaces.Dict({"deter": Base.observation_space})
+    observation_space = spaces.Dict(
+        {
+            "state": Base.observation_space,
+            "belief": Nested.observation_space["eye"],
+            "body": spaces.Dict({"state": spaces.Box(-9, 9, (), np.float64)}),
+        }
+    )
+
+    def observe(self):
+        image = np.full((32, 48, 3), self.count, np.uint8)
+        state = np.array([self.count, self.luck])
+        return {"state": state, "belief": image, "body": {"state": np.float64(-self.count)}}
 
 
 class Picture(Base):
@@ -142,9 +153,10 @@ class Worded(Base):
 
 
 class Reserved(Base):
-    """Has an observation with a name that the row needs."""
+    """Has an observation with a name that the rows need."""
 
-    observation_space = spaces.Dict({"reward": Base.observation_space})
+    def __init__(self, key="reward"):
+        self.observation_space = spaces.Dict({key: Base.observation_space})
 
 
 class ChannelsFirst(Base):
@@ -154,47 +166,23 @@ class ChannelsFirst(Base):
 
 
 class Raises(Base):
-    """Raises at the third step of its first `bad` lives, or in every reset."""
+    """Raises at the third step of one episode, counted from 0, or in its reset."""
 
-    lives = 0
+    broken = True
 
-    def __init__(self, bad=1, in_reset=False):
-        type(self).lives += 1
-        self.bad, self.in_reset = bad, in_reset
+    def __init__(self, episode=0, in_reset=False):
+        self.bad, self.in_reset, self.episode = episode, in_reset, -1
 
     def reset(self, *, seed=None, options=None):
-        if self.in_reset:
+        self.episode += 1
+        if self.broken and self.in_reset and self.episode == self.bad:
             raise OSError("no simulator")
         return super().reset(seed=seed)
 
     def step(self, action):
-        if self.count == 2 and type(self).lives <= self.bad:
+        if self.broken and not self.in_reset and self.episode == self.bad and self.count == 2:
             raise OSError("the simulator is gone")
         return super().step(action)
-
-
-class RaisesSometimes(Base):
-    """Raises at the third step of every second episode."""
-
-    resets = 0
-
-    def reset(self, *, seed=None, options=None):
-        type(self).resets += 1
-        return super().reset(seed=seed)
-
-    def step(self, action):
-        if self.count == 2 and type(self).resets % 2:
-            raise OSError("the simulator is gone")
-        return super().step(action)
-
-
-class RaisesOnce(Raises):
-    """Raises and can then not be built."""
-
-    def __init__(self):
-        super().__init__(bad=9)
-        if type(self).lives > 1:
-            raise OSError("not again")
 
 
 class NotFinite(Base):
@@ -237,12 +225,13 @@ for kind in ("box", "whole", "discrete", "multi", "bits", "tuple"):
     add(f"Echo{kind.title()}", cls="Echo", kind=kind)
 for cls in (Base, Terminal, Nested, Mission, Slash, Latent, Picture, SameBuffer, Worded, Reserved):
     add(cls.__name__)
-for cls in (ChannelsFirst, Random, RaisesSometimes):
+for cls in (ChannelsFirst, Random, Raises):
     add(cls.__name__)
-add("Raises")
-add("RaisesAlways", cls="Raises", bad=10**9)
+for key in ("action", "index", "previous", "encoded_obs", "is_first", "_episode"):
+    add(f"Reserved-{key}", cls="Reserved", key=key)
+add("RaisesLater", cls="Raises", episode=1)
 add("RaisesInReset", cls="Raises", in_reset=True)
-add("RaisesOnce")
+add("RaisesInResetLater", cls="Raises", in_reset=True, episode=1)
 add("NotFinite")
 add("NotFiniteReward", cls="NotFinite", where="reward")
 gymnasium.register("NoModule-v0", "a_module_that_is_not_here:Env")

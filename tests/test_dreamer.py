@@ -635,6 +635,16 @@ def test_70_optimizers():
     assert Args().clip == 100.0
 
 
+def test_a_batch_stays_as_it_is():
+    """A batch that kept the posteriors of one update would hand them to the next."""
+    agent, before = make_agent(), make_batch()
+    batch = before.clone().to(agent.device)  # which it need not leave
+    agent.update(batch)
+    agent.filter(batch)
+    assert set(batch.keys(True)) == set(before.keys(True))
+    assert all(torch.equal(batch[key], before[key]) for key in before.keys(True, True))
+
+
 @pytest.mark.parametrize(("pcont", "rows"), [(False, 6), (True, 5)])
 def test_pcont_starts_leave_out_the_last_row(monkeypatch, pcont, rows):
     agent = make_agent(pcont=pcont)

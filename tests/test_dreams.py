@@ -17,8 +17,8 @@ import dreamer
 import dreamer_v3
 import pilco
 from common.checkpoint import RunError
-from common.evaluation import posteriors
-from common.imagination import DreamVectorEnv, ModelBasedEnvBase, dream_env
+from common.imagination import ModelBasedEnvBase
+from tools.dream_env import DreamVectorEnv, dream_env, posteriors
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
 SHORT = {
@@ -32,7 +32,7 @@ class Line(ModelBasedEnvBase):
     """x' = x + action, reward -x'^2, and what follows is worth 1 while |x'| < 2."""
 
     def __init__(self):
-        super().__init__(lambda td: td, ("x",))
+        super().__init__(lambda td: td, {"x": (1,)})
 
     def _step(self, td):
         x = td["x"] + td["action"]
@@ -172,6 +172,14 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def dream(runs):
+    """dream(script, ...): a dream_env of an agent of its own."""
+    return lambda script, *args, **options: dream_env(
+        SCRIPTS[script].load(runs / script), *args, **options
+    )
+
+
 class One(gymnasium.Env):
     """The only environment of a vector environment, for the checker, which wants a single one."""
 
@@ -193,13 +201,13 @@ class One(gymnasium.Env):
 
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_gymnasiums_checker(runs, script, latent):
+def test_gymnasiums_checker(dream, script, latent):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*(infinity|not having a spec).*")
-        check_env(One(dream_env(runs / script, horizon=4, latent=latent)))
+        check_env(One(dream(script, horizon=4, latent=latent)))
     envs = gymnasium.wrappers.vector.RecordEpisodeStatistics(
-        dream_env(runs / script, 3, horizon=4, latent=latent)
+        dream(script, 3, horizon=4, latent=latent)
     )
     envs.reset(seed=0)
     lengths = []
@@ -211,10 +219,10 @@ def test_gymnasiums_checker(runs, script, latent):
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_rewards_and_terminations_are_the_heads(runs, script):
-    envs = dream_env(runs / script, 4, horizon=50, latent=True)
+def test_rewards_and_terminations_are_the_heads(runs, dream, script):
+    envs = dream(script, 4, horizon=50, latent=True)
     agent = SCRIPTS[script].load(runs / script)
-    model, deter = agent.world_model, agent.args.deter
+    model, belief_dim = agent.world_model, agent.args.deter
     observation, _ = envs.reset(seed=1)
     if script == "dreamer_v3":  # put the head between going on and ending
         bias = envs.env.world_model.cont[-1].bias
@@ -229,7 +237,7 @@ def test_rewards_and_terminations_are_the_heads(runs, script):
         for i in np.flatnonzero(terminated):
             observation[i] = infos["final_obs"][i]
         latents = torch.as_tensor(observation)
-        feat = latents if script == "dreamer_v3" else latents.roll(-deter, -1)  # stoch first
+        feat = latents if script == "dreamer_v3" else latents.roll(-belief_dim, -1)  # state first
         with torch.no_grad():
             np.testing.assert_allclose(reward, model.predict_reward(feat), rtol=1e-5, atol=1e-6)
             goes_on = model.predict_continue(feat)
@@ -241,24 +249,25 @@ def test_rewards_and_terminations_are_the_heads(runs, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_making_one_leaves_the_global_generator_alone(runs, script):
+    agent = SCRIPTS[script].load(runs / script)
     before = torch.get_rng_state()
-    dream_env(runs / script, latent=True)
+    dream_env(agent, latent=True)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_decoded_observations_are_the_decoders(runs, script):
-    latents = dream_env(runs / script, 3, latent=True).reset(seed=2)[0]
-    seen = dream_env(runs / script, 3).reset(seed=2)[0]
+def test_decoded_observations_are_the_decoders(runs, dream, script):
+    latents = dream(script, 3, latent=True).reset(seed=2)[0]
+    seen = dream(script, 3).reset(seed=2)[0]
     agent = SCRIPTS[script].load(runs / script)
-    deter, stoch = torch.as_tensor(latents).split(
+    belief, state = torch.as_tensor(latents).split(
         [agent.args.deter, latents.shape[1] - agent.args.deter], -1
     )
     if script == "dreamer_v3":
-        stoch = stoch.unflatten(-1, (agent.args.stoch, -1))
-        assert (stoch.sum(-1) == 1).all()  # one-hots: posteriors, not zeros
+        one_hots = state.unflatten(-1, (agent.args.stoch, -1))
+        assert (one_hots.sum(-1) == 1).all()  # posteriors, not zeros
     with torch.no_grad():
-        td = TensorDict(deter=deter, stoch=stoch, batch_size=3)
+        td = TensorDict(belief=belief, state=state, batch_size=3)
         wanted = SCRIPTS[script].DreamerDecoder(agent.world_model)(td)["observation"]
     np.testing.assert_allclose(seen, wanted, rtol=1e-5, atol=1e-6)
 
@@ -273,13 +282,13 @@ def test_starts_are_posteriors_of_rows_from_which_an_episode_goes_on(runs, scrip
         return seen[-1]
 
     agent.filter = record
-    draw = posteriors(agent, runs / script)
+    draw = posteriors(agent)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         starts = draw(seed)
         td = seen[-1]
-        wanted = td["deter"].flatten(0, 1)[~td["is_last"].flatten()]
-        assert torch.equal(starts["deter"], wanted) and len(wanted)
+        wanted = td["belief"].flatten(0, 1)[~td["is_last"].flatten()]
+        assert torch.equal(starts["belief"], wanted) and len(wanted)
     assert script == "dreamer" or len(wanted) < td.numel()  # CartPole's episodes are short
     assert torch.equal(seen[0]["observation"], seen[1]["observation"])
     assert not torch.equal(seen[0]["observation"], seen[2]["observation"])
@@ -329,43 +338,50 @@ def test_pilcos_starts_are_its_start_distribution(runs):
 
 
 def test_errors_name_what_is_missing(runs, tmp_path):
-    with pytest.raises(RunError, match="not a run folder"):
-        dream_env(tmp_path)
+    for script in SCRIPTS.values():
+        with pytest.raises(RunError, match="no checkpoint in .*not been saved yet, or is gone"):
+            script.load(tmp_path)
+        with pytest.raises(RunError, match="there is no such folder"):
+            script.load(tmp_path / "nothing")
     for text in ("{", "3", "{}", '{"script": "no_such_fork"}', '{"script": "math"}'):
         (tmp_path / "args.json").write_text(text)
-        with pytest.raises(RunError, match="names no script that can be imported"):
-            dream_env(tmp_path)
-    with pytest.raises(RunError, match="num_envs"):
-        dream_env(runs / "pilco", 0)
+        with pytest.raises(RunError, match="no checkpoint in"):
+            dreamer.load(tmp_path)
+    with pytest.raises(RunError, match=r"was written by dreamer\.py, not by dreamer_v3\.py"):
+        dreamer_v3.load(runs / "dreamer")
+    for number, options in ((0, {}), (1, {"horizon": -1})):
+        with pytest.raises(RunError, match="num_envs must be at least 1, horizon not negative"):
+            dream_env(pilco.load(runs / "pilco"), number, **options)
     for script in ("dreamer", "dreamer_v3"):
         with pytest.raises(RunError, match="--device gpu cannot be used"):
-            dream_env(runs / script, device="gpu")
+            SCRIPTS[script].load(runs / script, device="gpu")
     early = tmp_path / "early"  # as it is after the random rollout
     shutil.copytree(runs / "pilco", early)
     state = torch.load(early / "checkpoint.pt", weights_only=True)
     state["agent"] |= {"drawn": False, "hyper": None}
     torch.save(state, early / "checkpoint.pt")
     with pytest.raises(RunError, match="no policy so far: its first trial is not over"):
-        dream_env(early)
+        pilco.load(early)
     copy = tmp_path / "copy"
     shutil.copytree(runs / "dreamer_v3", copy)
+    agent = dreamer_v3.load(copy)
     shutil.rmtree(copy / "replay")
     with pytest.raises(RunError, match="replay is gone"):
-        dream_env(copy)
+        dream_env(agent)
     assert not (copy / "replay").exists()
     shutil.copytree(runs / "dreamer_v3" / "replay", copy / "replay")
     (copy / "replay" / "reward").unlink()
     for _ in range(2):
         with pytest.raises(RunError, match="lacks reward"):
-            dream_env(copy)
+            dream_env(agent)
     (copy / "checkpoint.pt").unlink()
     with pytest.raises(RunError, match="no checkpoint"):
-        dream_env(copy)
+        dream_env(agent)
 
 
-def test_a_run_is_left_as_it_was(runs):
+def test_a_run_is_left_as_it_was(runs, dream):
     before = {p: p.read_bytes() for p in (runs / "dreamer_v3").rglob("*") if p.is_file()}
-    envs = dream_env(runs / "dreamer_v3", 4, horizon=3)
+    envs = dream("dreamer_v3", 4, horizon=3)
     envs.reset(seed=0)
     for _ in range(10):
         envs.step(envs.action_space.sample())

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import dummy_envs
 import gymnasium
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.envs import Envs, example_rows
+from common.checkpoint import EnvError
+from common.envs import RESERVED, Envs, action_width, example_rows, make_envs
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
@@ -85,6 +88,9 @@ def test_rows_of_two_episodes():
         envs.step(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"policy.*not finite"):
         envs.step(torch.full((2, 2), torch.nan))
+    other = dummy("Base", 2, seed=3)  # before the first row an action is ignored
+    assert same(other.step(torch.full((2, 2), torch.nan)), rows[0])
+    assert same(other.step(torch.zeros(2, 2)), rows[1])
 
 
 def test_real_termination_is_terminal():
@@ -102,9 +108,9 @@ def test_action_repeat_sums_rewards_and_stops_at_the_end():
     assert [r["is_last"].item() for r in rows] == [False, False, False, True, False]
 
 
-@pytest.mark.parametrize("workers", [False, True])
-def test_rows_do_not_alias(workers):
-    envs = dummy("SameBuffer", 2, workers=workers)
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_rows_do_not_alias(env_workers):
+    envs = dummy("SameBuffer", 2, env_workers=env_workers)
     rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(3)]
     assert [r["observation"][1, 1].item() for r in rows] == [0, 1, 2, 3]
     rows[-1]["observation"].zero_()
@@ -162,6 +168,8 @@ def test_equals_gymnasium_by_hand():
 def test_actions_that_the_environment_sees(kind, dim, classes, cases):
     envs = dummy(f"Echo{kind}")
     assert (envs.action_dim, envs.action_classes) == (dim, classes)
+    space = gymnasium.make(f"dummy_envs:Echo{kind}-v0", disable_env_checker=True).action_space
+    assert action_width(space) == action_width(dim) == action_width(torch.zeros(7, dim)) == dim
     envs.step(None)
     for action, seen in cases.items():
         row = envs.step(torch.tensor([action], dtype=torch.float32))
@@ -201,8 +209,34 @@ def test_observations_that_are_not_used_may_be_anything():
         dummy("Mission")
     envs = dummy("Slash")
     assert envs.step(None)["walker.joints"].shape == (1, 2)
-    with pytest.raises(RuntimeError, match="an observation named 'deter': rename it"):
-        dummy("Latent")
+    for name in RESERVED:
+        with pytest.raises(RuntimeError, match=f"an observation named '{name}': rename it"):
+            dummy(f"Reserved-{name}")
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_observations_named_like_latents_are_renamed(env_workers):
+    """`state` and `belief` are the model's; only whole names count, and all modes have them."""
+    keys = {"observation.state": (2,), "observation.belief": (16, 16, 3), "body.state": (1,)}
+    envs = dummy("Latent", 2, image_size=16, seed=3, env_workers=env_workers)
+    assert envs.spec["shapes"] == {key: list(shape) for key, shape in keys.items()}
+    row = envs.step(None)
+    luck = [np.random.default_rng(episode_seed(3, i, 0)).random() for i in range(2)]
+    for count in range(3):
+        assert set(row.keys()) == {*keys, "reward", "is_first", "is_last", "is_terminal"}
+        assert {key: tuple(row[key].shape[1:]) for key in keys} == keys
+        assert row["observation.state"].tolist() == [[count, np.float32(x)] for x in luck]
+        assert row["body.state"].tolist() == [[-count]] * 2
+        assert row["observation.belief"].dtype == torch.uint8
+        assert (row["observation.belief"] == count).all()
+        row = envs.step(torch.zeros(2, 2))
+    assert row.keys() == example_rows(envs.spec).keys()
+    envs.close()
+    found = dummy("Latent", obs="vector").step(None)
+    assert {key for key in found.keys() if key in keys} == {"observation.state", "body.state"}
+    found = dummy("Latent", obs="both", image_size=16).step(None)
+    assert {*keys, "pixels"} < set(found.keys())
+    assert set(dummy("Latent", obs="pixels").step(None).keys()).isdisjoint(keys)
 
 
 def test_obs_modes():
@@ -239,6 +273,8 @@ def test_videos_are_optional():
         ("Worded", ["'order'", "Worded-v0", "Text", "FlattenObservation"]),
         ("ChannelsFirst", ["'observation'", "ChannelsFirst-v0", "(3, 64, 64)", "last"]),
         ("Reserved", ["reward", "Reserved-v0"]),
+        ("Reserved-is_first", ["is_first", "Reserved-is_first-v0"]),
+        ("Reserved-_episode", ["_episode", "Reserved-_episode-v0"]),
         ("EchoTuple", ["EchoTuple-v0", "Tuple", "TransformAction"]),
     ],
 )
@@ -257,51 +293,145 @@ def test_options_are_checked():
         dummy("Base", repeat=2)
 
 
-# --- errors and crashes -----------------------------------------------------------------------
+def test_environments_of_a_script():
+    """Flags that are options, by name; changes beat them; without a flag there are no images."""
+    flags = dict(env_id="dummy_envs:Nested-v0", num_envs=2, seed=3, action_repeat=2, lr=1.0)
+    args = SimpleNamespace(**flags)
+    envs, same_envs = make_envs(args), dummy("Nested", 2, seed=3, obs="vector", action_repeat=2)
+    assert (envs.num_envs, set(envs.spec["shapes"])) == (2, {"body.place", "body.alone", "bytes"})
+    assert same(envs.step(None), same_envs.step(None)) and not envs.can_render
+    row = envs.step(torch.zeros(2, 2))
+    assert row["reward"].tolist() == [3, 3]
+    changed = make_envs(args, num_envs=1, action_repeat=1, obs="pixels", image_size=16, frames=8)
+    changed.step(None)
+    row = changed.step(torch.zeros(1, 2))
+    assert row["reward"].tolist() == [1] and row["pixels"].shape == (1, 16, 16, 3)
+    assert changed.can_render and changed.frame().shape == (8, 8, 3)
+    args.obs, args.image_size = "both", 24
+    assert make_envs(args).step(None)["eye"].shape == (2, 24, 24, 3)
+    base = SimpleNamespace(env_id="dummy_envs:Base-v0", seed=8)
+    luck = np.random.default_rng(episode_seed(8, 0, 0)).random()
+    assert make_envs(base).step(None)["observation"].tolist() == [[0, np.float32(luck)]]
+    luck = np.random.default_rng(episode_seed(9, 0, 0)).random()
+    assert make_envs(base, seed=9).step(None)["observation"].tolist() == [[0, np.float32(luck)]]
 
 
-@pytest.mark.parametrize("workers", [False, True])
-def test_not_finite(workers):
-    envs = dummy("NotFinite", workers=workers)
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_not_finite(env_workers):
+    envs = dummy("NotFinite", env_workers=env_workers)
     for _ in range(3):
         envs.step(torch.zeros(1, 2))
     message = "observation 'velocity' of .*NotFinite-v0 is not finite at step 3 of environment 0"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(EnvError, match=message):
         envs.step(torch.zeros(1, 2))
-    assert envs.crashes == 0
     envs.close()
 
 
 def test_reward_not_finite():
     envs = dummy("NotFiniteReward")
-    with pytest.raises(ValueError, match=r"reward of .*NotFiniteReward-v0 is not finite at step 3"):
+    with pytest.raises(EnvError, match=r"reward of .*NotFiniteReward-v0 is not finite at step 3"):
         [envs.step(torch.zeros(1, 2)) for _ in range(4)]
 
 
-@pytest.mark.parametrize("workers", [False, True])
-def test_crash_starts_a_new_episode(workers, capfd):
-    dummy_envs.Raises.lives = -1 if workers else 0  # gymnasium builds one more, here, to look at
-    envs = dummy("Raises", workers=workers, seed=1)
-    rows = [envs.step(None)] + [envs.step(torch.zeros(1, 2)) for _ in range(4)]
-    assert [r["observation"][0, 0].item() for r in rows] == [0, 1, 2, 0, 1]
-    assert [r["is_first"].item() for r in rows] == [True, False, False, True, False]
-    assert [r["is_last"].item() for r in rows] == [False] * 5
-    assert [r["reward"].item() for r in rows] == [0, 1, 2, 0, 1]
-    luck = np.random.default_rng(episode_seed(1, 0, 1)).random()
-    assert rows[3]["observation"][0, 1].item() == np.float32(luck)  # it is episode 1
-    assert envs.crashes == 1
-    again = dummy("Raises", workers=workers, seed=1)
-    again.load_state_dict(envs.state_dict())
-    assert again.crashes == 1
-    assert same(again.step(torch.zeros(1, 2)), envs.step(torch.zeros(1, 2)))
+def gone(step, env, episode, error="OSError('the simulator is gone')"):
+    """A pattern of the whole message of an environment that raised; `env` may be one, too."""
+    error, of = re.escape(error), rf"of environment {env} \(episode {episode}\)"
+    return f"^{error} was raised at step {step} {of}$"
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_an_environment_that_raises(env_workers, monkeypatch, capfd):
+    """It is not built again; what had been reached can be saved, and is where a resumed run is."""
+    envs = dummy("Raises", 2, env_workers=env_workers, seed=1)
+    rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(2)]
+    assert [r["observation"][0, 0].item() for r in rows] == [0, 1, 2]
+    before = envs.state_dict()
+    which = "[01]" if env_workers else 0  # gymnasium raises the error that arrives last
+    with pytest.raises(EnvError, match=gone(3, which, 0)):
+        envs.step(torch.ones(2, 2))
+    state = envs.state_dict()
+    assert state["episodes"] == before["episodes"] == [0, 0]
+    for mine, its in zip(state["actions"], before["actions"], strict=True):
+        assert torch.equal(mine, its) and mine.shape == (2, 2) and not mine.any()
+    assert all(torch.equal(state["row"][key], before["row"][key]) for key in before["row"])
     envs.close()
+    again = dummy("Raises", 2, env_workers=env_workers, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.load_state_dict(state)
+    with pytest.raises(EnvError, match=gone(3, which, 0)):  # with the same seed it raises again
+        again.step(torch.ones(2, 2))
     again.close()
-    if not workers:
-        assert "the simulator is gone" in capfd.readouterr().err
+    if not env_workers:
+        shown = capfd.readouterr().err
+        assert shown.count("OSError: the simulator is gone") == 2
+        monkeypatch.setattr(dummy_envs.Raises, "broken", False)
+        mended = dummy("Raises", 2, seed=1)
+        mended.load_state_dict(state)
+        row = mended.step(torch.zeros(2, 2))
+        assert row["reward"].tolist() == [3, 3] and not row["is_first"].any()
+        assert torch.equal(row["observation"][:, 1], rows[0]["observation"][:, 1])
+
+
+RAISE = """
+import sys, torch
+from common.envs import Envs
+if __name__ == "__main__":
+    envs = Envs("dummy_envs:Raises-v0", 2, env_workers=sys.argv[1] == "True")
+    try:
+        for _ in range(4):
+            envs.step(torch.zeros(2, 2))
+    except Exception as error:
+        print(type(error).__module__, type(error).__name__, error)
+    envs.close()
+"""
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_the_traceback_of_an_environment_is_shown(env_workers, tmp_path):
+    """By the process in which it ran, once for each environment that raised."""
+    (tmp_path / "script.py").write_text(RAISE)
+    command = [sys.executable, tmp_path / "script.py", str(env_workers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    kind, _, text = done.stdout.rstrip("\n").partition(" EnvError ")
+    assert kind == "common.checkpoint", done.stderr
+    assert re.search(gone(3, "[01]" if env_workers else 0, 0), text), done.stdout
+    shown = done.stderr
+    number = 2 if env_workers else 1  # in one process the second is not reached
+    assert shown.count('raise OSError("the simulator is gone")') == number, shown
+    assert shown.count("Traceback (most recent call last)") == number, shown
+    assert "dummy_envs.py" in shown and "in step" in shown
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_errors_name_where_they_were_raised(env_workers):
+    """The environment, its episode and the step in it; also in a reset."""
+    steps = {"RaisesLater": 9, "RaisesInReset": 1, "RaisesInResetLater": 7}
+    for name, number in steps.items():
+        envs, error = dummy(name, env_workers=env_workers), "OSError('no simulator')"
+        for _ in range(number - 1):  # 6 rows are the first episode
+            envs.step(torch.zeros(1, 2))
+        place = {"RaisesLater": (3, 0, 1), "RaisesInReset": (0, 0, 0, error)}
+        place = place.get(name, (0, 0, 1, error))
+        with pytest.raises(EnvError, match=gone(*place)):
+            envs.step(torch.zeros(1, 2))
+        saved = envs.state_dict()
+        assert (saved["row"] is None) == (name == "RaisesInReset")
+        assert saved["episodes"] == [1 if name == "RaisesLater" else 0]
+        envs.close()
+    if not env_workers:
+        envs = dummy("Raises", 3)
+        envs._vector.envs[0].env.unwrapped.broken = False
+        envs._vector.envs[1].env.unwrapped.broken = False
+        with pytest.raises(EnvError, match=gone(3, 2, 0)):
+            [envs.step(torch.zeros(3, 2)) for _ in range(4)]
 
 
 def test_a_killed_worker_is_named():
-    envs = dummy("Base", 2, workers=True)
+    envs = dummy("Base", 2, env_workers=True)
     envs.step(None)
     envs._vector.processes[1].kill()
     envs._vector.processes[1].join()
@@ -309,32 +439,6 @@ def test_a_killed_worker_is_named():
         envs.step(torch.zeros(2, 2))
     assert len(envs.state_dict()["actions"]) == 2  # the parent can still save
     envs.close()
-
-
-def test_too_many_crashes():
-    envs = dummy("RaisesAlways", max_crashes=2)
-    for _ in range(8):  # rows 0 1 2, crash, 1 2, crash, 1 2
-        envs.step(torch.zeros(1, 2))
-    assert envs.crashes == 2
-    with pytest.raises(RuntimeError, match=r"RaisesAlways-v0, crash 3: .*the simulator is gone"):
-        [envs.step(torch.zeros(1, 2)) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"RaisesInReset-v0, crash 11: .*no simulator"):
-        dummy("RaisesInReset").step(None)
-
-
-def test_only_crashes_in_a_row_count():
-    envs = dummy("RaisesSometimes", max_crashes=1)
-    envs.step(None)
-    for _ in range(40):
-        envs.step(torch.zeros(1, 2))
-    assert envs.crashes >= 3
-
-
-def test_rebuilding_fails():
-    dummy_envs.RaisesOnce.lives = 0
-    envs = dummy("RaisesOnce")
-    with pytest.raises(RuntimeError, match=r"RaisesOnce-v0, crash 1: .*gone.*not again"):
-        [envs.step(torch.zeros(1, 2)) for _ in range(4)]
 
 
 def test_unknown_ids_and_missing_packages(monkeypatch):
@@ -356,7 +460,7 @@ def test_unknown_ids_and_missing_packages(monkeypatch):
     with pytest.raises(ValueError, match=r"ALE/Pong-v5 needs.*pip install ale-py"):
         Envs("ALE/Pong-v5")
     with pytest.raises(ValueError, match=r"crafter/Reward-v0 needs.*pip install crafter"):
-        Envs("crafter/Reward-v0")
+        Envs("tools.crafter_env:crafter/Reward-v0")
     for name in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
         monkeypatch.delitem(sys.modules, name)
     missing("mujoco")
@@ -377,21 +481,21 @@ def test_unknown_dm_control_task():
 # --- resume -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.parametrize("env_workers", [False, True])
 @pytest.mark.parametrize(
     "env_id",
     ["CartPole-v1", "Pendulum-v1", pytest.param("dm_control/walker-walk-v0", marks=needs_dmc)],
 )
-def test_resume_continues_bit_identically(env_id, workers, tmp_path):
+def test_resume_continues_bit_identically(env_id, env_workers, tmp_path):
     generator = torch.Generator().manual_seed(1)
-    envs = Envs(env_id, 2, seed=2, workers=workers)
+    envs = Envs(env_id, 2, seed=2, env_workers=env_workers)
     actions = torch.rand(280, 2, envs.action_dim, generator=generator) * 3 - 1.5
     for t in range(230):  # in the second episode of Pendulum, in one of many of CartPole
         envs.step(actions[t])
     torch.save(envs.state_dict(), tmp_path / "state.pt")
     want = [envs.step(actions[t]) for t in range(230, 280)]
     envs.close()
-    envs = Envs(env_id, 2, seed=2, workers=workers)
+    envs = Envs(env_id, 2, seed=2, env_workers=env_workers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -608,7 +712,7 @@ def test_atari():
 def test_crafter():
     import crafter
 
-    envs = Envs("crafter/Reward-v0", seed=1)
+    envs = Envs("tools.crafter_env:crafter/Reward-v0", seed=1)
     assert envs.action_classes == (17,)
     row = envs.step(None)
     by_hand = crafter.Env(seed=episode_seed(1, 0, 0))

@@ -404,7 +404,8 @@ def test_29_lambda_return_is_the_mixture_of_n_step_returns(lam):
     last, terminal = torch.rand(4, 9) < 0.2, torch.rand(4, 9, dtype=torch.float64) * 0.5
     found = lambda_return(reward, boot, last, terminal, 0.97, lam)
     rows = zip(reward, boot, last.double(), terminal, strict=True)
-    near(found, [n_step_mixture(*(x.numpy() for x in row), 0.97, lam) for row in rows], 1e-6, 1e-6)
+    expected = [n_step_mixture(*(x.numpy() for x in row), 0.97, lam) for row in rows]
+    near(found, np.stack(expected), 1e-6, 1e-6)
 
 
 def test_31_weight_includes_the_start():

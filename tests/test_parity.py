@@ -1,4 +1,4 @@
-"""Three updates of the authors' JAX code (danijar/dreamerv3 at e3f0224) against `Agent.optimize`.
+"""Three updates of the authors' JAX code (danijar/dreamerv3 at e3f0224) against `Agent.update`.
 
 dreamer_v3_jax.npz holds their parameters, a batch with episode ends, and what their code computed
 in float32 with sampling replaced by fixed rules: a latent is the mode, an action is
@@ -23,6 +23,7 @@ from dreamer_v3 import (
     reconstruction_loss,
     reward_loss,
     two_hot_decode,
+    value_error,
 )
 
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
@@ -183,7 +184,8 @@ def test_losses_per_row(reference, forward):
     both = reference["out/losses/position"] + reference["out/losses/velocity"]
     close("reconstruction", reconstruction_loss(model.decoder, td), both)
     dream = dream[:, :-1]
-    error = agent.value_loss.error(dream["value_logits"], dream["lambda_target"], dream["feat"])
+    inputs = dream["value_logits"], dream["lambda_target"], dream["feat"]
+    error = value_error(*inputs, agent.slow_value, model.bins)
     value = (dream["weight"] * error).mean(1).reshape(4, 9)
     close("value", value, reference["out/losses/value"])
 
@@ -286,7 +288,7 @@ def test_three_updates(reference):
     """Loss at each, gradient norm, parameters, slow critic, return bounds after one and three."""
     agent, border = authors_agent(reference), {}
     for step in (1, 2, 3):
-        metrics, latents = agent.optimize(make_batch(reference), make_noise())
+        metrics, latents = agent.update(make_batch(reference), make_noise())
         total = sum(v for k, v in metrics.items() if k.startswith("train/loss"))
         close(f"loss {step}", total, reference[f"step{step}/opt/loss"], 2e-6)
         grads = [p.grad for m in agent.modules.values() for p in m.parameters()]

@@ -10,6 +10,7 @@ from botorch.fit import fit_gpytorch_mll
 from tensordict import TensorDict
 
 import pilco
+from common import plants
 from pilco import (
     JITTER,
     Agent,
@@ -723,7 +724,7 @@ def test_natural_units_of_a_policy():
 def test_acting_is_the_mean_of_the_imagined_action():
     agent = tiny_agent()
     rows = TensorDict(observation=3 * torch.randn(50, 2), batch_size=[50])
-    action, _ = agent.act(rows)
+    action = agent.act(rows)["action"]
     index = agent.world_model.features
     mean, cov = with_angles(*certain(rows["observation"].double()), agent.args.angles)
     wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.best())
@@ -863,12 +864,12 @@ def test_search_keeps_to_its_budget():
 # --- scenarios ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, rate", [("pendulum", pilco.pendulum), ("cp", pilco.cart_pole)])
+@pytest.mark.parametrize("name, rate", [("pendulum", plants.pendulum), ("cp", plants.cart_pole)])
 def test_equations_of_motion(name, rate):
     given, out = case(f"dynamics_{name}")
     z, u = given["z"].numpy(), given["u"].numpy()
     np.testing.assert_allclose(rate(z, u), out["dz"].numpy(), rtol=1e-13, atol=1e-14)
-    after = pilco.runge_kutta(rate, z, u, given["dt"].item())
+    after = plants.runge_kutta(rate, z, u, given["dt"].item())
     np.testing.assert_allclose(after, out["znext"].numpy(), atol=1e-6)
 
 
@@ -882,11 +883,11 @@ def test_double_pendulum_keeps_its_energy():
         return moving + m * g * length * (1.5 * np.cos(t1) + 0.5 * np.cos(t2))
 
     z, rng = np.array([1.0, -2.0, 2.0, 2.5]), np.random.default_rng(0)
-    later = pilco.runge_kutta(pilco.double_pendulum, z, np.zeros(2), 0.5, steps=2000)
+    later = plants.runge_kutta(plants.double_pendulum, z, np.zeros(2), 0.5, steps=2000)
     assert energy(later) == pytest.approx(energy(z), abs=1e-9) and abs(later - z).max() > 0.5
     for _ in range(5):  # the power of the torques is what energy changes by
         z, u = rng.normal(size=4), rng.normal(size=2)
-        rate, h = pilco.double_pendulum(z, u), 1e-6
+        rate, h = plants.double_pendulum(z, u), 1e-6
         change = (energy(z + h * rate) - energy(z - h * rate)) / (2 * h)
         assert change == pytest.approx(z[0] * u[0] + z[1] * u[1], rel=1e-6)
 
@@ -895,7 +896,7 @@ def test_double_pendulum_keeps_its_energy():
 def test_plants_agree_with_their_costs(preset):
     """The reward is minus the preset's cost of the true state; noise and start are as said."""
     args = pilco.parse_args(["--preset", preset])
-    _, kwargs = pilco.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
+    _, kwargs = plants.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
     width = len(kwargs["start"])
     spec = {"shapes": {"observation": [width]}, "action_dim": len(kwargs["most"]), "classes": []}
     agent, env = Agent(spec, args), pilco.gymnasium.make(args.env_id).unwrapped

@@ -3,44 +3,45 @@
 import ast
 import contextlib
 import dataclasses
-import errno
 import itertools
-import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import psutil
 import pytest
 import torch
-from dummy_envs import Base, Nested
-from gymnasium import spaces
+from running import (
+    ENVIRONMENT,
+    REPO,
+    count_lines,
+    leaves,
+    lines_of,
+    replay_rows,
+    same_leaves,
+    same_runs,
+    until,
+)
 from tensordict import TensorDict
 
+import common.run
 import dreamer
 import dreamer_v3
-from common import checkpoint, logger
-from common.envs import example_rows, make_envs
-from common.evaluation import benchmark, evaluate, open_loop
-from common.replay import make_replay
+from common import checkpoint
+from common.envs import Options, make_envs
+from common.replay import Replay, with_previous
+from common.run import evaluate, open_loop
 from dreamer_v3 import Agent, parse_args
+from tools.benchmark import benchmark
 
-REPO = Path(__file__).resolve().parents[1]
-SCRIPT = REPO / "dreamer_v3.py"
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
-    "SDL_VIDEODRIVER": "dummy",
-}
+SCRIPT = REPO / "dreamer_v3.py"  # what `start` and `inside` run here
 SMALL = (
     "--threads 1 --no-tensorboard --deter 16 --hidden 8 --stoch 4 --classes 4 --depth 2 --units 8"
     " --batch-size 2 --batch-length 8 --imagination-horizon 3 --image-size 16 --dream-every 0"
@@ -52,353 +53,15 @@ TINY = (
 SMALL, TINY = SMALL.split(), TINY.split()
 
 
-# --- environments -------------------------------------------------------------------------------
-
-
-class Long(Base):
-    """Twenty steps; with `slow`, each takes so many seconds."""
-
-    length = 20
-
-    def __init__(self, slow=0.0):
-        self.slow = slow
-
-    def step(self, action):
-        time.sleep(self.slow)
-        return super().step(action)
-
-
-class Both(Nested):
-    """Vectors and images, long enough for a dream."""
-
-    length = 20
-
-
-class Walk(Base):
-    """An image and a vector that depend on the seed and on all actions of the episode."""
-
-    length = 15
-    observation_space = spaces.Dict(
-        {
-            "eye": spaces.Box(0, 255, (16, 16, 3), np.uint8),
-            "place": spaces.Box(-np.inf, np.inf, (2,), np.float32),
-        }
-    )
-
-    def reset(self, *, seed=None, options=None):
-        gymnasium.Env.reset(self, seed=seed)
-        self.place, self.count = self.np_random.normal(size=2), 0
-        return self.observe(), {}
-
-    def step(self, action):
-        self.place = self.place + 0.3 * np.asarray(action, np.float64) + self.drift()
-        self.count += 1
-        over = self.count == self.length
-        return self.observe(), float(-np.abs(self.place).sum()), False, over, {}
-
-    def drift(self):
-        return 0.1 * self.np_random.normal(size=2)
-
-    def observe(self):
-        eye = (np.outer(np.sin(np.arange(16) * self.place[0]), np.arange(16)) * 8).astype(np.int64)
-        return {"eye": np.stack([eye % 256] * 3, -1).astype(np.uint8), "place": self.place}
-
-
-class Pixels(Walk):
-    observation_space = Walk.observation_space["eye"]
-
-    def observe(self):
-        return super().observe()["eye"]
-
-
-class Spoiled(Long):
-    """NaN at step 7 of the fifth episode."""
-
-    episodes = 0
-
-    def reset(self, *, seed=None, options=None):
-        type(self).episodes += 1
-        return super().reset(seed=seed)
-
-    def observe(self):
-        bad = type(self).episodes == 5 and self.count == 7
-        return np.array([np.nan if bad else self.count, self.luck])
-
-
-class Huge(Long):
-    """Rewards and observations beyond what the bins of the two-hot code reach."""
-
-    def step(self, action):
-        obs, _, *rest = super().step(action)
-        return obs, 1e30, *rest
-
-    def observe(self):
-        return np.array([1e30, -1e38])
-
-
-def short_cartpole():
-    """A task of DM Control whose episodes end after 20 steps."""
-    import shimmy  # noqa: F401  registers dm_control/...
-
-    env = gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True)
-    env.unwrapped._env._step_limit = 20
-    return env
-
-
-for cls in (Long, Both, Walk, Pixels, Spoiled, Huge):
-    gymnasium.register(f"{cls.__name__}-v0", f"test_run:{cls.__name__}")
-gymnasium.register("Slow-v0", "test_run:Long", kwargs={"slow": 0.02})
-gymnasium.register("ShortCartpole-v0", "test_run:short_cartpole")
-PENDULUM = "gymnasium.envs.classic_control:PendulumEnv"
-gymnasium.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
-
-
-# --- sub-processes ------------------------------------------------------------------------------
-
-# Imports take longer than most of these runs, so one process imports and then forks for each run;
-# the fork executes the script as "__main__", to its exit code.
-NURSERY = """
-import json, os, signal, sys, types
-import matplotlib.figure, imageio_ffmpeg, PIL.Image, test_run
-path = sys.argv[1]
-code = compile(open(path).read(), path, "exec")
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leave no zombies
-for line in sys.stdin:
-    name, prepare, argv, environment = json.loads(line)
-    if os.fork() == 0:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        child = os.fork()
-        if child == 0:
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            out = os.open(name + ".out", os.O_WRONLY | os.O_CREAT, 0o600)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            sys.argv = [path, *argv]
-            os.environ.update(environment)
-            getattr(test_run, prepare)()
-            main = sys.modules["__main__"] = types.ModuleType("__main__")
-            main.__file__ = path
-            exec(code, main.__dict__)
-            sys.exit()
-        for ending, text in ("pid", lambda: child), ("rc", lambda: os.waitpid(child, 0)[1]):
-            value = str(text())
-            with open(name + ".part", "w") as file:
-                file.write(value)
-            os.rename(name + ".part", name + "." + ending)
-        os._exit(0)
-"""
-
-
-def no_pictures():
-    """matplotlib would take half of the time of a short run."""
-    logger.Logger.picture = lambda self, name, figure: self.folder / f"{name}.png"
-    logger.plot_curve = lambda folder: folder / "learning_curve.png"
-
-
-def wider_observation():
-    no_pictures()
-    Long.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
-    Long.observe = lambda self: np.zeros(3)
-
-
-def all_pictures():
-    """The script as it is."""
-
-
-def fixed_updates():
-    """No run at all: what tests/ranks.py does."""
-    import ranks
-
-    ranks.main(*sys.argv[1:])
-    sys.exit()
-
-
-@pytest.fixture(scope="module")
-def nursery(request):
-    command = [sys.executable, "-c", NURSERY, str(request.module.SCRIPT)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, cwd=REPO, text=True)
-    yield process
-    process.stdin.close()
-    process.wait(30)
-
-
-@pytest.fixture
-def start(nursery, tmp_path):
-    """start(argv...) -> a running Run; those left over are killed at the end of the test."""
-    runs = []
-
-    def launch(*argv, prepare="no_pictures", **environment):
-        runs.append(Run(nursery, tmp_path / f"process{len(runs)}", argv, prepare, environment))
-        return runs[-1]
-
-    yield launch
-    for run in runs:
-        if run.code is None and not run.path(".rc").exists():
-            run.signal(signal.SIGKILL)
-
-
-@pytest.fixture
-def two(start):
-    """two(argv...): both ranks of a run, as torchrun would start them."""
-
-    def launch(*argv, **options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            options |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
-        ranks = [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2") for i in range(2)]
-        return [start(*argv, **options, **rank) for rank in ranks]
-
-    return launch
-
-
-class Run:
-    """A process of dreamer_v3.py."""
-
-    def __init__(self, nursery, name, argv, prepare, environment):
-        self.name, self.code = name, None
-        order = [str(name), prepare, [str(a) for a in argv], environment]
-        nursery.stdin.write(json.dumps(order) + "\n")
-        nursery.stdin.flush()
-        until(self.path(".pid").exists)
-
-    def path(self, ending):
-        return self.name.with_name(self.name.name + ending)
-
-    def signal(self, number):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(self.path(".pid").read_text()), number)
-
-    def wait(self):
-        """The exit code, negative for a signal; `text` is what the process printed."""
-        until(self.path(".rc").exists)
-        self.code = os.waitstatus_to_exitcode(int(self.path(".rc").read_text()))
-        self.text = self.path(".out").read_text()
-        return self.code
-
-    def done(self):
-        """Wait for success and return the text."""
-        assert self.wait() == 0, self.text
-        return self.text
-
-    def error(self):
-        """Wait for the one-line error and return it."""
-        assert self.wait() == 1, (self.code, self.text)
-        lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.text
-        message = self.text[self.text.index(lines[0]) :]
-        assert "Traceback" not in message, self.text  # one of an environment may stand before it
-        return message
-
-
-def until(check, seconds=120):
-    limit = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < limit, "nothing happened"
-        time.sleep(0.01)
-
-
-def lines_of(folder):
-    """metrics.jsonl without the clock."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
-
-
-def resumes_exactly_on_two_ranks(two, tmp_path, flags):
-    """One run to step 160, another one to 80 and then to 160: the same lines, and how they end."""
-    for name, steps in (("whole", 160), ("parts", 80), ("parts", 160)):
-        if (tmp_path / "parts").exists():  # a machine went down before rank 0 confirmed this
-            (tmp_path / "parts" / "rank1-120-99.pt").write_bytes(b"half of a file")
-        first, second = two("--run", tmp_path / name, *flags, "--steps", steps)
-        text = first.done()
-        assert "parameters in world_model" in text and "parameters" not in second.done()
-    assert "resumes at step 80" in text
-    whole, parts = (lines_of(tmp_path / name) for name in ("whole", "parts"))
-    assert [row for row in whole if "updates" in row] == [row for row in parts if "updates" in row]
-    assert len(whole) > 8 and whole[-1]["step"] == 160 and "eval/return" in whole[-1]
-    assert any("train/loss_actor" in row for row in whole if row["step"] > 80)
-    for folder in (tmp_path / "parts", tmp_path / "whole"):
-        updates = checkpoint.load(folder)["updates"]
-        assert [path.name for path in folder.glob("rank1-*.pt")] == [f"rank1-160-{updates}.pt"]
-    ends = [sum((folder / rank / "replay/is_last").read_bytes()) for rank in (".", "rank1")]
-    assert sum("episode/return" in row for row in whole) == sum(ends) and all(ends)  # one log
-    begins = [(folder / rank / "replay/observation").read_bytes()[:32] for rank in (".", "rank1")]
-    starts = {begin[i : i + 16] for begin in begins for i in (0, 16)}
-    assert len(starts) == 4  # of the four environments: four float32 each
-    return folder
-
-
-def count_lines(folder):
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def leaves(tree, name=""):
-    """Every leaf of nested dicts, lists and tuples with its path."""
-    if isinstance(tree, dict):
-        pairs = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        pairs = enumerate(tree)
-    else:
-        yield name, tree
-        return
-    for key, branch in pairs:
-        yield from leaves(branch, f"{name}/{key}")
-
-
-def same_leaves(a, b):
-    a, b = dict(leaves(a)), dict(leaves(b))
-    assert a.keys() == b.keys()
-    different = [
-        k
-        for k, x in a.items()
-        if not (torch.equal(x, b[k]) if isinstance(x, torch.Tensor) else x == b[k])
-    ]
-    assert not different, different
-
-
-def replay_rows(folder, argv):
-    """All rows of a run's replay, {(environment, row): {key: value}}, as `sample` gives them."""
-    args = parse_args([*map(str, argv), "--run", str(folder)])
-    envs = make_envs(args, args.num_envs, args.seed)
-    agent = Agent(envs.spec, args)
-    held = make_replay(args, agent.row(example_rows(agent.spec), agent.initial(1))[0], folder)
-    envs.close()
-    held.load_state_dict(checkpoint.load(folder)["replay"])
-    held.queue.clear()
-    batch, rows = held.sample(40 * len(held)), {}
-    for i, length in itertools.product(range(len(batch)), [held.length]):
-        for t in range(1, length):  # row 0 of a window has another is_first
-            rows[tuple(batch["index"][i, t].tolist())] = (i, t)
-    count = held.num_envs * (held.total - held.oldest - 1)
-    assert len(rows) == count, "every row but the oldest ones was drawn"
-    keys = sorted(set(batch.keys()) - {"index"})
-    places = torch.tensor([rows[key] for key in sorted(rows)])
-    values = {key: batch[key][places[:, 0], places[:, 1]] for key in keys}
-    return values | {"index": torch.tensor(sorted(rows))}
-
-
-def same_runs(a, b, argv):
-    """Bit for bit: metrics, parameters, optimiser, counters, generators, envs, replay."""
-    assert lines_of(a) == lines_of(b)
-    first, second = checkpoint.load(a), checkpoint.load(b)
-    for state in (first, second):
-        state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
-        del state["replay"]["current"]  # which of two slots is in use depends on when was saved
-        del state["agent"]["args"]["run"]
-    assert first["updates"] >= 20
-    same_leaves(first, second)
-    same_leaves(replay_rows(a, argv), replay_rows(b, argv))
-
-
 # --- resume -------------------------------------------------------------------------------------
 
 CASES = {
     "pendulum, the replay wraps around": (
-        "--env-id test_run:ShortPendulum-v0 --num-envs 2 --steps 400 --replay-size 160"
+        "--env-id running:ShortPendulum-v0 --num-envs 2 --steps 400 --replay-size 160"
         " --train-ratio 1"
     ),
-    "dm_control": "--env-id test_run:ShortCartpole-v0 --steps 160 --log-every 5",
-    "pixels": "--env-id test_run:Pixels-v0 --steps 130 --log-every 5 --save-every 30",
+    "dm_control": "--env-id running:ShortCartpole-v0 --steps 160 --log-every 5",
+    "pixels": "--env-id running:Pixels-v0 --steps 130 --log-every 5 --save-every 30",
 }
 
 
@@ -434,7 +97,7 @@ def test_interrupted_equals_uninterrupted(start, tmp_path, case):
 
 
 def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Walk-v0", "--save-every", "1000", "--train-ratio", "8"]
+    argv = [*TINY, "--env-id", "running:Walk-v0", "--save-every", "1000", "--train-ratio", "8"]
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     first = start(*argv, "--steps", 90, "--run", whole)
     start(*argv, "--steps", 50, "--run", longer).done()
@@ -444,8 +107,38 @@ def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
     same_runs(whole, longer, [*argv, "--steps", "90"])
 
 
+@pytest.mark.parametrize("stop", [30, 95])
+def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
+    """The update under way ends, the others come after the resume, and all is as if never stopped.
+
+    25 updates for each row: the first one after row 24, the last burst after row 28.
+    """
+    argv = [*TINY, "--env-id", "running:Walk-v0", "--train-ratio", 400, "--steps", 28]
+    updates, ended, update = [], [], Agent.update
+    monkeypatch.setattr(common.run, "show", lambda *_: ended.append(0) or {})
+
+    def stopping(agent, batch):
+        updates.append(0)
+        if len(updates) == 101 + stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent, batch)
+
+    monkeypatch.setattr(Agent, "update", stopping)
+    inside(*argv)
+    (tmp_path / "run").rename(tmp_path / "whole")
+    assert len(ended) == 1 and len(updates) == 101
+    inside(*argv)
+    assert len(ended) == 1 and len(updates) == 101 + stop
+    before = checkpoint.load(tmp_path / "run")
+    assert before["updates"] == stop and before["owed"] == 25 - (stop - 1) % 25
+    assert before["step"] == before["replay"]["total"] == 24 + -(-(stop - 1) // 25)
+    inside(*argv)
+    assert len(ended) == 2 and len(updates) == 202
+    same_runs(tmp_path / "whole", tmp_path / "run", argv)
+
+
 def test_resume_when_no_update_precedes_a_save_or_a_picture(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--run", tmp_path / "run", "--save-every", 61]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--save-every", 61]
     start(*argv, "--train-ratio", 0.5, "--steps", 60).done()
     assert checkpoint.load(tmp_path / "run")["updates"] == 2  # rows 24 and 56, so the next is 88
     start(*argv, "--train-ratio", 0.5, "--steps", 61, "--dream-every", 61).done()
@@ -460,13 +153,13 @@ def test_the_seed_decides(start, tmp_path):
     same_runs(tmp_path / "a", tmp_path / "b", [*argv, "--seed", "1"])
     a, c = checkpoint.load(tmp_path / "a"), checkpoint.load(tmp_path / "c")
     assert lines_of(tmp_path / "a") != lines_of(tmp_path / "c")
-    name = "deter_in.0.weight"
+    name = "belief_in.0.weight"
     a, c = (state["agent"]["world_model"][f"prior.{name}"] for state in (a, c))
     assert not torch.allclose(a, c)
 
 
 def test_changed_arguments_and_fresh(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Walk-v0", "--run", tmp_path / "run", "--steps", 40]
+    argv = [*TINY, "--env-id", "running:Walk-v0", "--run", tmp_path / "run", "--steps", 40]
     start(*argv).done()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     message = start(*argv, "--lr", 0.5, "--horizon", 10, "--log-every", 7).error()
@@ -480,7 +173,7 @@ def test_changed_arguments_and_fresh(start, tmp_path):
 
 
 def test_a_finished_run_stays_as_it_is(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Walk-v0", "--run", tmp_path / "run", "--steps", 40]
+    argv = [*TINY, "--env-id", "running:Walk-v0", "--run", tmp_path / "run", "--steps", 40]
     start(*argv).done()
     before = lines_of(tmp_path / "run")
     assert "resumes at step 40" in start(*argv).done()
@@ -489,7 +182,7 @@ def test_a_finished_run_stays_as_it_is(start, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_and_stop(start, tmp_path, number):
-    run = start(*TINY, "--env-id", "test_run:Slow-v0", "--run", tmp_path / "run")
+    run = start(*TINY, "--env-id", "running:Slow-v0", "--run", tmp_path / "run")
     until(lambda: count_lines(tmp_path / "run") > 0)
     run.signal(number)
     assert "the same command resumes" in run.done()
@@ -498,7 +191,7 @@ def test_signals_save_and_stop(start, tmp_path, number):
 
 
 def test_two_processes_on_one_folder(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Slow-v0", "--run", tmp_path / "run", "--steps", 80]
+    argv = [*TINY, "--env-id", "running:Slow-v0", "--run", tmp_path / "run", "--steps", 80]
     first = start(*argv)
     until(lambda: count_lines(tmp_path / "run") > 0)
     assert "another process is running" in start(*argv).error()
@@ -536,7 +229,7 @@ BENCHMARKS = {  # specs 1.10; steps are environment steps: 1.1e5 actions of 4 fr
         env_id="ALE/Pong-v5"),
     "crafter": dict(
         size="200m", num_envs=1, action_repeat=1, train_ratio=512, steps=1_100_000, obs="auto",
-        env_id="crafter/Reward-v0"),
+        env_id="tools.crafter_env:crafter/Reward-v0"),
 }  # fmt: skip
 
 
@@ -581,16 +274,23 @@ def test_flags_that_do_not_exist(capsys):
 
 @pytest.mark.parametrize("script", [dreamer_v3, dreamer])
 def test_every_flag_is_read(script):
-    """`args.name` or getattr(args, "name") somewhere in the script or in common/."""
-    read = set()
+    """`args.name` or getattr(args, "name") somewhere in the script or in common/.
+
+    Two kinds are read by another name: options of environments, and periods by Run.due("...").
+    """
+    read, options = set(), {field.name for field in dataclasses.fields(Options)}
     for path in (Path(script.__file__), *(REPO / "common").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = ast.unparse(node.value)
                 if owner.split(".")[-1] == "args" or owner in ("chosen", "first"):
                     read.add(node.attr)
+                if owner.split(".")[-1] == "options" and path.name == "envs.py":
+                    read |= {node.attr} & options
             if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
                 read.add(node.args[1].value)
+            if isinstance(node, ast.Call) and ast.unparse(node).startswith("self.due('"):
+                read.add(f"{node.args[0].value}_every")
     assert {field.name for field in dataclasses.fields(script.Args)} - read == set()
 
 
@@ -646,11 +346,11 @@ def test_smallest_form_of_each_preset(start, tmp_path, preset):
 @pytest.mark.parametrize(
     ("env_id", "flags", "width", "classes"),
     [
-        ("test_run:Long-v0", "--num-envs 3", 2, []),
-        ("test_run:Pixels-v0", "--num-envs 3", 2, []),
-        ("test_run:Both-v0", "--env-workers --num-envs 2", 2, []),
-        ("test_run:Both-v0", "--obs vector", 2, []),
-        ("test_run:Both-v0", "--obs pixels", 2, []),
+        ("running:Long-v0", "--num-envs 3", 2, []),
+        ("running:Pixels-v0", "--num-envs 3", 2, []),
+        ("running:Both-v0", "--env-workers --num-envs 2", 2, []),
+        ("running:Both-v0", "--obs vector", 2, []),
+        ("running:Both-v0", "--obs pixels", 2, []),
         ("dummy_envs:EchoDiscrete-v0", "--num-envs 3 --action-repeat 2 --steps 132", 3, [3]),
         ("dummy_envs:EchoMulti-v0", "", 5, [2, 3]),
         ("dummy_envs:EchoBits-v0", "", 6, [2, 2, 2]),
@@ -673,23 +373,11 @@ def test_observations_and_actions(start, tmp_path, env_id, flags, width, classes
         assert torch.equal(part.sum(-1), torch.ones(len(part)))
     if "Terminal" in env_id:
         assert torch.equal(rows["is_terminal"], last) and last.any()
-    elif env_id.startswith(("test_run", "dummy")):
+    elif env_id.startswith(("running", "dummy")):
         assert not rows["is_terminal"].any()
 
 
 # --- counts -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def inside(request, monkeypatch, tmp_path):
-    """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
-    script = sys.modules[request.module.SCRIPT.stem]
-    results = {"finish": {}, "score": ({}, None), "plot_curve": None, "trial_plot": None}
-    for name, result in results.items():
-        if hasattr(script, name):
-            monkeypatch.setattr(script, name, lambda *_, result=result, **__: result)
-    monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
-    return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 
 
 @pytest.mark.parametrize(
@@ -707,14 +395,14 @@ def test_when_updates_happen(
     """Details 53 and 54: none before 1,024 windows, then one per `period` rows of experience."""
     seen = []
 
-    def update(agent, batch, noise=None):
+    def update(agent, batch):
         seen.append(held[0].num_envs * held[0].total)
-        assert batch.shape == (16, 65)
-        return {"train/loss": torch.zeros(())}, batch[:, 1:].select("deter", "stoch")
+        assert batch.shape == batch["previous"].shape == (16, 64)
+        return {"train/loss": torch.zeros(())}, batch["previous"].select("belief", "state")
 
     held = catch(monkeypatch)
     monkeypatch.setattr(Agent, "update", update)
-    argv = [*SMALL, "--batch-size", 16, "--batch-length", 64, "--env-id", "test_run:Long-v0"]
+    argv = [*SMALL, "--batch-size", 16, "--batch-length", 64, "--env-id", "running:Long-v0"]
     argv += ["--num-envs", num_envs, "--action-repeat", action_repeat, "--train-ratio", ratio]
     inside(*argv, "--steps", rows * action_repeat)
     assert seen[0] == gate
@@ -729,7 +417,7 @@ def catch(monkeypatch):
     """The replay that main makes, in a list."""
     held, make = [], dreamer_v3.make_replay
     monkeypatch.setattr(
-        dreamer_v3, "make_replay", lambda *args: held.append(make(*args)) or held[-1]
+        dreamer_v3, "make_replay", lambda *a, **k: held.append(make(*a, **k)) or held[-1]
     )
     return held
 
@@ -749,7 +437,7 @@ def test_no_action_on_last_rows(inside, monkeypatch):
     """Detail 55, in the replay itself."""
     held = catch(monkeypatch)
     inside(*TINY, "--env-id", "dummy_envs:Base-v0", "--num-envs", 2, "--steps", 60)
-    window = held[0].sample(200)
+    window = held[0].draw(200)
     last, action = window["is_last"], window["action"]
     assert 0.1 < last.float().mean() < 0.25
     assert not action[last].any() and (action[~last] != 0).all()
@@ -757,42 +445,49 @@ def test_no_action_on_last_rows(inside, monkeypatch):
 
 def test_latents_are_written_back(inside, monkeypatch):
     """Detail 49: what the last update returned is what the next sample sees, context untouched."""
-    held, calls, update = catch(monkeypatch), [], Agent.update
+    held, drawn, calls = catch(monkeypatch), [], []
+    draw, update = Replay.draw, Agent.update
 
-    def spy(agent, batch, noise=None):
-        metrics, latents = update(agent, batch, noise)
-        calls.append((batch["index"].clone(), batch.clone(), agent.pack(latents)))
+    def spy_draw(replay, batch_size):
+        drawn.append(draw(replay, batch_size))
+        return drawn[-1].clone()
+
+    def spy(agent, batch):
+        metrics, latents = update(agent, batch)
+        assert torch.equal(batch["index"], drawn[-1]["index"][:, 1:])
+        calls.append((drawn[-1]["index"], drawn[-1], latents.clone()))
         return metrics, latents
 
+    monkeypatch.setattr(Replay, "draw", spy_draw)
     monkeypatch.setattr(Agent, "update", spy)
-    inside(*TINY, "--env-id", "test_run:Long-v0", "--steps", 64)
+    inside(*TINY, "--env-id", "running:Long-v0", "--steps", 64)
     index, before, after = calls[-1]
     expected = {}
     for i, t in itertools.product(range(2), range(1, 9)):  # in order: the last duplicate counts
         expected[tuple(index[i, t].tolist())] = after[i, t - 1]
     held[0].queue.clear()
-    now, changed, found = held[0].sample(2000), 0, set()
+    now, changed, found = held[0].draw(2000), 0, set()
     rows = now["index"].flatten(0, 1).tolist()
     now = now.flatten()
     for place, key in enumerate(map(tuple, rows)):
         if key in expected and key not in found:
             found.add(key)
-            for name in ("deter", "stoch"):
+            for name in ("belief", "state"):
                 assert torch.equal(now[name][place], expected[key][name]), key
-            old = before.flatten()[index.flatten(0, 1).tolist().index(list(key))]["deter"]
-            changed += not torch.equal(old.half(), now["deter"][place])
+            old = before.flatten()[index.flatten(0, 1).tolist().index(list(key))]["belief"]
+            changed += not torch.equal(old, now["belief"][place])
     assert found == set(expected) and changed > len(found) // 2
     for i in range(2):  # the context rows, unless another window holds them as its own
         key = tuple(index[i, 0].tolist())
         if key not in expected:
             place = rows.index(list(key))
-            assert torch.equal(before["deter"][i, 0].half(), now["deter"][place])
+            assert torch.equal(before["belief"][i, 0], now["belief"][place])
 
 
 def test_evaluation_samples():
     """Detail 57: at first the policy is N(0, 0.89), and evaluation plays exactly that."""
     args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
-    envs = make_envs(args, 1, 0)
+    envs = make_envs(args, num_envs=1, seed=0)
     torch.manual_seed(0)
     agent = Agent(envs.spec, args)
     envs.close()
@@ -807,7 +502,7 @@ def test_evaluation_samples():
     assert not torch.equal(evaluate(agent, 1, seed=6)[2]["action"], rows["action"])
     torch.manual_seed(1)
     first = rows[:, 0]
-    mode = [agent.act(first, sample=False)[0] for _ in range(30)]
+    mode = [agent.act(first, sample=False)["action"] for _ in range(30)]
     assert torch.stack(mode).abs().max() < 0.2
 
 
@@ -815,7 +510,7 @@ def test_evaluation_samples():
 
 
 def test_the_readmes_python_runs(start, tmp_path):
-    start(*TINY, "--env-id", "test_run:Long-v0", "--steps", 40, "--run", tmp_path / "run").done()
+    start(*TINY, "--env-id", "running:Long-v0", "--steps", 40, "--run", tmp_path / "run").done()
     blocks = re.findall("```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     act, dream = (block for block in blocks if block.startswith("from dreamer_v3 import"))
     assert len(act.strip().splitlines()) == 8, "six lines, an import and a blank one"
@@ -831,7 +526,7 @@ def test_the_readmes_python_runs(start, tmp_path):
 def test_eval_load_and_act(start, tmp_path):
     """One run with vectors and images, then --eval, then the six lines of the README."""
     folder = tmp_path / "run"
-    argv = [*TINY, "--env-id", "test_run:Both-v0", "--steps", 84, "--dream-every", 84]
+    argv = [*TINY, "--env-id", "running:Both-v0", "--steps", 84, "--dream-every", 84]
     start(*argv, "--run", folder, prepare="all_pictures").done()
     names = {path.name for path in folder.iterdir()}
     assert "dream_000000084.png" in names and {"policy.mp4", "policy_dream.png"} < names
@@ -852,10 +547,10 @@ def test_eval_load_and_act(start, tmp_path):
     assert next(film)["size"] == (256, 256) and len(list(film)) == 21
 
     agent = dreamer_v3.load(folder)
-    envs, action, state, total = make_envs(agent.args, 1, seed=0), None, None, 0.0
+    envs, latent, total = make_envs(agent.args, num_envs=1, seed=0), None, 0.0
     for _ in range(21):
-        rows = envs.step(action)
-        action, state = agent.act(rows, state)
+        rows = envs.step(None if latent is None else latent["action"])
+        latent = agent.act(rows, latent)
         total += rows["reward"].item()
     envs.close()
     assert total == 210 and rows["is_last"].all()
@@ -870,52 +565,51 @@ class Product:
         assert spec["shapes"] == {"observation": [3]} and not args.compile
         self.weight = torch.randn(1000, 500, requires_grad=True)
 
-    def act(self, rows, state):
-        action = torch.zeros(len(rows), 1)
-        return action, TensorDict(action=action, batch_size=[len(rows)])
+    def act(self, rows, latent):
+        return TensorDict(action=torch.zeros(len(rows), 1), batch_size=[len(rows)])
 
-    def row(self, rows, state):
-        return rows.set("action", state["action"])
+    def row(self, rows, latent):
+        return rows.set("action", latent["action"])
 
     def autocast(self):
         return contextlib.nullcontext()
 
-    def unpack(self, batch):
-        assert batch.shape == (4, 9) and set(batch.keys()) >= {"observation", "action"}
-        return batch
-
     def update(self, batch):
+        assert batch.shape == batch["previous"].shape == (4, 8)
+        assert set(batch.keys()) >= {"observation", "action"}
+        assert "action" in batch["previous"].keys()
         x = torch.ones(1000, 1000, requires_grad=True)
-        with torch.profiler.record_function("the product"):
-            (x @ self.weight).sum().backward()
+        (x @ self.weight).sum().backward()
         return {"train/grad_norm": torch.zeros(())}, None
 
 
 def test_benchmark_of_a_known_update(capsys):
     argv = ["--preset", "debug", "--env-id", "Pendulum-v1", "--steps", "100_000_000"]
-    benchmark(Product, parse_args(argv), torch.device("cpu"), ("the product",), 0.125)
+    benchmark(Product, parse_args(argv), torch.device("cpu"), 0.125)
     text = capsys.readouterr().out
 
     def number(unit):
         return float(re.search(rf"([\d.]+) +{unit}", text)[1])
 
     assert number("GFLOP ") == 3.0
-    assert number("ms +the product") > 0 and number("GB +memory of the process") > 0.1
+    assert number("ms +aten::mm, while profiled") > 0 and number("GB +memory of the process") > 0.1
     seconds = 1 / number("/s +environment steps") + 1 / number("/s +policy steps")
     seconds += number("ms +update") / 1e3 * 0.125  # updates per row
     assert number("h ") == pytest.approx(1e8 * seconds / 3600, rel=0.02)
 
 
 def test_benchmark(start):
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--benchmark", "--action-repeat", 2]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--benchmark", "--action-repeat", 2]
     text = start(*argv).done()
     assert "0.25 updates per row" in text and "float32 product" in text
-    for phase in dreamer_v3.PHASES:
-        assert f"ms      {phase}, while profiled" in text
+    found = re.findall(r"([\d.]+) ms      (\S+), while profiled", text)
+    times = [float(time) for time, _ in found]
+    assert len(times) == 8 and times == sorted(times, reverse=True) and times[0] > 0
+    assert "aten::mm" in dict(map(reversed, found))
 
 
 def make_batch(spec, args, size=2, seed=0):
-    """Random rows [size, batch_length + 1] as the replay gives them."""
+    """Random rows [size, batch_length + 1] as the replay draws them."""
     generator = torch.Generator().manual_seed(seed)
     shape = (size, args.batch_length + 1)
     td = TensorDict({}, shape)
@@ -927,9 +621,9 @@ def make_batch(spec, args, size=2, seed=0):
     for key in ("is_first", "is_last", "is_terminal"):
         td[key] = torch.zeros(shape, dtype=torch.bool)
     td["is_first"][:, 0] = True
-    td["deter"] = torch.randn(*shape, args.deter, generator=generator).tanh().half()
-    stoch = torch.randint(args.classes, (*shape, args.stoch), generator=generator)
-    td["stoch"] = stoch.byte()
+    td["belief"] = torch.randn(*shape, args.deter, generator=generator).tanh().half()
+    state = torch.randint(args.classes, (*shape, args.stoch), generator=generator)
+    td["state"] = state.byte()
     return td
 
 
@@ -940,23 +634,24 @@ def test_open_loop():
     """Filtered rows depend on observations, imagined ones on the context and the actions only."""
     args, context = parse_args([*TINY, "--batch-length", "12", "--stoch", "32"]), 5
     torch.manual_seed(0)
-    agent, batch = Agent(SPEC, args), make_batch(SPEC, args, size=6)
+    agent, rows = Agent(SPEC, args), make_batch(SPEC, args, size=6)
+    batch = with_previous(rows)
     untouched, state = batch.clone(), torch.get_rng_state()
     dream = open_loop(agent, batch, context)
     assert torch.equal(torch.get_rng_state(), state) and (batch == untouched).all()
     assert dream.shape == (6, 12) and dream["eye"].dtype == torch.uint8
     for key in ("eye", "place", "reward"):
-        assert torch.equal(dream["true", key], batch[key][:, 1:])
+        assert torch.equal(dream["true", key], rows[key][:, 1:])
 
     def changed(**parts):
-        """Rows of the prediction that differ when rows `parts[key]` of the batch are shifted."""
-        other = batch.clone()
+        """Times of the prediction that differ when the rows `parts[key]` are shifted."""
+        other = rows.clone()
         for key, row in parts.items():
             other[key][:, row] += 100 if key == "eye" else 1
-        place = open_loop(agent, other, context)["place"]
+        place = open_loop(agent, with_previous(other), context)["place"]
         return [t for t in range(12) if not torch.equal(place[:, t], dream["place"][:, t])]
 
-    later = slice(context + 1, None)  # row t of the dream is row t + 1 of the batch
+    later = slice(context + 1, None)  # time t of the dream is that of row t + 1
     assert changed(place=later, eye=later, reward=later) == []
     assert changed(reward=slice(None)) == []
     for row in (1, 2, context):  # the last row of the context is filtered, too
@@ -964,9 +659,10 @@ def test_open_loop():
     for row in (0, 3, context, 8, 11):
         assert changed(action=row) == list(range(row, 12))
     assert changed(action=12) == []
-    twice = batch.clone()
+    twice = rows.clone()
     twice["is_first"][:, 4] = True
-    assert torch.equal(open_loop(agent, twice, context)["place"][:, :3], dream["place"][:, :3])
+    place = open_loop(agent, with_previous(twice), context)["place"]
+    assert torch.equal(place[:, :3], dream["place"][:, :3])
 
 
 def test_bfloat16_is_close_to_float32():
@@ -981,13 +677,13 @@ def test_bfloat16_is_close_to_float32():
         for head in (agent.world_model.reward, agent.value, agent.slow_value, agent.actor):
             last = [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]
             torch.nn.init.normal_(last.weight, std=0.05)  # zeros would agree by themselves
-        batch = make_batch(SPEC, args, size=8, seed=1)
+        batch = with_previous(make_batch(SPEC, args, size=8, seed=1))
         noise = {"posterior": torch.rand(8, 16, 8, 4).add_(0.01), "dream": None}
         noise["dream"] = agent.actor_loss.draw_noise(8 * 16)
-        metrics, latents = agent.update(agent.unpack(batch), noise)
+        metrics, latents = agent.optimize(agent.unpack(batch), noise)
         losses.append({k: v.item() for k, v in metrics.items() if "loss" in k})
         agents.append(agent)
-        assert latents["deter"].dtype == torch.float32
+        assert latents["belief"].dtype == torch.float32
     assert losses[0] != losses[1], "autocast did something"
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     for module in agents[1].modules.values():
@@ -1031,8 +727,14 @@ def test_one_line_errors(start, tmp_path, flags, words):
     assert len(message.strip().splitlines()) <= 4, message
 
 
+@pytest.mark.parametrize("env_id", ["Pendulun-v1", "a_module_that_is_not_here:Env-v0"])
+def test_a_wrong_env_id_leaves_no_run_folder(start, tmp_path, env_id):
+    assert env_id.split(":")[0] in start("--env-id", env_id, "--run", tmp_path / "run").error()
+    assert not (tmp_path / "run").exists()
+
+
 def test_nan_observation_keeps_the_run(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Spoiled-v0", "--steps", 200, "--save-every", 30]
+    argv = [*TINY, "--env-id", "running:Spoiled-v0", "--steps", 200, "--save-every", 30]
     message = start(*argv, "--run", tmp_path / "run").error()
     for word in ("observation", "not finite", "step 7", "episode 4"):
         assert word in message
@@ -1044,7 +746,7 @@ def test_nan_observation_keeps_the_run(start, tmp_path):
 
 def test_a_killed_worker_loses_nothing(start, tmp_path):
     """What was learned since the last checkpoint is saved when an environment's process dies."""
-    argv = [*TINY, "--env-id", "test_run:Slow-v0", "--env-workers", "--num-envs", 2, "--steps", 400]
+    argv = [*TINY, "--env-id", "running:Slow-v0", "--env-workers", "--num-envs", 2, "--steps", 400]
     run = start(*argv, "--run", tmp_path / "run", "--save-every", 1000)
     until(lambda: count_lines(tmp_path / "run") > 1)
     parent = psutil.Process(int(run.path(".pid").read_text()))
@@ -1055,7 +757,7 @@ def test_a_killed_worker_loses_nothing(start, tmp_path):
 
 
 def test_nan_loss_keeps_the_checkpoint(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--run", tmp_path / "run"]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run"]
     start(*argv, "--steps", 60).done()
     state = checkpoint.load(tmp_path / "run")
     del state["header"]
@@ -1069,15 +771,15 @@ def test_nan_loss_keeps_the_checkpoint(start, tmp_path):
 
 
 def test_huge_numbers_do_not_break_it(start, tmp_path):
-    start(*TINY, "--env-id", "test_run:Huge-v0", "--steps", 60, "--run", tmp_path / "run").done()
+    start(*TINY, "--env-id", "running:Huge-v0", "--steps", 60, "--run", tmp_path / "run").done()
     agent = checkpoint.load(tmp_path / "run")["agent"]
     assert all(x.isfinite().all() for _, x in leaves(agent) if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "another script", "no args"])
-def test_bad_checkpoints(start, tmp_path, damage, nursery):
+def test_bad_checkpoints(start, tmp_path, damage):
     folder = tmp_path / "run"
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--run", folder, "--steps", 30]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", folder, "--steps", 30]
     start(*argv).done()
     file, args = folder / "checkpoint.pt", folder / "args.json"
     if damage == "truncated":
@@ -1098,7 +800,7 @@ def test_bad_checkpoints(start, tmp_path, damage, nursery):
 def test_what_changed_under_a_run_is_named(start, tmp_path):
     """Other observations, lost rows, fewer steps than were run: one line, or it just goes on."""
     folder = tmp_path / "run"
-    argv = [*TINY, "--run", folder, "--env-id", "test_run:Long-v0"]
+    argv = [*TINY, "--run", folder, "--env-id", "running:Long-v0"]
     start(*argv, "--steps", 60).done()
     start(*argv, "--steps", 40).done()
     assert checkpoint.load(folder)["step"] == 60
@@ -1109,48 +811,43 @@ def test_what_changed_under_a_run_is_named(start, tmp_path):
         assert "replay/ lacks" in start(*argv, "--steps", 80).error()
 
 
-def full_disk():
-    no_pictures()
-    usage = shutil.disk_usage("/")._replace(free=1000)
-    shutil.disk_usage = lambda _: usage
-
-
-def disk_fills_up():
-    """No space for the second checkpoint."""
-    no_pictures()
-    save, calls = torch.save, itertools.count()
-
-    def fail(state, file):
-        if next(calls):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return save(state, file)
-
-    torch.save = fail
-
-
 def test_a_replay_that_does_not_fit(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--run", tmp_path / "run", "--steps", 60]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--steps", 60]
     message = start(*argv, prepare="full_disk").error()
     assert "GB" in message and "--replay-size" in message
     start(*argv).done()  # nothing is in its way later
 
 
 def test_a_disk_that_fills_up(start, tmp_path):
-    argv = [*TINY, "--env-id", "test_run:Long-v0", "--run", tmp_path / "run", "--steps", 150]
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--steps", 150]
     assert "disk full" in start(*argv, prepare="disk_fills_up").error()
     assert checkpoint.load(tmp_path / "run")["step"] == 60
     assert "resumes at step 60" in start(*argv).done()
 
 
 def test_an_environment_that_raises(start, tmp_path):
-    """The partial row is dropped, the next one is a reset, and the run goes on."""
-    argv = [*TINY, "--env-id", "dummy_envs:Raises-v0", "--steps", 60, "--train-ratio", 0]
-    text = start(*argv, "--run", tmp_path / "run").done()
-    assert "crash 1: OSError('the simulator is gone')" in text and "crash 2" not in text
-    rows = replay_rows(tmp_path / "run", argv)
-    first = rows["is_first"].nonzero()[:, 0].tolist()
-    row = rows["index"][:, 1].tolist()
-    assert [row[i] for i in first][:3] == [3, 9, 15]  # reset, two steps, crash; then six rows each
-    returns = [line.get("episode/return") for line in lines_of(tmp_path / "run")[:-1]]
-    returns = [value for value in returns if value is not None]
-    assert set(returns) == {15.0}
+    """Saved before the row that failed, again and again; once mended, the run goes on from there.
+
+    Bit for bit as if nothing had been: no row is lost and none comes twice.
+    """
+    argv = [*TINY, "--env-id", "running:Fails-v0", "--steps", 110]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    first = start(*argv, "--run", whole, prepare="mended")
+    for _ in range(2):  # the second one comes back to the same place
+        process = start(*argv, "--run", run)
+        message = process.error()
+        assert "OSError('the simulator is gone')" in message
+        assert "at step 9 of environment 0 (episode 3)" in message
+        traceback = process.text[: process.text.index("error: ")]
+        assert "Traceback" in traceback and 'raise OSError("the simulator is gone")' in traceback
+        assert "saved; the same command resumes" in process.text
+        state = checkpoint.load(run)
+        assert state["step"] == state["replay"]["total"] == 3 * 16 + 9  # row 9 of the episode
+        assert state["updates"] > 0 and state["owed"] == 0
+    assert f"resumes at step {state['step']}" in process.text
+    rows = replay_rows(run, argv)
+    assert rows["index"][:, 1].tolist() == list(range(1, 57))
+    assert rows["is_first"].nonzero()[:, 0].tolist() == [15, 31, 47]  # row 0 is not in it
+    assert "resumes at step 57" in start(*argv, "--run", run, prepare="mended").done()
+    first.done()
+    same_runs(whole, run, argv)

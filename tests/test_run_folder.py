@@ -5,18 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tensordict import TensorDict
 from threadpoolctl import threadpool_info, threadpool_limits
 
-import common.run
+import dreamer
+import dreamer_v3
+import pilco
 from common.checkpoint import RunError, load, save
-from common.run import MayChange, Run, may_change, open_folder, plain, prepare
+from common.run import Count, MayChange, Run, launch, may_change, open_folder, plain, prepare
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,7 +28,7 @@ class Settings:
     env_id: str = "dm_control/walker-walk-v0"
     seed: int = 3
     lr: float = 4e-5
-    steps: MayChange[int] = 100
+    steps: MayChange[Count] = 100
     sizes: tuple = (1, 2)
     run: MayChange[str] = ""
     fresh: MayChange[bool] = False
@@ -102,13 +104,43 @@ def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
         open_run("dreamer", Newer())
 
 
-def test_may_change_and_control_fields_resume(tmp_path):
+def test_fields_that_may_change_resume(tmp_path):
     folder, _ = open_run("dreamer", Settings())
     save(folder, step=1)
     changed = Settings(steps=200, eval="x")
     _, state = open_run("dreamer", changed)
     assert state["step"] == 1
     assert '"steps": 200' in (folder / "args.json").read_text()
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3, pilco])
+def test_what_may_change(script):
+    """Where a run lies, how long it is and what it shows, but nothing that it learns from."""
+    free = set(may_change(script.Args))
+    assert {"run", "fresh", "eval", "eval_episodes", "threads", "tensorboard"} < free
+    assert len({"steps", "trials"} & free) == 1
+    assert not {"env_id", "seed", "action_repeat", "save_every", "preset", "horizon"} & free
+    assert may_change(Settings) == ["steps", "run", "fresh", "eval"]
+
+
+def test_a_checkpoint_of_the_first_format_names_both_ways_out(tmp_path, monkeypatch):
+    """Also where arguments differ, which came with the format: the message is about that."""
+    with monkeypatch.context() as patch:
+        patch.setattr("common.checkpoint.FORMAT", 1)
+        folder, _ = open_run("dreamer", Settings())
+        save(folder, step=1)
+    names = sorted(path.name for path in folder.iterdir())
+    for args in (Settings(), Settings(lr=3e-4)):
+        with pytest.raises(RunError) as error:
+            open_run("dreamer", args)
+        text = str(error.value)
+        assert "checkpoint.pt has format 1, this code reads format 2" in text
+        assert "use the code that saved it" in text and "--fresh" in text
+        assert "lr" not in text and "\n" not in text
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert open_run("dreamer", Settings(lr=3e-4, fresh=True))[1] is None
+    save(folder, step=2)
+    assert open_run("dreamer", Settings(lr=3e-4))[1]["step"] == 2
 
 
 def test_fresh_starts_over_with_new_arguments(tmp_path):
@@ -186,6 +218,52 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
     open_run("dreamer", Settings(run=str(tmp_path / "a")))  # this process may open it again
 
 
+@dataclass
+class Clocks(Settings):
+    log_every: int = 10
+    save_every: int = 0
+    tensorboard: bool = False
+
+
+@pytest.fixture
+def make_run():
+    """Runs of nothing, whose clock a test sets."""
+    agent = SimpleNamespace(spec={})
+    with ExitStack() as stack:
+
+        def make(**periods):
+            run = Run("dreamer", Clocks(fresh=True, **periods), agent)
+            stack.callback(run.logger.close)
+            return run
+
+        yield make
+
+
+def due_at(run, name, steps):
+    """The steps at which something is due, each of them reported."""
+    found = []
+    for run.step in steps:
+        found += [run.step] if run.due(name) else []
+        run.reported = run.step
+    return found
+
+
+def test_what_is_due_keeps_to_multiples(make_run):
+    run = make_run()
+    assert due_at(run, "log", (0, 4, 9, 13, 19, 20, 45, 46, 50)) == [13, 20, 45, 50]
+    for name in ("save", "dream"):  # switched off; not a flag of the script
+        run = make_run()
+        assert not due_at(run, name, range(5))
+
+
+def test_what_is_due_resumes_also_with_another_period(make_run):
+    for before in (10, 0):  # 0: it had been switched off
+        old, new = make_run(log_every=before), make_run(log_every=25)
+        due_at(old, "log", [33])
+        new.step, new.reported = old.step, old.reported
+        assert due_at(new, "log", range(34, 80)) == [50, 75]
+
+
 def test_origins_of_a_run(tmp_path):
     """A resumed run names every commit and command that made it, each once."""
     for argv in (["a.py"], ["a.py", "--steps", "9"], ["a.py", "--steps", "9"]):
@@ -206,8 +284,6 @@ def test_a_full_disk_and_other_errors_of_a_run():
         (RunError("--lr"), "error: --lr"),
     ):
         with pytest.raises(SystemExit, match=text):
-            common.run.start(lambda error=error: (_ for _ in ()).throw(error))
+            launch(lambda error=error: (_ for _ in ()).throw(error))
     with pytest.raises(PermissionError):
-        common.run.start(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
-
-
+        launch(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))

@@ -34,7 +34,7 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
         rows.append(agent.row(row, latent))
     envs.close()
     window = with_previous(torch.stack(rows[-args.batch_length - 1 :], 1))
-    batch = window[torch.arange(args.batch_size) % args.num_envs]
+    batch = window[torch.arange(args.batch_size) % args.num_envs].to(device)
     with FlopCounterMode(display=False) as flops:  # blind to compiled functions
         agent.update(batch)
     if args.compile:

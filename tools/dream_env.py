@@ -4,6 +4,7 @@ from dreamer_v3 import load
 envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,8 +38,9 @@ def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = Fals
         raise RunError("num_envs must be at least 1, horizon not negative")
     args = vars(agent.args)
     horizon = horizon or args.get("imagination_horizon") or args["horizon"]  # of pilco.py
-    env, draw = agent.dreams() if hasattr(agent, "dreams") else (agent.env, posteriors(agent))
-    return DreamVectorEnv(env, draw, agent.decode, agent.spec, num_envs, horizon, latent)
+    gaussian = not hasattr(agent, "decode")  # a belief of pilco.py, to draw states from
+    parts = gaussian_dreams(agent) if gaussian else (agent.env, posteriors(agent), agent.decode)
+    return DreamVectorEnv(*parts, agent.spec, num_envs, horizon, latent)
 
 
 def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
@@ -55,13 +57,55 @@ def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     if not len(replay):
         raise RunError(f"{folder} has only {replay.rows} rows, no window of {replay.length} so far")
 
+    @torch.no_grad()
     def draw(seed: int) -> TensorDict:
         replay.generator.manual_seed(seed)
         with agent.autocast():
-            td = agent.filter(replay.sample(windows))
+            td = agent.world_model(replay.sample(windows).to(agent.device))
         return td.select(*agent.env.shapes)[~td["is_last"]].detach()
 
     return draw
+
+
+def gaussian_dreams(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
+    """Of an agent of pilco.py: what steps, draw(seed) -> first states [K], decode(states)."""
+    mean, cov = agent.start()
+    root = cov[0].diagonal().sqrt()  # independent numbers
+
+    def draw(seed: int) -> TensorDict:
+        states = mean + root * torch.randn(1000, len(root), dtype=torch.float64)
+        return TensorDict(state=states, batch_size=len(states))
+
+    def decode(states: TensorDict) -> TensorDict:
+        widths = [math.prod(agent.spec["shapes"][key]) for key in agent.keys]
+        parts = states["state"].float().split(widths, -1)
+        return states.update(dict(zip(agent.keys, parts, strict=True)))
+
+    return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
+
+
+class SampledEnv(ModelBasedEnvBase):
+    """Steps from a state (N, D) that is known to a sample of what the GPs predict.
+
+    With noise="observed" the sample has the GPs' noise as well. Every step is drawn anew, so a
+    rollout does not follow one function.
+    """
+
+    def __init__(self, world_model, cost, *, noise: str = "latent"):
+        super().__init__(world_model, {"state": (world_model.obs_dim,)})
+        self.cost, self.noise = cost, noise
+
+    def _step(self, td: TensorDict) -> TensorDict:
+        import pilco  # only where an agent of it dreams: it needs GPyTorch
+
+        model, state = self.world_model, td["state"]
+        inputs = pilco.with_angles(*pilco.certain(state), model.angles)[0][:, model.features]
+        inputs = torch.cat([inputs, td["action"]], -1)
+        mean, variance = pilco.prediction(inputs, model.factors, model.hyper)
+        if self.noise == "observed":
+            variance = variance + torch.exp(2 * model.hyper[2])
+        state = state + mean + variance.sqrt() * torch.randn_like(mean)
+        return TensorDict(state=state, reward=-self.cost.of(state), batch_size=td.batch_size)
 
 
 class DreamVectorEnv(gymnasium.vector.VectorEnv):

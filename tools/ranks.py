@@ -139,7 +139,7 @@ class RanksRun(Run):
     def __init__(self, script, args, agent, **options):
         share(args)  # what it refuses must not cost a run that --fresh would delete
         super().__init__(script, args, agent, **options)
-        agent.optimize = getattr(agent.optimize, "module", agent.optimize)  # not a CUDA graph
+        agent.update = getattr(agent.update, "module", agent.update)  # not a CUDA graph
         for part in agent.saved.values():  # the networks of rank 0
             for x in part.state_dict().values() if isinstance(part, nn.Module) else ():
                 dist.broadcast(x, 0)

@@ -1,0 +1,425 @@
+"""The scripts as processes, for test_run.py and its like: environments, fixtures, comparisons."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from dummy_envs import Base, Nested
+from gymnasium import spaces
+
+import common.run
+import pilco
+from common import checkpoint, logger
+from common.envs import example_rows, make_envs
+from common.replay import make_replay
+from dreamer_v3 import Agent, parse_args
+
+REPO = Path(__file__).resolve().parents[1]
+RANKS = REPO / "tools" / "ranks.py"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+    "SDL_VIDEODRIVER": "dummy",
+}
+
+
+# --- environments -------------------------------------------------------------------------------
+
+
+class Long(Base):
+    """Twenty steps; with `slow`, each takes so many seconds."""
+
+    length = 20
+
+    def __init__(self, slow=0.0):
+        self.slow = slow
+
+    def step(self, action):
+        time.sleep(self.slow)
+        return super().step(action)
+
+
+class Both(Nested):
+    """Vectors and images, long enough for a dream."""
+
+    length = 20
+
+
+class Walk(Base):
+    """An image and a vector that depend on the seed and on all actions of the episode."""
+
+    length = 15
+    observation_space = spaces.Dict(
+        {
+            "eye": spaces.Box(0, 255, (16, 16, 3), np.uint8),
+            "place": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        }
+    )
+
+    def reset(self, *, seed=None, options=None):
+        gymnasium.Env.reset(self, seed=seed)
+        self.place, self.count = self.np_random.normal(size=2), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.place = self.place + 0.3 * np.asarray(action, np.float64) + self.drift()
+        self.count += 1
+        over = self.count == self.length
+        return self.observe(), float(-np.abs(self.place).sum()), False, over, {}
+
+    def drift(self):
+        return 0.1 * self.np_random.normal(size=2)
+
+    def observe(self):
+        eye = (np.outer(np.sin(np.arange(16) * self.place[0]), np.arange(16)) * 8).astype(np.int64)
+        return {"eye": np.stack([eye % 256] * 3, -1).astype(np.uint8), "place": self.place}
+
+
+class Pixels(Walk):
+    observation_space = Walk.observation_space["eye"]
+
+    def observe(self):
+        return super().observe()["eye"]
+
+
+class Spoiled(Long):
+    """NaN at step 7 of the fifth episode."""
+
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        type(self).episodes += 1
+        return super().reset(seed=seed)
+
+    def observe(self):
+        bad = type(self).episodes == 5 and self.count == 7
+        return np.array([np.nan if bad else self.count, self.luck])
+
+
+class Fails(Walk):
+    """Raises at step 9 of every fourth episode, until it is mended."""
+
+    mended, episode = False, -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.count == 8 and self.episode % 4 == 3 and not self.mended:
+            raise OSError("the simulator is gone")
+        return super().step(action)
+
+
+class Huge(Long):
+    """Rewards and observations beyond what the bins of the two-hot code reach."""
+
+    def step(self, action):
+        obs, _, *rest = super().step(action)
+        return obs, 1e30, *rest
+
+    def observe(self):
+        return np.array([1e30, -1e38])
+
+
+def short_cartpole():
+    """A task of DM Control whose episodes end after 20 steps."""
+    import shimmy  # noqa: F401  registers dm_control/...
+
+    env = gymnasium.make("dm_control/cartpole-swingup-v0", disable_env_checker=True)
+    env.unwrapped._env._step_limit = 20
+    return env
+
+
+for cls in (Long, Both, Walk, Pixels, Spoiled, Fails, Huge):
+    gymnasium.register(f"{cls.__name__}-v0", f"running:{cls.__name__}")
+gymnasium.register("Slow-v0", "running:Long", kwargs={"slow": 0.02})
+gymnasium.register("ShortCartpole-v0", "running:short_cartpole")
+PENDULUM = "gymnasium.envs.classic_control:PendulumEnv"
+gymnasium.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
+
+
+# --- sub-processes ------------------------------------------------------------------------------
+
+# Imports take longer than most of these runs, so one process imports and then forks for each run;
+# the fork executes a program as "__main__", to its exit code.
+NURSERY = """
+import json, os, signal, sys, types
+import matplotlib.figure, imageio_ffmpeg, PIL.Image, running
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leave no zombies
+for line in sys.stdin:
+    name, program, prepare, argv, environment = json.loads(line)
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        child = os.fork()
+        if child == 0:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            out = os.open(name + ".out", os.O_WRONLY | os.O_CREAT, 0o600)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            sys.argv = [program, *argv]
+            os.environ.update(environment)
+            getattr(running, prepare)()
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            main.__file__ = program
+            exec(compile(open(program).read(), program, "exec"), main.__dict__)
+            sys.exit()
+        for ending, text in ("pid", lambda: child), ("rc", lambda: os.waitpid(child, 0)[1]):
+            value = str(text())
+            with open(name + ".part", "w") as file:
+                file.write(value)
+            os.rename(name + ".part", name + "." + ending)
+        os._exit(0)
+"""
+
+
+def no_pictures():
+    """matplotlib would take half of the time of a short run."""
+    logger.Logger.picture = lambda self, name, figure: self.folder / f"{name}.png"
+    common.run.plot_curve = lambda folder: folder / "learning_curve.png"
+
+
+def wider_observation():
+    no_pictures()
+    Long.observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    Long.observe = lambda self: np.zeros(3)
+
+
+def all_pictures():
+    """The script as it is."""
+
+
+def mended():
+    no_pictures()
+    Fails.mended = True
+
+
+def full_disk():
+    no_pictures()
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    shutil.disk_usage = lambda _: usage
+
+
+def disk_fills_up():
+    """No space for the second checkpoint."""
+    no_pictures()
+    save, calls = torch.save, itertools.count()
+
+    def fail(state, file):
+        if next(calls):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(state, file)
+
+    torch.save = fail
+
+
+def fixed_updates():
+    """No run at all: what tests/ranks.py does."""
+    import ranks
+
+    ranks.main(*sys.argv[-2:])
+    sys.exit()
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    command = [sys.executable, "-c", NURSERY]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=ENVIRONMENT, cwd=REPO, text=True)
+    yield process
+    process.stdin.close()
+    process.wait(30)
+
+
+@pytest.fixture
+def start(request, nursery, tmp_path):
+    """start(argv...) -> a Process of the test module's SCRIPT; killed at the end of the test."""
+    processes = []
+
+    def launch(*argv, program=request.module.SCRIPT, prepare="no_pictures", **environment):
+        order = [program, prepare, argv, environment]
+        processes.append(Process(nursery, tmp_path / f"process{len(processes)}", *order))
+        return processes[-1]
+
+    yield launch
+    for process in processes:
+        if process.code is None and not process.path(".rc").exists():
+            process.signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def two(request, start):
+    """two(argv...): both ranks of a run of SCRIPT, as torchrun would start them."""
+
+    def launch(*argv, **options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            options |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        ranks = [dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2") for i in range(2)]
+        argv = [request.module.SCRIPT, *argv]
+        return [start(*argv, program=RANKS, **options, **rank) for rank in ranks]
+
+    return launch
+
+
+@pytest.fixture
+def inside(request, monkeypatch, tmp_path):
+    """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
+    script = sys.modules[request.module.SCRIPT.stem]
+    monkeypatch.setattr(common.run, "show", lambda *_: {})
+    monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
+    monkeypatch.setattr(pilco, "trial_plot", lambda *_: None)
+    monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
+    return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
+
+
+class Process:
+    """A process of a script, forked by the nursery."""
+
+    def __init__(self, nursery, name, program, prepare, argv, environment):
+        self.name, self.code = name, None
+        order = [str(name), str(program), prepare, [str(a) for a in argv], environment]
+        nursery.stdin.write(json.dumps(order) + "\n")
+        nursery.stdin.flush()
+        until(self.path(".pid").exists)
+
+    def path(self, ending):
+        return self.name.with_name(self.name.name + ending)
+
+    def signal(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self.path(".pid").read_text()), number)
+
+    def wait(self):
+        """The exit code, negative for a signal; `text` is what the process printed."""
+        until(self.path(".rc").exists)
+        self.code = os.waitstatus_to_exitcode(int(self.path(".rc").read_text()))
+        self.text = self.path(".out").read_text()
+        return self.code
+
+    def done(self):
+        """Wait for success and return the text."""
+        assert self.wait() == 0, self.text
+        return self.text
+
+    def error(self):
+        """Wait for the one-line error and return it."""
+        assert self.wait() == 1, (self.code, self.text)
+        lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.text
+        message = self.text[self.text.index(lines[0]) :]
+        assert "Traceback" not in message, self.text  # one of an environment may stand before it
+        return message
+
+
+def until(check, seconds=120):
+    limit = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < limit, "nothing happened"
+        time.sleep(0.01)
+
+
+def lines_of(folder):
+    """metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def resumes_exactly_on_two_ranks(two, tmp_path, flags):
+    """One run to step 160, another one to 80 and then to 160: the same lines, and how they end."""
+    for name, steps in (("whole", 160), ("parts", 80), ("parts", 160)):
+        if (tmp_path / "parts").exists():  # a machine went down before rank 0 confirmed this
+            (tmp_path / "parts" / "rank1-120-99.pt").write_bytes(b"half of a file")
+        first, second = two("--run", tmp_path / name, *flags, "--steps", steps)
+        text = first.done()
+        assert "parameters in world_model" in text and "parameters" not in second.done()
+    assert "resumes at step 80" in text
+    whole, parts = (lines_of(tmp_path / name) for name in ("whole", "parts"))
+    assert [row for row in whole if "updates" in row] == [row for row in parts if "updates" in row]
+    assert len(whole) > 8 and whole[-1]["step"] == 160 and "eval/return" in whole[-1]
+    assert any("train/loss_actor" in row for row in whole if row["step"] > 80)
+    for folder in (tmp_path / "parts", tmp_path / "whole"):
+        updates = checkpoint.load(folder)["updates"]
+        assert [path.name for path in folder.glob("rank1-*.pt")] == [f"rank1-160-{updates}.pt"]
+    ends = [sum((folder / rank / "replay/is_last").read_bytes()) for rank in (".", "rank1")]
+    assert sum("episode/return" in row for row in whole) == sum(ends) and all(ends)  # one log
+    begins = [(folder / rank / "replay/observation").read_bytes()[:32] for rank in (".", "rank1")]
+    starts = {begin[i : i + 16] for begin in begins for i in (0, 16)}
+    assert len(starts) == 4  # of the four environments: four float32 each
+    return folder
+
+
+def count_lines(folder):
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def leaves(tree, name=""):
+    """Every leaf of nested dicts, lists and tuples with its path."""
+    if isinstance(tree, dict):
+        pairs = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        pairs = enumerate(tree)
+    else:
+        yield name, tree
+        return
+    for key, branch in pairs:
+        yield from leaves(branch, f"{name}/{key}")
+
+
+def same_leaves(a, b):
+    a, b = dict(leaves(a)), dict(leaves(b))
+    assert a.keys() == b.keys()
+    different = [
+        k
+        for k, x in a.items()
+        if not (torch.equal(x, b[k]) if isinstance(x, torch.Tensor) else x == b[k])
+    ]
+    assert not different, different
+
+
+def replay_rows(folder, argv):
+    """All rows of a run's replay, {(environment, row): {key: value}}, as `draw` gives them."""
+    args = parse_args([*map(str, argv), "--run", str(folder)])
+    envs = make_envs(args)
+    agent = Agent(envs.spec, args)
+    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    held = make_replay(args, example, folder, online=True)
+    envs.close()
+    held.load_state_dict(checkpoint.load(folder)["replay"])
+    held.queue.clear()
+    batch, rows = held.draw(40 * len(held)), {}
+    for i, length in itertools.product(range(len(batch)), [held.length]):
+        for t in range(1, length):  # row 0 of a window has another is_first
+            rows[tuple(batch["index"][i, t].tolist())] = (i, t)
+    count = held.num_envs * (held.total - held.oldest - 1)
+    assert len(rows) == count, "every row but the oldest ones was drawn"
+    keys = sorted(set(batch.keys()) - {"index"})
+    places = torch.tensor([rows[key] for key in sorted(rows)])
+    values = {key: batch[key][places[:, 0], places[:, 1]] for key in keys}
+    return values | {"index": torch.tensor(sorted(rows))}
+
+
+def same_runs(a, b, argv):
+    """Bit for bit: metrics, parameters, optimizer, counters, generators, envs, replay."""
+    assert lines_of(a) == lines_of(b)
+    first, second = checkpoint.load(a), checkpoint.load(b)
+    for state in (first, second):
+        state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
+        del state["replay"]["current"]  # which of two slots is in use depends on when was saved
+        del state["agent"]["args"]["run"]
+    assert first["updates"] >= 20
+    same_leaves(first, second)
+    same_leaves(replay_rows(a, argv), replay_rows(b, argv))
