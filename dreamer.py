@@ -332,7 +332,9 @@ class RSSMRollout(nn.Module):
 
         # torch 2.11 wants the time first, and no gradient passes a start that does not need one
         inputs = tuple(x.transpose(0, 1) for x in inputs)
-        start = tuple(x.requires_grad_() for x in (state, belief))
+        start = tuple(
+            x if x.requires_grad else x.detach().requires_grad_() for x in (state, belief)
+        )
         return tuple(x.transpose(0, 1) for x in scan(combine, start, inputs)[1])
 
 

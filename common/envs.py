@@ -208,7 +208,8 @@ class _Rows(gymnasium.Env):
         row = {key: spaces.Box(0, 1, (), bool) for key in FLAGS}
         row["reward"] = spaces.Box(-np.inf, np.inf, (), np.float32)
         row["_episode"] = spaces.Box(0, 2**62, (), np.int64)
-        if taken := self.boxes.keys() & {*row, *RESERVED}:
+        twice = {name for name in self.boxes if [*self.names.values()].count(name) > 1}
+        if taken := twice | self.boxes.keys() & {*row, *RESERVED}:
             raise RunError(f"{env_id} has an observation named {min(taken)!r}: rename it")
         if not self.boxes:
             raise RunError(f"{env_id} observes {list(leaves)}: no use for obs={options.obs!r}")

@@ -268,7 +268,7 @@ class Run:
         self.script, self.args, self.agent = script, args, agent
         self.step = self.done = self.updates = self.owed = self.reported = 0
         self.returns, self.latent, self.batch = torch.zeros(()), None, None
-        self.stop = Stop()
+        self.parts, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
             text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
@@ -292,11 +292,12 @@ class Run:
 
     def __exit__(self, kind, error, _):
         self.stop.__exit__()
-        if isinstance(error, EnvError) and self.latent is not None:
+        failed = isinstance(error, EnvError) and self.latent is not None
+        if failed:
             self.save()
         if self.complete:
             print(f"all of it: {self.folder}")
-        elif error is None or isinstance(error, EnvError):
+        elif failed or error is None:
             print("saved; the same command resumes")
         self.logger.close()
         if "envs" in self.parts:

@@ -78,7 +78,7 @@ def test_checkpoint_of_another_script_or_format(tmp_path, monkeypatch):
         load(tmp_path)
 
 
-def test_modules_and_optimisers_are_saved_by_state_dict(tmp_path):
+def test_modules_and_optimizers_are_saved_by_state_dict(tmp_path):
     net = torch.nn.Linear(3, 2)
     adam = torch.optim.Adam(net.parameters())
     net(torch.ones(3)).sum().backward()

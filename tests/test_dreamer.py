@@ -637,10 +637,9 @@ def test_70_optimizers():
 
 def test_a_batch_stays_as_it_is():
     """A batch that kept the posteriors of one update would hand them to the next."""
-    agent, before = make_agent(), make_batch()
-    batch = before.clone().to(agent.device)  # which it need not leave
+    agent, batch, before = make_agent(), make_batch(), make_batch()
     agent.update(batch)
-    agent.filter(batch)
+    open_loop(agent, batch, 2)
     assert set(batch.keys(True)) == set(before.keys(True))
     assert all(torch.equal(batch[key], before[key]) for key in before.keys(True, True))
 
@@ -786,7 +785,7 @@ def test_bfloat16_losses_are_near():
             action=torch.full((18, 5, 2), 0.3), state=torch.full((18, 5, 4), -0.2),
             batch_size=[18, 5],
         )  # fmt: skip
-        found[precision] = agent.optimize(make_batch(), noise)
+        found[precision] = agent.update(make_batch(), noise)
     for name, value in found["float32"].items():
         if "loss" in name:
             assert abs(found["bfloat16"][name] - value) < 0.03 * abs(value) + 0.02, name
@@ -823,7 +822,7 @@ def test_adam_moves_between_devices():
     other = make_agent(seed=1)
     other.load_state_dict(state)
     noise = {"posterior": torch.zeros(3, 6, 4), "dream": agent.actor_loss.draw_noise(18)}
-    found = [each.optimize(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
+    found = [each.update(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
     assert found[0] == found[1]
     assert not any(o.param_groups[0]["capturable"] for o in other.optimizers.values())
 

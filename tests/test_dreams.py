@@ -18,7 +18,7 @@ import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.imagination import ModelBasedEnvBase
-from tools.dream_env import DreamVectorEnv, dream_env, posteriors
+from tools.dream_env import DreamVectorEnv, dream_env, gaussian_dreams, posteriors
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
 SHORT = {
@@ -275,13 +275,8 @@ def test_decoded_observations_are_the_decoders(runs, dream, script):
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
 def test_starts_are_posteriors_of_rows_from_which_an_episode_goes_on(runs, script):
     agent = SCRIPTS[script].load(runs / script)
-    seen, actual = [], agent.filter
-
-    def record(batch):
-        seen.append(actual(batch))
-        return seen[-1]
-
-    agent.filter = record
+    seen = []
+    agent.world_model.register_forward_hook(lambda module, inputs, output: seen.append(output))
     draw = posteriors(agent)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -310,7 +305,7 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
     agent = pilco.load(runs / "pilco")
     agent.args.noise = noise
     agent.env.noise = noise
-    envs, _ = agent.dreams()
+    envs, *_ = gaussian_dreams(agent)
     state, action = torch.tensor([[0.3, 2.0]]).double(), torch.tensor([[0.4]]).double()
     torch.manual_seed(0)
     many = TensorDict(
@@ -331,7 +326,8 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
 def test_pilcos_starts_are_its_start_distribution(runs):
     agent = pilco.load(runs / "pilco")
     torch.manual_seed(0)
-    states = torch.cat([agent.dreams()[1](0)["state"] for _ in range(20)])
+    _, draw, _ = gaussian_dreams(agent)
+    states = torch.cat([draw(0)["state"] for _ in range(20)])
     mean, cov = agent.start()
     torch.testing.assert_close(states.mean(0), mean[0], rtol=0, atol=0.005)
     torch.testing.assert_close(states.T.cov(), cov[0], rtol=0, atol=0.0005)

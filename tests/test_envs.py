@@ -195,7 +195,7 @@ def test_nested_observations_and_images():
     assert row["body.alone"].tolist() == [[1]]
     assert row["bytes"].tolist() == [[0, 1, 2, 3, 4, 5, 6]] and row["bytes"].dtype == torch.float32
     assert row["eye"].dtype == torch.uint8 and (row["depth"] == 7).all()
-    assert (row["eye"][0, :, :7] == 0).all()  # resized: the left stays black, the right coloured
+    assert (row["eye"][0, :, :7] == 0).all()  # resized: the left stays black, the right colored
     assert (row["eye"][0, :, 9:] == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
 
 
@@ -407,27 +407,34 @@ def test_the_traceback_of_an_environment_is_shown(env_workers, tmp_path):
 
 
 @pytest.mark.parametrize("env_workers", [False, True])
-def test_errors_name_where_they_were_raised(env_workers):
-    """The environment, its episode and the step in it; also in a reset."""
-    steps = {"RaisesLater": 9, "RaisesInReset": 1, "RaisesInResetLater": 7}
-    for name, number in steps.items():
-        envs, error = dummy(name, env_workers=env_workers), "OSError('no simulator')"
-        for _ in range(number - 1):  # 6 rows are the first episode
-            envs.step(torch.zeros(1, 2))
-        place = {"RaisesLater": (3, 0, 1), "RaisesInReset": (0, 0, 0, error)}
-        place = place.get(name, (0, 0, 1, error))
-        with pytest.raises(EnvError, match=gone(*place)):
-            envs.step(torch.zeros(1, 2))
-        saved = envs.state_dict()
-        assert (saved["row"] is None) == (name == "RaisesInReset")
-        assert saved["episodes"] == [1 if name == "RaisesLater" else 0]
-        envs.close()
-    if not env_workers:
-        envs = dummy("Raises", 3)
-        envs._vector.envs[0].env.unwrapped.broken = False
-        envs._vector.envs[1].env.unwrapped.broken = False
-        with pytest.raises(EnvError, match=gone(3, 2, 0)):
-            [envs.step(torch.zeros(3, 2)) for _ in range(4)]
+@pytest.mark.parametrize(
+    ("name", "rows", "place"),  # an episode has 6 rows
+    [
+        ("RaisesLater", 9, (3, 0, 1)),
+        ("RaisesInReset", 0, (0, 0, 0, "OSError('no simulator')")),
+        ("RaisesInResetLater", 6, (0, 0, 1, "OSError('no simulator')")),
+    ],
+)
+def test_errors_name_the_episode_and_its_step(name, rows, place, env_workers):
+    """Also in a reset; the state to save is that of the last good row."""
+    envs = dummy(name, env_workers=env_workers)
+    for _ in range(rows):
+        envs.step(torch.zeros(1, 2))
+    with pytest.raises(EnvError, match=gone(*place)):
+        envs.step(torch.zeros(1, 2))
+    saved = envs.state_dict()
+    assert saved["episodes"] == [1 if rows > 6 else 0]
+    assert (saved["row"] is None) == (rows == 0)
+    assert saved["actions"][0].shape == (max(0, rows - 1) % 6, 2)
+    envs.close()
+
+
+def test_errors_name_the_environment():
+    envs = dummy("Raises", 3)
+    for env in envs._vector.envs[:2]:
+        env.env.unwrapped.broken = False
+    with pytest.raises(EnvError, match=gone(3, 2, 0)):
+        [envs.step(torch.zeros(3, 2)) for _ in range(4)]
 
 
 def test_a_killed_worker_is_named():

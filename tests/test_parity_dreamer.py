@@ -1,4 +1,4 @@
-"""Three updates of the authors' TF2 code (danijar/dreamer at 56d4d44) against `Agent.optimize`.
+"""Three updates of the authors' TF2 code (danijar/dreamer at 56d4d44) against `Agent.update`.
 
 dreamer_tf.npz holds their parameters, a batch of pixels, and what their code computed in float32
 with sampling replaced by fixed rules: a latent is mean + std * 0.5 (-1)^k over its numbers k, an
@@ -190,7 +190,7 @@ def test_three_updates(reference):
     for step in (1, 2, 3):
         for optimizer in agent.optimizers.values():  # TensorFlow adds it before the correction
             optimizer.param_groups[0]["eps"] = 1e-7 / (1 - 0.999**step) ** 0.5
-        metrics = agent.optimize(batch.clone(), noise)
+        metrics = agent.update(batch.clone(), noise)
         model = sum(value for name, value in metrics.items() if "loss_model" in name)
         found = {
             "model": model,

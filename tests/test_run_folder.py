@@ -17,8 +17,18 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import dreamer
 import dreamer_v3
 import pilco
-from common.checkpoint import RunError, load, save
-from common.run import Count, MayChange, Run, launch, may_change, open_folder, plain, prepare
+from common.checkpoint import EnvError, RunError, load, save
+from common.run import (
+    Count,
+    MayChange,
+    Run,
+    check_finite,
+    launch,
+    may_change,
+    open_folder,
+    plain,
+    prepare,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -41,17 +51,9 @@ def open_run(script, args):
 
 
 @pytest.fixture(autouse=True)
-def inside(tmp_path, monkeypatch):
+def working_directory(tmp_path, monkeypatch):
     """Without --run, folders lie below the working directory."""
     monkeypatch.chdir(tmp_path)
-
-
-def start(code, *argv):
-    """Run `code` in another process with the repository on its path."""
-    env = {**os.environ, "PYTHONPATH": str(REPO)}
-    command = [sys.executable, "-c", code, *map(str, argv)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=env, cwd=REPO, **pipes)
 
 
 def test_threads_are_those_of_torch_and_of_numpy():
@@ -206,7 +208,8 @@ time.sleep(60)
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
-    other = start(HOLD, tmp_path / "a")
+    command, env = [sys.executable, "-c", HOLD, tmp_path / "a"], {**os.environ, "PYTHONPATH": REPO}
+    other = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     before = (tmp_path / "a" / "args.json").read_text()
     with pytest.raises(RunError, match="another process is running"):
@@ -262,6 +265,24 @@ def test_what_is_due_resumes_also_with_another_period(make_run):
         due_at(old, "log", [33])
         new.step, new.reported = old.step, old.reported
         assert due_at(new, "log", range(34, 80)) == [50, 75]
+
+
+def test_an_error_before_anything_is_loaded_keeps_its_message():
+    """A replay too large for the disk, say: there is nothing to save or close yet."""
+    for kind in (RunError, EnvError):
+        run = Run("dreamer", Clocks(fresh=True), SimpleNamespace(spec={}))
+        with pytest.raises(kind, match="no room"), run:
+            raise kind("no room")
+        assert run.logger.file.closed and not (run.folder / "checkpoint.pt").exists()
+
+
+def test_metrics_that_are_not_finite_are_named():
+    good = {"train/loss_model": torch.tensor(1.0), "train/grad_norm": torch.tensor(1e38)}
+    check_finite(good, 12)
+    bad = {"train/loss_actor": torch.tensor(torch.nan), "dream/return": torch.tensor(-torch.inf)}
+    message = "train/loss_actor, dream/return not finite at update 1,234. The last checkpoint is"
+    with pytest.raises(RunError, match=message):
+        check_finite({**good, **bad}, 1234)
 
 
 def test_origins_of_a_run(tmp_path):
