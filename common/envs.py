@@ -46,9 +46,9 @@ if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.k
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for one, and complains
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
-RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
-LATENT = ("state", "belief")  # an observation of that name gets another one
 FLAGS = ("is_first", "is_last", "is_terminal")
+RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
+LATENT = ("state", "belief")  # an observation of that name becomes observation.NAME
 MODULES = {"dm_control": ("dm_control", "shimmy"), "ALE": ("ale_py",)}  # register these ids
 PACKAGES = {"dm_control/": "shimmy dm-control", "ALE/": "ale-py opencv-python"}  # of these ids
 
@@ -198,10 +198,9 @@ class _Rows(gymnasium.Env):
         if options.obs == "vector":
             self.names = {k: self.names[k] for k, space in leaves.items() if not _is_image(space)}
         elif options.obs == "pixels":
-            image = len(leaves) == 1 and _is_image(*leaves.values())
-            self.names, self.drawn = dict.fromkeys(leaves, "pixels") if image else {}, not image
-        boxes = {key: _row_box(key, leaves[key], size, env_id) for key in self.names}
-        self.boxes = {name: boxes[key] for key, name in self.names.items()}
+            self.drawn = len(leaves) > 1 or not _is_image(*leaves.values())
+            self.names = {} if self.drawn else dict.fromkeys(leaves, "pixels")
+        self.boxes = {name: _row_box(k, leaves[k], size, env_id) for k, name in self.names.items()}
         if self.drawn:
             self.boxes["pixels"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.can_render = (self.drawn or self.filmed) and self._probe()
@@ -306,16 +305,14 @@ class _Rows(gymnasium.Env):
     def _next(self, action, draw=True):
         """One step, or a reset after the last row of an episode; EnvError if that fails."""
         first, reward, terminated, truncated = self.done, 0.0, False, False
-        self.episode, self.count = (
-            (self.episode + 1, 0) if first else (self.episode, self.count + 1)
-        )
+        self.episode += first
+        self.count = 0 if first else self.count + 1
         try:
             if first:
                 seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
                 obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # fits an int32
-            for _ in range(
-                0 if first else 1 if "ALE/" in self.env_id else self.options.action_repeat
-            ):
+            repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat
+            for _ in range(0 if first else repeat):
                 obs, r, terminated, truncated, _ = self.env.step(self.decode(action))
                 reward += float(r)
                 if terminated or truncated:

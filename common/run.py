@@ -85,19 +85,23 @@ def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict
     """
     chosen = tyro.cli(args_type, args=argv, description=doc)  # for --preset and --help
     args = tyro.cli(args_type, args=argv, description=doc, default=args_type(**defaults(chosen)))
-    for name, kind in get_type_hints(args_type, include_extras=True).items():
-        for rule in getattr(kind, "__metadata__", ()):
+    for name, marks in annotations(args_type).items():
+        for rule in marks:
             if isinstance(rule, Rule) and not rule.holds(getattr(args, name)):
                 raise RunError(f"--{name.replace('_', '-')} must be {rule.text}")
     return args
 
 
+def annotations(args_type: type) -> dict[str, tuple]:
+    """{field: what is `Annotated` beside its type}."""
+    kinds = get_type_hints(args_type, include_extras=True)
+    return {name: getattr(kind, "__metadata__", ()) for name, kind in kinds.items()}
+
+
 def may_change(args_type: type) -> list[str]:
     """The fields that are free to differ when a run is resumed."""
-    kinds = get_type_hints(args_type, include_extras=True).items()
-    return [
-        k for k, kind in kinds if MayChange.__metadata__[0] in getattr(kind, "__metadata__", ())
-    ]
+    (mark,) = MayChange.__metadata__
+    return [name for name, marks in annotations(args_type).items() if mark in marks]
 
 
 def prepare(args) -> torch.device:
@@ -162,17 +166,17 @@ def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
     folder.mkdir(parents=True, exist_ok=True)
     saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
     checkpoint.lock_folder(folder)
-    if saved and saved["script"] != script:
+    if saved.get("script", script) != script:
         raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
-    file = folder / "checkpoint.pt"
-    if args.fresh:  # args.json stays until it is replaced: without it the folder would be foreign
+    file, state = folder / "checkpoint.pt", None
+    if args.fresh:
         file.unlink(missing_ok=True)  # first: it refers to the others
-        remove(path for path in folder.iterdir() if path.name not in ("lock", "args.json"))
-    state = checkpoint.load(folder, script) if file.exists() else None
-    if state is None:
-        remove(folder / leftover for leftover in LEFTOVERS)
-    else:
+    if file.exists():
+        state = checkpoint.load(folder, script)
         compare(folder, saved, asked, may_change(type(args)))
+    for path in folder.iterdir() if state is None else ():  # without args.json it would be foreign
+        if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     past, now = saved["origin"] if state else [], origin()
     asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
     text = json.dumps(asked, indent=2) + "\n"
@@ -180,13 +184,12 @@ def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
     return folder, state
 
 
-def saved_args(folder: Path) -> dict | None:
-    """What args.json says, None for an empty folder; RunError if it is not a run folder."""
+def saved_args(folder: Path) -> dict:
+    """What args.json says, {} for an empty folder; RunError if it is not a run folder."""
     if all(path.name in ("lock", "args.json.tmp") for path in folder.iterdir()):
-        return None
-    path = folder / "args.json"
-    with suppress(ValueError, TypeError):
-        saved = json.loads(path.read_text()) if path.exists() else {}
+        return {}
+    with suppress(ValueError, TypeError, OSError):
+        saved = json.loads((folder / "args.json").read_text())
         if "script" in saved:
             return saved
     raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
@@ -210,13 +213,12 @@ def compare(folder, saved: dict, asked: dict, free, ways: str = FRESH):
 
 def origin() -> dict:
     """What a published figure has to name: command, commit, versions, hardware."""
-    git = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    commit = ""
-    with suppress(OSError):
-        ask = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = subprocess.run(git, **ask).stdout.strip().replace("-dirty", " with changes")
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = (re.findall("model name\\s*: (.*)", cpu) or [platform.processor()])[0]
+    git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
+    with suppress(OSError):  # no git
+        options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = subprocess.run(git, **options).stdout.strip().replace("-dirty", " with changes")
+    cpus = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = (re.findall("model name\\s*: (.*)", cpus) or [platform.processor()])[0]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -224,15 +226,6 @@ def origin() -> dict:
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
         "hardware": f"{os.cpu_count()} cores of {cpu}, {gpu}",
     }
-
-
-def remove(paths):
-    """Delete files, folders and links, not what links lead to."""
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def load_agent(folder, script: str, args_type: type, agent_type: type, *device: str):
@@ -280,11 +273,7 @@ class Run:
 
     def open(self) -> tuple[Path, dict | None]:
         """The run folder and what it holds."""
-        return open_folder(self.script, self.args, self.asked())
-
-    def asked(self) -> dict:
-        """What args.json will say, apart from the origin."""
-        return {"script": self.script, **plain(self.args)}
+        return open_folder(self.script, self.args, {"script": self.script, **plain(self.args)})
 
     def __enter__(self) -> "Run":
         self.stop.__enter__()
@@ -351,9 +340,11 @@ class Run:
     def report(self):
         """Evaluate, draw dreams, log and save, where a multiple of --..._every was passed."""
         if self.due("eval") and self.updates:
-            self.evaluate()
+            seed = self.args.seed + 2_000_000 + self.step
+            returns, *_ = evaluate(self.agent, 1, seed, side=0)
+            self.logger.write(self.step, **{"eval/return": returns[0]})
         if self.due("dream") and self.batch is not None:
-            self.draw_dreams()
+            draw_dreams(self.agent, self.logger, self.batch, f"dream_{self.step:09}")
         if self.due("log"):
             self.logger.write(self.step, updates=self.updates)
         save, self.reported = self.due("save"), self.step
@@ -364,15 +355,6 @@ class Run:
         """Whether a multiple of --{name}-every was passed since the last report (0: never)."""
         period = getattr(self.args, f"{name}_every", 0)
         return period > 0 and self.step // period > self.reported // period
-
-    def evaluate(self):
-        """Log the return of one episode."""
-        returns, *_ = evaluate(self.agent, 1, self.args.seed + 2_000_000 + self.step, side=0)
-        self.logger.write(self.step, **{"eval/return": returns[0]})
-
-    def draw_dreams(self):
-        """Dream from the last batch."""
-        draw_dreams(self.agent, self.logger, self.batch, f"dream_{self.step:09}")
 
     def count(self, rows: TensorDict):
         """Count a row of each environment, and log the return of every episode that ends there."""

@@ -26,7 +26,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import Logger
 from common.replay import make_replay
-from common.run import Run, launch, run_folder
+from common.run import Run, launch, open_folder, plain, run_folder
 
 DIVIDED = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
 OWN = ("replay", "envs", "latent", "returns", "rng")  # parts of a checkpoint that ranks differ in
@@ -145,14 +145,12 @@ class RanksRun(Run):
                 dist.broadcast(x, 0)
         torch.manual_seed(own_seed(args.seed))
 
-    def asked(self) -> dict:
-        """args.json names the number of ranks: another one cannot resume this run."""
-        return super().asked() | {"ranks": size()}
-
     def open(self):
         """Rank 0 opens the folder, the others read what it holds."""
         if rank() == 0:
-            opened = super().open()
+            # args.json names the number of ranks: another one cannot resume this run
+            asked = {"script": self.script, **plain(self.args), "ranks": size()}
+            opened = open_folder(self.script, self.args, asked)
             dist.barrier()
             return opened
         dist.barrier()
@@ -190,11 +188,8 @@ class RanksRun(Run):
             if path.name != name:
                 path.unlink()
 
-    def evaluate(self):
-        return super().evaluate() if rank() == 0 else None
-
-    def draw_dreams(self):
-        return super().draw_dreams() if rank() == 0 else None
+    def due(self, name):
+        return super().due(name) and (rank() == 0 or name == "save")
 
     def finish(self):
         return super().finish() if rank() == 0 else None
