@@ -15,19 +15,9 @@ learning_curve.png.
 
 The algorithm is the authors' MATLAB code (UCL-SML/pilco-matlab at a0b48b7, v0.9), which propagates
 beliefs without observation noise, costs x_1..x_H, and squashes with (9 sin u + sin 3u) / 8.
-Deviations, all deliberate:
-- The covariance of the GP means is summed in a form that cannot cancel to negative variances.
-- Hyperparameters are fitted by BoTorch (L-BFGS), the policy by BFGS with another line search.
-- Every trial also improves new policies, with centres among the states seen, goes on with the
-  better half after each third of its evaluations, and keeps the best: improving only the last one
-  stays in local optima (--restarts 1 is the authors').
-- The search measures centres in lengthscales: one that needed 380 evaluations needs 180.
-- Inducing inputs are chosen, not trained: always the data point that is least certain. Cart-pole
-  needs 150 of them, not 300: expected costs differ by 0.0001 to 0.003.
-- Cart-pole's policy has the 50 centres of the paper. With the 10 of the MATLAB example three of six
-  seeds stayed in a local optimum, a pole that goes round and round.
-- Actions are scaled to [-1, 1], which changes the units of their lengthscales only.
-- The real cost is that of the observed state; the authors', of the latent one.
+docs/pilco.md lists where this file departs from it. Two departures matter to a reader: every trial
+also improves new policies and keeps the best of all, and the search measures centres in
+lengthscales.
 Everything is in float64: single precision makes half of the variances negative.
 
 Shapes: N policies side by side, D state variables, A action numbers, F features (the state with sin

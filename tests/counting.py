@@ -17,12 +17,10 @@ def parse_args(argv=None):
     parser.add_argument("--run", default="")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--saving", type=float, default=0.0)
-    return parser.parse_args(argv)
-
-
-def check(args):
+    args = parser.parse_args(argv)
     if args.steps < 1:
         raise ValueError("--steps must be at least 1")
+    return args
 
 
 def main():

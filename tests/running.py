@@ -110,16 +110,17 @@ class Spoiled(Long):
 
 
 class Fails(Walk):
-    """Raises at step 9 of every fourth episode, until it is mended."""
+    """Raises at step 9 of episode 3 of environment 0 (with --seed 0), until it is mended."""
 
-    mended, episode = False, -1
+    mended = False
+    bad = int(np.random.SeedSequence(0, spawn_key=(0, 3)).generate_state(1)[0]) >> 1
 
     def reset(self, *, seed=None, options=None):
-        self.episode += 1
+        self.seed = seed
         return super().reset(seed=seed)
 
     def step(self, action):
-        if self.count == 8 and self.episode % 4 == 3 and not self.mended:
+        if self.seed == self.bad and self.count == 8 and not self.mended:
             raise OSError("the simulator is gone")
         return super().step(action)
 
@@ -224,14 +225,6 @@ def disk_fills_up():
         return save(state, file)
 
     torch.save = fail
-
-
-def fixed_updates():
-    """No run at all: what tests/ranks.py does."""
-    import ranks
-
-    ranks.main(*sys.argv[-2:])
-    sys.exit()
 
 
 @pytest.fixture(scope="session")

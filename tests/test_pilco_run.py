@@ -8,26 +8,17 @@ import signal
 import numpy as np
 import pytest
 import torch
-from test_run import (  # noqa: F401  fixtures: inside, nursery, start
-    REPO,
-    count_lines,
-    inside,
-    lines_of,
-    nursery,
-    same_leaves,
-    start,
-    until,
-)
+from running import REPO, count_lines, lines_of, same_leaves, until
 
 import pilco
 from common import checkpoint
 from common.envs import make_envs
 
-SCRIPT = REPO / "pilco.py"  # what `start` runs here
+SCRIPT = REPO / "pilco.py"  # what `start` and `inside` run here
 DEBUG = ["--preset", "debug", "--no-tensorboard"]
 
 
-def test_debug_as_it_is(start, tmp_path):  # noqa: F811
+def test_debug_as_it_is(start, tmp_path):
     folder = tmp_path / "run"
     text = start("--preset", "debug", "--run", folder, prepare="all_pictures").done()
     assert "random rollout, 0.8 s: cost" in text and "trial 2, 2.4 s" in text
@@ -42,7 +33,7 @@ def test_debug_as_it_is(start, tmp_path):  # noqa: F811
     assert state["agent"]["data"]["observation"].shape == (24, 2)
 
 
-def test_resume_is_exact(start, tmp_path):  # noqa: F811
+def test_resume_is_exact(start, tmp_path):
     argv = [*DEBUG, "--trials", 3, "--restarts", 2, "--max-inducing", 12]
     start(*argv, "--run", tmp_path / "a").done()
 
@@ -55,7 +46,7 @@ def test_resume_is_exact(start, tmp_path):  # noqa: F811
         run.signal(number)
         run.wait()
     text = start(*argv, "--run", tmp_path / "b").done()
-    assert "resumes after" in text
+    assert "resumes at step" in text
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
     states = [checkpoint.load(tmp_path / name) for name in "ab"]
     for state in states:
@@ -63,7 +54,7 @@ def test_resume_is_exact(start, tmp_path):  # noqa: F811
     same_leaves(*states)
 
 
-def test_the_seed_decides(inside, tmp_path):  # noqa: F811
+def test_the_seed_decides(inside, tmp_path):
     rows = []
     for seed in (1, 1, 2):
         inside(*DEBUG, "--seed", seed)
@@ -72,28 +63,28 @@ def test_the_seed_decides(inside, tmp_path):  # noqa: F811
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_eval_load_and_act(start, tmp_path):  # noqa: F811
+def test_eval_load_and_act(start, tmp_path):
     folder = tmp_path / "run"
     start(*DEBUG, "--run", folder).done()
     text = start("--eval", folder, "--eval-episodes", 2, prepare="all_pictures").done()
     assert "over 2 episodes" in text and (folder / "eval.mp4").exists()
-    agent, state = pilco.load(folder), None
+    agent, latent = pilco.load(folder), None
     same_leaves(checkpoint.load(folder)["agent"], agent.state_dict())
     theta = agent.controller.theta.data
     assert torch.equal(agent.objective(theta)[0], pilco.load(folder).objective(theta)[0])
     envs = make_envs(agent.args, num_envs=1, seed=1)
     rows = envs.step(None)
     while not rows["is_last"].all():
-        action, state = agent.act(rows, state)
-        rows = envs.step(action)
-    assert action.abs().max() <= 1
+        latent = agent.act(rows, latent)
+        rows = envs.step(latent["action"])
+    assert latent["action"].abs().max() <= 1
     envs.close()
 
 
 @pytest.mark.parametrize(
     ("env_id", "width"), [("Pendulum-v1", 3), ("dm_control/cartpole-swingup-v0", 5)]
 )
-def test_other_environments(inside, tmp_path, env_id, width):  # noqa: F811
+def test_other_environments(inside, tmp_path, env_id, width):
     inside(*DEBUG, "--env-id", env_id, "--trials", 1, *plain(width))
     assert checkpoint.load(tmp_path / "run")["agent"]["data"]["observation"].shape == (16, width)
 
@@ -117,39 +108,39 @@ def plain(width):
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
         ("--angles 5", "--angles must be different indices of the 2 numbers observed"),
         ("--angles 1 1", "--angles must be different indices"),
-        ("--start-std 1 -1", "--start-std must not be negative"),
+        ("--start-std 1 -1", "--start-std must be numbers that are not negative"),
         ("--gamma 0", "--gamma must be a positive number"),
         ("--env-id CartPole-v1", "PILCO needs Box actions"),
         ("--widths 0", "--widths"),
         ("--angles --target 0 0 --weights 1 0 0 -1", "--weights: weights must be symmetric"),
     ],
 )
-def test_wrong_flags_and_environments(inside, flags, words):  # noqa: F811
+def test_wrong_flags_and_environments(inside, flags, words):
     with pytest.raises(checkpoint.RunError, match=words):
         inside(*DEBUG, *flags.split())
 
 
-def test_a_wrong_flag_can_be_put_right(inside, tmp_path):  # noqa: F811
+def test_a_wrong_flag_can_be_put_right(inside, tmp_path):
     """Without a checkpoint the folder holds nothing that other arguments could spoil."""
     with pytest.raises(checkpoint.RunError, match="--angles"):
         inside(*DEBUG, "--angles", 5)
     inside(*DEBUG)
-    assert checkpoint.load(tmp_path / "run")["rollouts"] == 3
+    assert checkpoint.load(tmp_path / "run")["done"] == 3
 
 
-def test_trials_are_counted_after_the_random_rollouts(inside, tmp_path):  # noqa: F811
+def test_trials_are_counted_after_the_random_rollouts(inside, tmp_path):
     inside(*DEBUG, "--random-rollouts", 2)
     numbers = [row["trial"] for row in lines_of(tmp_path / "run") if "trial" in row]
     assert numbers == [0, 0, 1, 2]
 
 
-def test_a_flat_cost_is_reported(inside, capsys):  # noqa: F811
+def test_a_flat_cost_is_reported(inside, capsys):
     """A target a hundred widths away: no gradient, and the line says so."""
     inside(*DEBUG, "--target", 1e4, 0, "--weights", 1, 0, 0, 0, "--trials", 1)
     assert "NO GRADIENT" in capsys.readouterr().out
 
 
-def test_what_searches_are_given(inside, monkeypatch):  # noqa: F811
+def test_what_searches_are_given(inside, monkeypatch):
     """The policy's natural units, and the last policy before new ones."""
     calls, search = [], pilco.search
 
@@ -175,7 +166,7 @@ def test_what_searches_are_given(inside, monkeypatch):  # noqa: F811
         "--preset inverted_pendulum",
     ],
 )
-def test_presets_begin(inside, tmp_path, capsys, flags):  # noqa: F811
+def test_presets_begin(inside, tmp_path, capsys, flags):
     tiny = ["--trials", 2, "--horizon", 6, "--evaluations", 3, "--no-tensorboard"]
     inside(*flags.split(), *tiny)
     text = capsys.readouterr().out
@@ -199,14 +190,14 @@ def test_presets_are_the_authors_scenarios():
     assert (args.centres, args.horizon, args.trials) == (100, 30, 20)
 
 
-def test_benchmark(inside, capsys, monkeypatch):  # noqa: F811
+def test_benchmark(inside, capsys, monkeypatch):
     monkeypatch.setattr(pilco, "benchmark", functools.partial(pilco.benchmark, 2))
     inside("--benchmark")
     text = capsys.readouterr().out
     assert "100 points" in text and "300 points" in text and "GB" in text
 
 
-def test_a_longer_run_equals_one_in_one_go(inside, tmp_path):  # noqa: F811
+def test_a_longer_run_equals_one_in_one_go(inside, tmp_path):
     inside(*DEBUG, "--trials", 3)
     (tmp_path / "run").rename(tmp_path / "whole")
     inside(*DEBUG, "--trials", 1)
@@ -216,15 +207,19 @@ def test_a_longer_run_equals_one_in_one_go(inside, tmp_path):  # noqa: F811
     same_leaves(*(checkpoint.load(tmp_path / x)["agent"]["theta"] for x in ("run", "whole")))
 
 
-def test_nothing_is_lost(inside, tmp_path, capsys):  # noqa: F811
+def test_nothing_is_lost(inside, tmp_path, capsys):
     run = tmp_path / "run"
     inside(*DEBUG)
     before = lines_of(run)
     inside(*DEBUG)
-    assert "resumes after 3 rollouts" in capsys.readouterr().out
-    assert lines_of(run) == before and checkpoint.load(run)["rollouts"] == 3
+    assert "resumes at step 24" in capsys.readouterr().out
+    assert lines_of(run) == before and checkpoint.load(run)["done"] == 3
     saved = (run / "checkpoint.pt").read_bytes()
-    for flags, words in (("--centres 5", "centres: 4 -> 5"), ("--env-id A-v0", "env_id: ")):
+    for flags, words in (
+        ("--centres 5", "centres: 4 -> 5"),
+        ("--env-id running:Long-v0", "env_id: PILCO/Pendulum-v0 -> running:Long-v0"),
+        ("--env-id A-v0", "unknown environment 'A-v0'"),
+    ):
         with pytest.raises(checkpoint.RunError, match=words):
             inside(*DEBUG, *flags.split())
     with pytest.raises(checkpoint.RunError, match=r"was written by pilco\.py"):
@@ -234,18 +229,18 @@ def test_nothing_is_lost(inside, tmp_path, capsys):  # noqa: F811
     assert "resumes" not in capsys.readouterr().out and lines_of(run) == before
 
 
-def test_data_that_cannot_be_used(inside, tmp_path):  # noqa: F811
+def test_data_that_cannot_be_used(inside, tmp_path):
     """The rollouts before it stay in the run folder."""
     argv = [*DEBUG, "--horizon", 15, *plain(2)]
     with pytest.raises(checkpoint.RunError, match="not finite"):
-        inside(*argv, "--env-id", "test_run:Spoiled-v0", "--random-rollouts", 9)
+        inside(*argv, "--env-id", "running:Spoiled-v0", "--random-rollouts", 9)
     shutil.rmtree(tmp_path / "run")
     with pytest.raises(checkpoint.RunError, match="always change alike: leave them out"):
-        inside(*argv, "--env-id", "test_run:Long-v0")
-    assert checkpoint.load(tmp_path / "run")["rollouts"] == 1
+        inside(*argv, "--env-id", "running:Long-v0")
+    assert checkpoint.load(tmp_path / "run")["done"] == 1
 
 
-def test_a_search_without_a_value_is_an_error(inside, monkeypatch):  # noqa: F811
+def test_a_search_without_a_value_is_an_error(inside, monkeypatch):
     def broken(agent, theta):
         return theta[:, 0] * np.nan, theta * np.nan
 
@@ -254,7 +249,7 @@ def test_a_search_without_a_value_is_an_error(inside, monkeypatch):  # noqa: F81
         inside(*DEBUG)
 
 
-def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):
     fit = pilco.GPWorldModel.fit
 
     def signalled(model, td):
@@ -263,11 +258,11 @@ def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):  # noqa
 
     monkeypatch.setattr(pilco.GPWorldModel, "fit", signalled)
     inside(*DEBUG)
-    assert "stopped; the same command resumes" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "run")["rollouts"] == 1
+    assert "saved; the same command resumes" in capsys.readouterr().out
+    assert checkpoint.load(tmp_path / "run")["done"] == 1
 
 
-def test_the_pendulum_is_learned(inside, tmp_path):  # noqa: F811
+def test_the_pendulum_is_learned(inside, tmp_path):
     """Hanging costs 1 per step; three short searches leave less than half in the last second."""
     flags = "--preset pendulum --seed 2 --trials 3 --horizon 25 --evaluations 30 --centres 10"
     inside(*flags.split(), "--restarts", 1, "--no-tensorboard")
