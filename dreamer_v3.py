@@ -363,13 +363,10 @@ class RSSMPrior(nn.Module):
         self.head = mlp(rnn_hidden_dim, hidden_dim, 2)
         self.head.append(Linear(hidden_dim, state_dim * classes))
 
-    def embed(self, action: Tensor) -> Tensor:
-        """(..., A) -> (..., hidden); actions beyond [-1, 1] are scaled back to the border."""
-        return self.action_in(action / action.detach().abs().clamp(min=1))
-
-    def recurrence(self, state: Tensor, belief: Tensor, action_embed: Tensor) -> Tensor:
-        """(N, S * C), (N, D), (N, hidden) -> next belief (N, D)."""
-        shared = [self.belief_in(belief), self.state_in(state), action_embed]
+    def recurrence(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
+        """(N, S * C), (N, D), (N, A) -> next belief (N, D)."""
+        action = action / action.detach().abs().clamp(min=1)  # back to the border of [-1, 1]
+        shared = [self.belief_in(belief), self.state_in(state), self.action_in(action)]
         x = self.hidden(belief, torch.cat(shared, -1)).flatten(-2)
         gates = self.gates(self.hidden_norm(x)).float()  # (N, blocks, 3 D / blocks)
         reset, candidate, update = gates.chunk(3, -1)  # split inside each block
@@ -389,7 +386,7 @@ class RSSMPrior(nn.Module):
 
     def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, S * C), (N, D), (N, A) -> prior logits (N, S, C), next state and belief."""
-        belief = self.recurrence(state, belief, self.embed(action))
+        belief = self.recurrence(state, belief, action)
         logits = self.logits(belief)
         noise = self.draw_noise(len(belief)) if noise is None else noise
         return logits, sample_state(logits, noise, self.unimix), belief
@@ -400,37 +397,30 @@ class RSSMPosterior(nn.Module):
 
     def __init__(self, hidden_dim, state_dim, classes=4, *, rnn_hidden_dim, obs_dim, unimix=0.01):
         super().__init__()
-        self.rnn_hidden_dim, self.unimix = rnn_hidden_dim, unimix
-        self.state_dim, self.classes = state_dim, classes
-        self.layer = Linear(rnn_hidden_dim + obs_dim, hidden_dim)
-        self.norm = nn.Sequential(RMSNorm(hidden_dim), nn.SiLU())
-        self.head = Linear(hidden_dim, state_dim * classes)
+        self.state_dim, self.classes, self.unimix = state_dim, classes, unimix
+        self.head = mlp(rnn_hidden_dim + obs_dim, hidden_dim, 1)
+        self.head.append(Linear(hidden_dim, state_dim * classes))
 
-    def embed(self, encoded_obs: Tensor) -> Tensor:
-        """(..., E) -> (..., hidden): its half of the first layer, for all steps at once."""
-        weight = self.layer.weight[:, self.rnn_hidden_dim :]
-        return F.linear(encoded_obs, weight, self.layer.bias)
-
-    def logits(self, belief: Tensor, embed: Tensor) -> Tensor:
-        """(N, D), (N, hidden) from `embed` -> logits (N, S, C)."""
-        x = F.linear(belief, self.layer.weight[:, : self.rnn_hidden_dim]) + embed
-        return self.head(self.norm(x)).float().unflatten(-1, (self.state_dim, self.classes))
+    def logits(self, belief: Tensor, encoded_obs: Tensor) -> Tensor:
+        """(N, D), (N, E) -> logits (N, S, C) of q(z | h, x)."""
+        x = self.head(torch.cat([belief, encoded_obs], -1)).float()
+        return x.unflatten(-1, (self.state_dim, self.classes))
 
     def forward(self, belief: Tensor, encoded_obs: Tensor, noise=None) -> tuple[Tensor, Tensor]:
         """(N, D), (N, E) -> posterior logits (N, S, C), state (N, S * C)."""
-        logits = self.logits(belief, self.embed(encoded_obs))
+        logits = self.logits(belief, encoded_obs)
         noise = race_noise(*logits.shape, device=logits.device) if noise is None else noise
         return logits, sample_state(logits, noise, self.unimix)
 
 
-def rssm_step(prior, posterior, state, belief, action_embed, obs_embed, keep, noise):
+def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise):
     """One step of the filter; where `keep` is 0 an episode begins.
 
-    (N, S * C), (N, D), 2 x (N, hidden), (N), (N, S, C) -> state, belief, posterior logits.
+    (N, S * C), (N, D), (N, A), (N, E), (N), (N, S, C) -> state, belief, posterior logits.
     """
     keep = keep[:, None]
-    belief = prior.recurrence(state * keep, belief * keep, action_embed)
-    logits = posterior.logits(belief, obs_embed)
+    belief = prior.recurrence(state * keep, belief * keep, action * keep)
+    logits = posterior.logits(belief, encoded_obs)
     return sample_state(logits, noise, posterior.unimix), belief, logits
 
 
@@ -449,29 +439,22 @@ class RSSMRollout(nn.Module):
         `previous` holds the action before each row and the latents before the first one; without
         it the actions of td are shifted by a row and latents start from zeros, as at `is_first`.
         """
-        previous = td.get("previous", None)
+        previous, is_first = td.get("previous", None), td.get("is_first", None)
         if previous is None:
             action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
-            start = [action.new_zeros(len(td), size) for size in reversed(self.prior.sizes)]
+            belief, state = (action.new_zeros(len(td), size) for size in self.prior.sizes)
         else:
-            action, start = previous["action"], (previous["state"][:, 0], previous["belief"][:, 0])
-        is_first = td.get("is_first", None)
-        is_first = torch.zeros_like(action[..., 0]) if is_first is None else is_first
+            action, belief, state = (previous[k] for k in ("action", "belief", "state"))
+            belief, state = belief[:, 0], state[:, 0]
+        keep = torch.ones_like(action[..., 0]) if is_first is None else (~is_first).float()
         noise = self.prior.draw_noise(*td.shape) if noise is None else noise
-        state, belief, logits = self.filter(td["encoded_obs"], action, is_first, *start, noise)
-        latents = dict(state=state, belief=belief, posterior_logits=logits)
-        return td.update(latents).set("prior_logits", self.prior.logits(belief))
+        inputs = action, td["encoded_obs"], keep, noise
+        td["state"], td["belief"], td["posterior_logits"] = self.unroll(state, belief, inputs)
+        return td.set("prior_logits", self.prior.logits(td["belief"]))
 
-    def filter(self, encoded_obs, action, is_first, state, belief, noise):
-        """Rows 1..T from the latents before them.
-
-        encoded_obs (B, T, E), action (B, T, A) the one *before* each row, is_first (B, T),
-        state (B, S * C), belief (B, D), noise (B, T, S, C)
-        -> state (B, T, S * C), belief (B, T, D), posterior logits (B, T, S, C).
-        """
-        keep, outputs = 1 - is_first.float(), []
-        action_embed = self.prior.embed(action * keep[..., None])
-        inputs = (action_embed, self.posterior.embed(encoded_obs), keep, noise)
+    def unroll(self, state, belief, inputs) -> tuple[Tensor, ...]:
+        """Inputs (B, T, ...) of `rssm_step` -> state, belief, posterior logits (B, T, ...)."""
+        outputs = []
         for step_inputs in zip(*(x.unbind(1) for x in inputs), strict=True):
             outputs.append(self.step(self.prior, self.posterior, state, belief, *step_inputs))
             state, belief, _ = outputs[-1]
@@ -1053,10 +1036,13 @@ class Agent:
         latent = self.initial(len(rows)) if latent is None else latent
         keep = (~rows["is_first"]).float()
         with self.autocast():
-            action = model.prior.embed(latent["action"] * keep[:, None])
-            obs = model.posterior.embed(model.encoder.embed(rows))
-            noise = model.prior.draw_noise(len(rows))
-            parts = latent["state"], latent["belief"], action, obs, keep, noise
+            inputs = (
+                latent["action"],
+                model.encoder.embed(rows),
+                keep,
+                model.prior.draw_noise(len(rows)),
+            )
+            parts = latent["state"], latent["belief"], *inputs
             state, belief, _ = rssm_step(model.prior, model.posterior, *parts)
             latent = TensorDict(belief=belief, state=state, batch_size=rows.batch_size)
             policy = self.actor(features(latent))

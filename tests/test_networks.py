@@ -139,15 +139,11 @@ def random_inputs(n=5, deter=32, stoch=4, classes=3, action=2):
     return latents["state"], latents["belief"], torch.randn(n, action) * 2
 
 
-def recurrence(prior, state, belief, action):
-    return prior.recurrence(state, belief, prior.embed(action))
-
-
 @pytest.mark.parametrize("blocks", [1, 4, 8])
 def test_14_block_gru_formula(blocks):
     prior, inputs = make_prior(blocks=blocks), random_inputs()
     expected = recurrence_by_hand(prior, *map(array, inputs))
-    near(recurrence(prior, *inputs), expected, 1e-5, 1e-6)
+    near(prior.recurrence(*inputs), expected, 1e-5, 1e-6)
 
 
 def test_14_prior_head_and_imagined_step():
@@ -168,18 +164,18 @@ def test_15_update_gate_bias():
     prior, (state, belief, action) = make_prior(), random_inputs()
     nn.init.zeros_(prior.gates.weight)
     nn.init.zeros_(prior.gates.bias)
-    near(recurrence(prior, state, belief, action), 0.73106 * array(belief), 1e-5, 1e-6)
+    near(prior.recurrence(state, belief, action), 0.73106 * array(belief), 1e-5, 1e-6)
 
 
 def test_16_block_layout():
     """A block sees its slice first, then the 3 * hidden shared numbers, and no other slice."""
     prior, (state, belief, action) = make_prior(), random_inputs()
     assert kernel(prior.hidden).shape == (4, 32 // 4 + 3 * 6, 8)
-    before = recurrence(prior, state, belief, action)
+    before = prior.recurrence(state, belief, action)
     kernel(prior.gates)[2] = 0
     prior.gates.bias.data[48:72] = 0  # 3 * 8 gates per block
     changed = (
-        (recurrence(prior, state, belief, action) != before).any(0).unflatten(0, (4, 8)).all(-1)
+        (prior.recurrence(state, belief, action) != before).any(0).unflatten(0, (4, 8)).all(-1)
     )
     assert changed.tolist() == [False, False, True, False]
     prior = make_prior()
@@ -187,7 +183,7 @@ def test_16_block_layout():
     kernel(prior.hidden)[[0, 1, 3]] = 0  # only block 2's is left: the norm couples no others
     prior.hidden.bias.data.zero_()
     belief.requires_grad_()
-    recurrence(prior, state, belief, action)[:, 16:24].sum().backward()
+    prior.recurrence(state, belief, action)[:, 16:24].sum().backward()
     moved = belief.grad.ne(0).any(0).unflatten(0, (4, 8)).any(-1)
     assert moved.tolist() == [False, False, True, False]
 
@@ -199,7 +195,7 @@ def test_17_gates_are_split_inside_each_block():
     bias[1, 0], bias[1, 1], bias[1, 2] = 0.3, 0.7, 50.0  # block 1 forgets its memory
     bias[3, 2] = -50.0  # block 3 keeps all of it
     prior.gates.bias.data = bias.flatten()
-    found = recurrence(prior, state, belief, action).unflatten(-1, (4, 8))
+    found = prior.recurrence(state, belief, action).unflatten(-1, (4, 8))
     old = belief.unflatten(-1, (4, 8))
     near(found[:, 1], np.full((5, 8), math.tanh(0.7 / (1 + math.exp(-0.3)))))
     near(found[:, 3], old[:, 3])
@@ -210,7 +206,7 @@ def test_18_action_normalization():
     """[2, -0.5] -> [1, -0.5]; the gradient of a large action is divided, not cancelled."""
     prior, (state, belief, _) = make_prior(), random_inputs(1)
     actions = [torch.tensor([[a, -0.5]]).requires_grad_() for a in (2.0, 1.0)]
-    found = [recurrence(prior, state, belief, a) for a in actions]
+    found = [prior.recurrence(state, belief, a) for a in actions]
     near(found[0], found[1], 1e-6, 1e-6)
     for x in found:
         x.sum().backward()
@@ -338,13 +334,11 @@ def observe(agent, td, noise=None, state=None, belief=None, action=None):
     model, previous = agent.world_model, td["previous"]
     if noise is None:
         noise = torch.ones(*td.shape, agent.args.stoch, agent.args.classes)
-    return model.rollout.filter(
-        model.encoder.embed(td),
-        previous["action"] if action is None else action,
-        td["is_first"],
+    action = previous["action"] if action is None else action
+    return model.rollout.unroll(
         previous["state"][:, 0] if state is None else state,
         previous["belief"][:, 0] if belief is None else belief,
-        noise,
+        (action, model.encoder.embed(td), (~td["is_first"]).float(), noise),
     )
 
 
@@ -432,10 +426,9 @@ def test_posterior_formula():
     posterior = RSSMPosterior(6, 4, 3, rnn_hidden_dim=32, obs_dim=7)
     perturb(posterior)
     belief, encoded_obs = torch.randn(5, 32), torch.randn(5, 7)
-    layers = [posterior.layer, *posterior.norm, posterior.head]
-    expected = dense(np.concatenate([array(belief), array(encoded_obs)], -1), layers)
+    expected = dense(np.concatenate([array(belief), array(encoded_obs)], -1), posterior.head)
     expected = expected.reshape(5, 4, 3)
-    near(posterior.logits(belief, posterior.embed(encoded_obs)), expected, 1e-5, 1e-6)
+    near(posterior.logits(belief, encoded_obs), expected, 1e-5, 1e-6)
     logits, sample = posterior(belief, encoded_obs, torch.ones(5, 4, 3))
     near(logits, expected, 1e-5, 1e-6)
     assert sample.shape == (5, 12)
@@ -447,20 +440,14 @@ def test_13_posterior_and_prior_samples_mix_in_the_uniform():
     torch.manual_seed(0)
     agent, n = v3_agent(random=False), 4000
     prior, posterior = agent.world_model.prior, agent.world_model.posterior
-    for layer in (prior.head[-1], posterior.head):
+    for layer in (prior.head[-1], posterior.head[-1]):
         nn.init.zeros_(layer.weight)
         layer.bias.data = torch.tensor([1e3, 0, 0, 0]).repeat(4)
     latents, action = v3_latents(agent.args, n), torch.zeros(n, 2)
     state, belief = latents["state"], latents["belief"]
     imagined = prior(state, belief, action, race_noise(n, 4, 4))[1]
-    filtered = agent.world_model.rollout.filter(
-        torch.zeros(n, 1, 16),
-        action[:, None],
-        torch.zeros(n, 1).bool(),
-        state,
-        belief,
-        race_noise(n, 1, 4, 4),
-    )[0]
+    inputs = action[:, None], torch.zeros(n, 1, 16), torch.ones(n, 1), race_noise(n, 1, 4, 4)
+    filtered = agent.world_model.rollout.unroll(state, belief, inputs)[0]
     inferred = posterior(belief, torch.zeros(n, 16))[1]
     for draws in (imagined, filtered, inferred):
         other = draws.reshape(-1, 4)[:, 1:].sum().item()
@@ -484,7 +471,7 @@ def test_rollout_loop_by_hand():
         action = array(td["previous", "action"][:, t]) * keep
         belief = recurrence_by_hand(model.prior, state * keep, belief * keep, action)
         q = model.posterior
-        x = dense(np.concatenate([belief, encoded_obs[:, t]], -1), [q.layer, *q.norm, q.head])
+        x = dense(np.concatenate([belief, encoded_obs[:, t]], -1), q.head)
         logits = x.reshape(-1, 4, 4)
         state = np.eye(4)[logits.argmax(-1)].reshape(-1, 16)  # noise of ones: the mode
         for a, b in zip(found, (state, belief, logits), strict=True):
@@ -537,7 +524,7 @@ def test_rollout_modes_agree(mode, monkeypatch):
     is_first = torch.zeros(3, 6).bool()
     is_first[0, 0] = is_first[1, 3] = True
     latents = v3_latents(SimpleNamespace(deter=16, stoch=4, classes=4), 3)
-    fixed = torch.randn(3, 6, 2), is_first
+    action, keep = torch.randn(3, 6, 2), (~is_first).float()
     noise, weights = (
         race_noise(3, 6, 4, 4),
         [torch.randn(3, 6, *s) for s in ((16,), (16,), (4, 4))],
@@ -550,7 +537,7 @@ def test_rollout_modes_agree(mode, monkeypatch):
             leaves = [encoded_obs.clone(), latents["state"].clone(), latents["belief"].clone()]
             for leaf in leaves[:wanted]:
                 leaf.requires_grad_()
-            out = rollout.filter(leaves[0], *fixed, *leaves[1:], noise)
+            out = rollout.unroll(*leaves[1:], (action, leaves[0], keep, noise))
             params = [p for n, p in rollout.named_parameters() if not n.startswith("prior.head")]
             loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
             results.append([*out, *torch.autograd.grad(loss, leaves[:wanted] + params)])

@@ -75,8 +75,7 @@ def parameters(agent):
     found["dyn/dynhid0norm/scale"] = prior.hidden_norm[0].weight
     names = ["dyn/prior0", "dyn/prior1", "dyn/priorlogit"]
     found |= sequence(prior.head, names, numbered("dyn/prior{}norm", 2))
-    found |= dense("dyn/obs0", posterior.layer) | dense("dyn/obslogit", posterior.head)
-    found["dyn/obs0norm/scale"] = posterior.norm[0].weight
+    found |= sequence(posterior.head, ["dyn/obs0", "dyn/obslogit"], ["dyn/obs0norm"])
     found |= sequence(model.encoder.mlp, numbered("enc/mlp{}", 3), numbered("enc/mlp{}norm", 3))
     names = numbered("dec/mlp/linear{}", 3), numbered("dec/mlp/norm{}", 3)
     found |= sequence(model.decoder.mlp, *names)
