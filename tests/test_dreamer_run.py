@@ -186,6 +186,7 @@ def test_benchmark(start):
     found = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
     times = [float(time) for time, _ in found]
     assert len(times) == 8 and times == sorted(times, reverse=True) and times[0] > 0
+    assert {"aten::mm", "aten::addmm"} & {name for _, name in found}
 
 
 def test_prefill_is_random(inside, monkeypatch):

@@ -530,7 +530,7 @@ def test_34_actor_gradient_is_reinforce():
         with torch.no_grad():
             policy = agent.actor.double()(dream["feat"][:, :-1].double())
             agent.actor.float()
-        normal = torch.distributions.Normal(policy.dist.mean, policy.dist.stddev)
+        normal = torch.distributions.Normal(policy.base_dist.mean, policy.base_dist.stddev)
         gain = normal.log_prob(dream["action"][:, :-1].double()).sum(-1) * adv
         gain = gain + 0.1 * normal.entropy().sum(-1)
         return -(dream["weight"][:, :-1].double() * gain).mean().item()
@@ -562,10 +562,10 @@ def test_37_bounded_normal():
     for head in (actor.head, actor.std_head):
         torch.nn.init.zeros_(head.weight)
     agree(actor(feat).mode, torch.zeros(5, 2))
-    agree(actor(feat).dist.stddev, torch.full((5, 2), 0.892717), 1e-6)
+    agree(actor(feat).base_dist.stddev, torch.full((5, 2), 0.892717), 1e-6)
     for raw, std, entropy in ((-1e4, 0.1, -0.88365), (1e4, 1.0, 1.41894)):
         torch.nn.init.constant_(actor.std_head.bias, raw)
-        agree(actor(feat).dist.stddev, torch.full((5, 2), std), 1e-6)
+        agree(actor(feat).base_dist.stddev, torch.full((5, 2), std), 1e-6)
         agree(actor(feat).entropy(), [2 * entropy] * 5, 1e-5)
     actor.head.bias.data = torch.tensor([0.5, -100.0])
     agree(actor(feat).mode, [[math.tanh(0.5), -1.0]] * 5, 1e-6)

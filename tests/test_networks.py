@@ -795,7 +795,7 @@ def test_imagination_by_hand():
     state, belief = start["state"], start["belief"]
     for t in range(4):
         policy = agent.actor(torch.cat([belief, state], -1))
-        action = policy.mode + policy.dist.stddev * noise["action"][:, t]
+        action = policy.mode + policy.base_dist.stddev * noise["action"][:, t]
         near(dream["action"][:, t], action)
         _, state, belief = agent.world_model.prior(state, belief, action, noise["state"][:, t])
         near(dream["feat"][:, t + 1], torch.cat([belief, state], -1))
@@ -1089,7 +1089,7 @@ def test_38_57_act_samples_unclipped():
     latent = agent.act(rows, sample=False)
     mode, policy = latent["action"], agent.actor(features(latent))
     near(mode, policy.mode)
-    near(action, policy.mode + 6 * policy.dist.stddev)
+    near(action, policy.mode + 6 * policy.base_dist.stddev)
     assert (action > 1).any()
 
 
