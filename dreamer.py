@@ -6,8 +6,7 @@
     python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play, film, dream
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 
-The same command again resumes the run; --fresh starts over. A run folder holds args.json,
-metrics.jsonl, checkpoint.pt, replay/, tensorboard/, learning_curve.png, dream pictures and videos.
+The same command again resumes the run; --fresh starts over.
 
 The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44); docs/dreamer.md lists where
 this file departs from it. Two departures matter to a reader: vectors are observations too (an MLP
@@ -22,10 +21,8 @@ Equations are numbered as in arXiv 1912.01603v3.
 """
 
 import contextlib
-import dataclasses
-import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -46,15 +43,14 @@ from common.run import (
 
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
 Steps = Annotated[int, Rule("at least 2: the last state has no return", lambda x: x >= 2)]
+Preset = Literal["default", "dmc_vision", "debug"]
 
 
 @dataclass
 class Args:
     """Flags. What a preset does not set is the authors' setting for DM Control from pixels."""
 
-    preset: Literal["default", "dmc_vision", "debug"] = (
-        "default"  # all that a benchmark fixes; other flags override it
-    )
+    preset: Preset = "default"  # all that a benchmark fixes; other flags override it
     env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
     steps: MayChange[Count] = 5_000_000  # environment steps, with action repeat and reset rows
     seed: Natural = 0  # of networks, noise, replay and environments
@@ -124,7 +120,6 @@ class Args:
     clip: Positive = 100.0  # gradient norm of each of the three
 
 
-# fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", steps=10_000, prefill=2000, batch_size=16, batch_length=25,
@@ -137,15 +132,12 @@ PRESETS = {
         train_every=50, train_steps=2, pretrain=4, deter=16, hidden=16, stoch=4, depth=2, units=16,
         imagination_horizon=4, eval_episodes=1, log_every=50, save_every=100, eval_every=500,
         dream_every=500),
-}
-# fmt: on
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats the preset, which beats the defaults."""
-    args = parse_flags(
-        Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset] | {"preset": chosen.preset}
-    )
+    args = parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
     if args.pcont and args.batch_length < 2:
         raise RunError("--pcont needs a --batch-length of at least 2: no dream starts at the last")
     return args
@@ -188,22 +180,20 @@ def lambda_return(reward: Tensor, value: Tensor, pcont: Tensor, lam: float) -> T
 
 def keras_init_(module: nn.Module) -> None:
     """For Module.apply: Glorot-uniform weights, orthogonal recurrent weights, zero biases."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.GRUCell):
-        nn.init.xavier_uniform_(module.weight_ih)
-        nn.init.orthogonal_(module.weight_hh)
-        nn.init.zeros_(module.bias_ih)
-        nn.init.zeros_(module.bias_hh)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name == "weight_hh":
+            nn.init.orthogonal_(parameter)
+        else:
+            nn.init.xavier_uniform_(parameter)
 
 
 def mlp(inputs: int | None, units: int, layers: int, outputs: int) -> nn.Sequential:
     """`layers` x (Linear, ELU), then Linear; without `inputs` the first call finds them."""
-    modules = []
-    for i in range(layers):
-        first = nn.Linear(units if i else inputs, units) if i or inputs else nn.LazyLinear(units)
-        modules += [first, nn.ELU()]
+    modules = [nn.Linear(inputs, units) if inputs else nn.LazyLinear(units), nn.ELU()]
+    for _ in range(layers - 1):
+        modules += [nn.Linear(units, units), nn.ELU()]
     return nn.Sequential(*modules, nn.Linear(units, outputs))
 
 
@@ -218,7 +208,7 @@ class RSSMPrior(nn.Module):
 
     def __init__(self, action_spec, hidden_dim=200, rnn_hidden_dim=200, state_dim=30):
         super().__init__()
-        self.belief_dim, self.state_dim = rnn_hidden_dim, state_dim
+        self.sizes = state_dim, rnn_hidden_dim  # of the features' parts
         inputs = nn.Linear(state_dim + action_width(action_spec), hidden_dim)
         self.inputs = nn.Sequential(inputs, nn.ELU())
         self.cell = nn.GRUCell(hidden_dim, rnn_hidden_dim)
@@ -236,7 +226,7 @@ class RSSMPrior(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Standard normal numbers (*shape, S) for a sampled state."""
-        return torch.randn(*shape, self.state_dim, device=self.cell.weight_hh.device)
+        return torch.randn(*shape, self.sizes[0], device=self.cell.weight_hh.device)
 
     def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One imagined step: (N, S), (N, D), (N, A) -> prior mean, std, next state, belief."""
@@ -247,23 +237,16 @@ class RSSMPrior(nn.Module):
 
 
 class RSSMPosterior(nn.Module):
-    """Representation model q(state | belief, observation).
-
-    Where a width is left out, the first call finds it.
-    """
+    """Representation model q(state | belief, observation); finds a width that is left out."""
 
     def __init__(self, hidden_dim=200, state_dim=30, *, rnn_hidden_dim=None, obs_dim=None):
         super().__init__()
         inputs = rnn_hidden_dim + obs_dim if rnn_hidden_dim and obs_dim else None
         self.head = mlp(inputs, hidden_dim, 1, 2 * state_dim)
 
-    def moments(self, belief: Tensor, encoded_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, D), (N, E) -> mean, std (N, S)."""
-        return mean_std(self.head(torch.cat([belief, encoded_obs], -1)))
-
     def forward(self, belief, encoded_obs, noise=None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, D), (N, E) -> posterior mean, std, state (N, S)."""
-        mean, std = self.moments(belief, encoded_obs)
+        mean, std = mean_std(self.head(torch.cat([belief, encoded_obs], -1)))
         noise = torch.randn_like(mean) if noise is None else noise
         return mean, std, mean + std * noise
 
@@ -275,16 +258,15 @@ def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise)
     """
     keep = keep[:, None]
     belief = prior.recurrence(state * keep, belief * keep, action * keep)
-    mean, std = posterior.moments(belief, encoded_obs)
-    return mean + std * noise, belief, mean, std
+    mean, std, state = posterior(belief, encoded_obs, noise)
+    return state, belief, mean, std
 
 
 class RSSMRollout(nn.Module):
-    """Filters a sequence: the posterior latents of every step.
+    """Filters a sequence: the posterior latents of every step, by a loop in Python.
 
-    Three ways to run the same step: a Python loop, `compile_step` (the loop over a compiled step:
-    the fastest), `use_scan` (torch's scan operator, one graph whatever the length; Inductor of
-    torch 2.13 cannot lower its gradient).
+    `compile_step` compiles the step, which is fastest. `use_scan` takes torch's scan operator, one
+    graph whatever the length; Inductor of torch 2.13 cannot lower its gradient.
     """
 
     def __init__(self, rssm_prior, rssm_posterior, use_scan=False, compile_step=False):
@@ -300,12 +282,10 @@ class RSSMRollout(nn.Module):
         Latents start from zeros, as at `is_first`. `previous` holds the action before each row;
         without it the actions of td are shifted by a row.
         """
-        previous, is_first = td.get("previous", None), td.get("is_first", None)
-        action = (
-            F.pad(td["action"][:, :-1], (0, 0, 1, 0)) if previous is None else previous["action"]
-        )
-        state = action.new_zeros(len(td), self.prior.state_dim)
-        belief = action.new_zeros(len(td), self.prior.belief_dim)
+        action, is_first = td.get(("previous", "action"), None), td.get("is_first", None)
+        if action is None:
+            action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
+        state, belief = (action.new_zeros(len(td), size) for size in self.prior.sizes)
         keep = torch.ones_like(action[..., 0]) if is_first is None else (~is_first).float()
         noise = self.prior.draw_noise(*td.shape) if noise is None else noise
         inputs = action, td["encoded_obs"], keep, noise
@@ -327,14 +307,12 @@ class RSSMRollout(nn.Module):
         from torch._higher_order_ops import scan  # not public yet
 
         def combine(carry, x):
-            state, belief, mean, std = rssm_step(self.prior, self.posterior, *carry, *x)
-            return (state, belief), (state.clone(), belief.clone(), mean.clone(), std.clone())
+            outputs = rssm_step(self.prior, self.posterior, *carry, *x)
+            return outputs[:2], tuple(x.clone() for x in outputs)
 
         # torch 2.11 wants the time first, and no gradient passes a start that does not need one
         inputs = tuple(x.transpose(0, 1) for x in inputs)
-        start = tuple(
-            x if x.requires_grad else x.detach().requires_grad_() for x in (state, belief)
-        )
+        start = state.clone().requires_grad_(), belief.clone().requires_grad_()
         return tuple(x.transpose(0, 1) for x in scan(combine, start, inputs)[1])
 
 
@@ -346,18 +324,16 @@ class ObsEncoder(nn.Module):
 
     def __init__(self, shapes: dict, depth: int, units: int):
         super().__init__()
-        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
-        self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
+        self.vectors = {k: s[0] for k, s in sorted(shapes.items()) if len(s) == 1}  # widths
+        self.images = {k: s[2] for k, s in sorted(shapes.items()) if len(s) == 3}  # channels
         self.outputs = units * bool(self.vectors) + 32 * depth * bool(self.images)
         if self.vectors:
-            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, 2, units).append(
-                nn.ELU()
-            )
+            self.mlp = mlp(sum(self.vectors.values()), units, 2, units).append(nn.ELU())
         if self.images:
-            channels = [sum(shapes[k][2] for k in self.images), *(depth * m for m in (1, 2, 4, 8))]
+            channels = [sum(self.images.values()), *(depth * m for m in (1, 2, 4, 8))]
             self.convs = nn.Sequential()
-            for inputs, outputs in itertools.pairwise(channels):  # 64, 31, 14, 6, 2
-                self.convs.extend([nn.Conv2d(inputs, outputs, 4, stride=2), nn.ReLU()])
+            for i in range(4):  # 64, 31, 14, 6, 2
+                self.convs.extend([nn.Conv2d(*channels[i : i + 2], 4, stride=2), nn.ReLU()])
 
     def embed(self, td: TensorDictBase) -> Tensor:
         """Observations td[*B] -> (*B, E)."""
@@ -380,49 +356,39 @@ class ObsDecoder(nn.Module):
 
     def __init__(self, shapes: dict, inputs: int, depth: int, units: int):
         super().__init__()
-        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
-        self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
-        self.widths = [shapes[k][0] for k in self.vectors]
-        self.channels = [shapes[k][2] for k in self.images]
+        self.vectors = {k: s[0] for k, s in sorted(shapes.items()) if len(s) == 1}  # widths
+        self.images = {k: s[2] for k, s in sorted(shapes.items()) if len(s) == 3}  # channels
         if self.vectors:
-            self.mlp = mlp(inputs, units, 3, sum(self.widths))
+            self.mlp = mlp(inputs, units, 3, sum(self.vectors.values()))
         if self.images:
             self.inputs = nn.Linear(inputs, 32 * depth)
-            channels, self.deconvs = [32 * depth, 4 * depth, 2 * depth, depth], nn.Sequential()
-            for i, kernel in enumerate((5, 5, 6)):  # 1 5 13 30, then 64
-                sizes = channels[i], channels[i + 1]
-                self.deconvs.extend([nn.ConvTranspose2d(*sizes, kernel, stride=2), nn.ReLU()])
-            self.deconvs.append(nn.ConvTranspose2d(depth, sum(self.channels), 6, stride=2))
+            channels = [*(depth * m for m in (32, 4, 2, 1)), sum(self.images.values())]
+            self.deconvs = nn.Sequential()
+            for i, kernel in enumerate((5, 5, 6, 6)):  # 1, 5, 13, 30, 64
+                layer = nn.ConvTranspose2d(*channels[i : i + 2], kernel, stride=2)
+                self.deconvs.extend([layer, nn.ReLU()] if i < 3 else [layer])
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        outputs = {}
+        parts = []
         if self.vectors:
-            outputs |= zip(self.vectors, self.mlp(feat).split(self.widths, -1), strict=True)
+            parts += self.mlp(feat).split([*self.vectors.values()], -1)
         if self.images:
             x = self.spread(self.inputs(feat.flatten(0, -2)))
             x = self.deconvs[1:](x).permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
-            outputs |= zip(self.images, x.split(self.channels, -1), strict=True)
-        return outputs
+            parts += x.split([*self.images.values()], -1)
+        return {k: x.float() for k, x in zip(self.vectors | self.images, parts, strict=True)}
 
     def spread(self, x: Tensor) -> Tensor:
-        """The first of the transposed convolutions, of 1x1 images: (N, C) -> (N, C', 5, 5).
-
-        Written as the product that it is: nine times as fast on a CPU, and channels last.
-        """
-        layer = self.deconvs[0]
+        """The first transposed convolution, of 1x1 images: (N, C) -> (N, C', 5, 5)."""
+        layer = self.deconvs[0]  # as a product: nine times as fast on a CPU, and channels last
         weight, bias = layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(25)
         return F.linear(x, weight, bias).unflatten(1, (5, 5, -1)).permute(0, 3, 1, 2)
 
 
 class DreamerActor(nn.Module):
-    """Policy on features (..., F): tanh-normal, or one-hots with straight-through gradients.
+    """Policy on features (..., F): OneHots if `classes` has their sizes, otherwise TanhNormal."""
 
-    `classes` = () means continuous; otherwise the action is the concatenated one-hots of one
-    categorical per entry.
-    """
-
-    def __init__(self, inputs: int, action_spec, classes: tuple[int, ...] = (), units=400,
-                 init_std=5.0):  # fmt: skip
+    def __init__(self, inputs: int, action_spec, classes=(), units=400, init_std=5.0):
         super().__init__()
         self.classes, self.action_dim = tuple(classes), action_width(action_spec)
         self.raw_std = math.log(math.expm1(init_std))
@@ -440,11 +406,9 @@ class DreamerActor(nn.Module):
         return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + self.raw_std) + 1e-4)
 
     def draw_noise(self, *shape: int) -> Tensor:
-        """Random numbers (*shape, A) for the distribution's `sample`."""
-        device = self.mlp[0].weight.device
-        if self.classes:  # argmax(log p + Gumbel noise) is a draw from p
-            return -torch.empty(*shape, self.action_dim, device=device).exponential_().log()
-        return torch.randn(*shape, self.action_dim, device=device)
+        """Random numbers (*shape, A) for the distribution's `sample`: normal or Gumbel."""
+        noise = torch.empty(*shape, self.action_dim, device=self.mlp[0].weight.device)
+        return -noise.exponential_().log() if self.classes else noise.normal_()
 
 
 class TanhNormal:
@@ -483,7 +447,7 @@ class OneHots:
         """noise (..., A) ~ Gumbel -> one-hot actions with the gradient of the probabilities."""
         parts = []
         for log_prob, part in zip(self.log_probs, noise.split(self.sizes, -1), strict=True):
-            index = (log_prob + part).argmax(-1, keepdim=True)
+            index = (log_prob + part).argmax(-1, keepdim=True)  # with Gumbel noise a draw
             one_hot = torch.zeros_like(log_prob).scatter_(-1, index, 1.0)
             parts.append(one_hot + (log_prob.exp() - log_prob.exp().detach()))
         return torch.cat(parts, -1)
@@ -538,11 +502,7 @@ class WorldModel(nn.Module):
 
 def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor:
     """KL(posterior || prior) of td[B, T], nats, a scalar that is at least `free_nats`."""
-    posterior, prior = (
-        (td["posterior_mean"], td["posterior_std"]),
-        (td["prior_mean"], td["prior_std"]),
-    )
-    kl = gaussian_kl(*posterior, *prior)  # (B, T)
+    kl = gaussian_kl(td["posterior_mean"], td["posterior_std"], td["prior_mean"], td["prior_std"])
     kl = mean(kl.mean()) if delayed_clamp else kl
     return kl.clamp(min=free_nats).mean()
 
@@ -552,7 +512,7 @@ def reconstruction_loss(decoder: nn.Module, feat: Tensor, td: TensorDictBase, ki
     loss = 0.0
     for key, predicted in decoder(feat).items():
         target = td[key].float() / 255 - 0.5 if td[key].dtype == torch.uint8 else td[key]
-        loss = loss + distance(predicted.float(), target, kind).flatten(2).sum(-1)
+        loss = loss + distance(predicted, target, kind).flatten(2).sum(-1)
     return loss
 
 
@@ -593,15 +553,12 @@ class DreamerModelLoss(nn.Module):
         """
         model = self.world_model
         td = td if "posterior_mean" in td.keys() else model(td, noise)
-        feat = features(td)
-        kl = kl_loss(td, self.free_nats, self.delayed_clamp)
+        feat, losses = features(td), TensorDict()
+        losses["loss_model_kl"] = self.lambda_kl * kl_loss(td, self.free_nats, self.delayed_clamp)
         reco = reconstruction_loss(model.decoder, feat, td, self.reco_loss)
+        losses["loss_model_reco"] = self.lambda_reco * reco.mean()
         reward = reward_loss(model, feat, td["reward"], self.reward_loss)
-        losses = TensorDict(
-            loss_model_kl=self.lambda_kl * kl,
-            loss_model_reco=self.lambda_reco * reco.mean(),
-            loss_model_reward=self.lambda_reward * reward.mean(),
-        )
+        losses["loss_model_reward"] = self.lambda_reward * reward.mean()
         if model.cont is not None:
             cont = continue_loss(model.cont, feat, td["is_terminal"], model.gamma)
             losses["loss_model_continue"] = self.lambda_continue * cont.mean()
@@ -611,14 +568,12 @@ class DreamerModelLoss(nn.Module):
 @contextlib.contextmanager
 def frozen(*modules: nn.Module):
     """Through what is computed inside, no gradient reaches the parameters of `modules`."""
-    params = [p for module in modules for p in module.parameters() if p.requires_grad]
+    params = nn.ParameterList(p for m in modules for p in m.parameters() if p.requires_grad)
+    params.requires_grad_(False)
     try:
-        for p in params:
-            p.requires_grad_(False)
         yield
     finally:
-        for p in params:
-            p.requires_grad_(True)
+        params.requires_grad_(True)
 
 
 def dream_step(actor, prior, state, belief, action_noise, state_noise) -> tuple[Tensor, Tensor]:
@@ -634,9 +589,8 @@ class DreamerActorLoss(nn.Module):
     gradient: world model and value are frozen while it dreams.
     """
 
-    def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
-                 model_based_env: "DreamerEnv", *, imagination_horizon=15, discount_loss=True,
-                 lam=0.95):  # fmt: skip
+    def __init__(self, actor_model: DreamerActor, value_model: nn.Module, model_based_env, *,
+                 imagination_horizon=15, discount_loss=True, lam=0.95):  # fmt: skip
         super().__init__()
         self.actor, self.value, self.env = actor_model, value_model, model_based_env
         self.imagination_horizon, self.lam = imagination_horizon, lam
@@ -649,9 +603,14 @@ class DreamerActorLoss(nn.Module):
         `continue`, `value`, `weight`, `lambda_target`. The last state has no target: its
         `lambda_target` and `weight` are 0.
         """
-        model, start = self.env.world_model, td.select("state", "belief").flatten().detach()
+        model, feats = self.env.world_model, []
+        state, belief = (td[key].flatten(0, -2).detach() for key in ("state", "belief"))
+        noise = self.draw_noise(len(state)) if noise is None else noise
         with frozen(model, self.value):
-            dream = self.imagine(start, noise)
+            for step in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
+                state, belief = dream_step(self.actor, model.prior, state, belief, *step)
+                feats.append(torch.cat([state, belief], -1))
+            dream = TensorDict(feat=torch.stack(feats, 1), batch_size=noise.batch_size)
             dream["reward"] = model.predict_reward(dream["feat"])
             dream["continue"] = model.predict_continue(dream["feat"])
             dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
@@ -660,16 +619,6 @@ class DreamerActorLoss(nn.Module):
         dream["lambda_target"], dream["weight"] = F.pad(returns, (0, 1)), F.pad(weight, (0, 1))
         objective = weight * returns if self.discount_loss else returns
         return TensorDict(loss_actor=-objective.mean()), dream
-
-    def imagine(self, start: TensorDictBase, noise: TensorDictBase | None = None) -> TensorDict:
-        """start[N] -> [N, H] with `feat`, stepped by the environment's model."""
-        noise = self.draw_noise(len(start)) if noise is None else noise
-        state, belief, feats = start["state"], start["belief"], []
-        for step in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
-            prior = self.env.world_model.prior
-            state, belief = dream_step(self.actor, prior, state, belief, *step)
-            feats.append(torch.cat([state, belief], -1))
-        return TensorDict(feat=torch.stack(feats, 1), batch_size=noise.batch_size)
 
     def draw_noise(self, n: int) -> TensorDict:
         """Random numbers for n dreams: action (n, H, A), state (n, H, S)."""
@@ -701,8 +650,7 @@ COMPILED = reconstruction_loss, reward_loss, continue_loss, dream_step
 class DreamerEnv(ModelBasedEnvBase):
     """Steps inside the world model: latents in, latents, reward and discount out."""
 
-    def __init__(self, world_model: WorldModel, prior_shape, belief_shape, device=None,
-                 batch_size=()):  # fmt: skip
+    def __init__(self, world_model, prior_shape, belief_shape, device=None, batch_size=()):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
         super().__init__(world_model, shapes, device, batch_size)
 
@@ -727,7 +675,6 @@ class DreamerDecoder(nn.Module):
         decoder = self.world_model.decoder
         for key, value in decoder(features(td)).items():
             image = key in decoder.images
-            value = value.float()  # bfloat16 under autocast
             td[key] = ((value + 0.5) * 255).clamp(0, 255).round().byte() if image else value
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
 
@@ -751,14 +698,10 @@ class Agent:
             self.actor = DreamerActor(model.feat_size, *sizes)
             self.value = mlp(model.feat_size, args.units, 3, 1)
         self.env = DreamerEnv(model, prior_shape=(args.stoch,), belief_shape=(args.deter,))
-        self.model_loss = DreamerModelLoss(
-            model, lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale,
-            free_nats=args.free_nats,
-        )  # fmt: skip
-        self.actor_loss = DreamerActorLoss(
-            self.actor, self.value, self.env, imagination_horizon=args.imagination_horizon,
-            lam=args.lam,
-        )  # fmt: skip
+        scales = dict(lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale)
+        self.model_loss = DreamerModelLoss(model, free_nats=args.free_nats, **scales)
+        dream = dict(imagination_horizon=args.imagination_horizon, lam=args.lam)
+        self.actor_loss = DreamerActorLoss(self.actor, self.value, self.env, **dream)
         self.value_loss = DreamerValueLoss(self.value)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         rates = (args.model_lr, args.actor_lr, args.value_lr)
@@ -780,8 +723,7 @@ class Agent:
         return TensorDict(zeros, [num_envs])
 
     @torch.no_grad()
-    def act(self, rows: TensorDict, latent: TensorDict | None = None, training: bool = False,
-            random: bool = False):  # fmt: skip
+    def act(self, rows: TensorDict, latent: TensorDict | None = None, training=False, random=False):
         """Rows[N] and the latent[N] of the rows before -> latent[N] with its `action` (N, A).
 
         The mode of the policy; with `training` a sample with exploration noise, which is part of
@@ -789,12 +731,11 @@ class Agent:
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
+        keep = (~rows["is_first"]).float()
         with self.autocast():
-            keep, noise = (~rows["is_first"]).float(), model.prior.draw_noise(len(rows))
-            inputs = latent["action"], model.encoder.embed(rows), keep, noise
-            state, belief, *_ = rssm_step(
-                model.prior, model.posterior, latent["state"], latent["belief"], *inputs
-            )
+            last = latent["state"], latent["belief"], latent["action"]
+            inputs = model.encoder.embed(rows), keep, model.prior.draw_noise(len(rows))
+            state, belief, *_ = rssm_step(model.prior, model.posterior, *last, *inputs)
             latent = TensorDict(belief=belief, state=state, batch_size=rows.batch_size)
             policy = self.actor(features(latent))
         if random:
@@ -807,10 +748,9 @@ class Agent:
 
     def explore(self, action: Tensor) -> Tensor:
         """(N, A) -> with Gaussian noise; if discrete, random with probability --expl-amount."""
-        amount = self.args.expl_amount
         if not self.actor.classes:
-            return (action + amount * torch.randn_like(action)).clamp(-1, 1)
-        swap = torch.rand(len(action), 1, device=self.device) < amount
+            return (action + self.args.expl_amount * torch.randn_like(action)).clamp(-1, 1)
+        swap = torch.rand(len(action), 1, device=self.device) < self.args.expl_amount
         return torch.where(swap, self.random_action(len(action)), action)
 
     def random_action(self, n: int) -> Tensor:
@@ -818,48 +758,37 @@ class Agent:
         if not self.actor.classes:
             return torch.rand(n, self.actor.action_dim, device=self.device) * 2 - 1
         draws = [torch.randint(size, (n,), device=self.device) for size in self.actor.classes]
-        pairs = zip(draws, self.actor.classes, strict=True)
-        return torch.cat([F.one_hot(draw, size).float() for draw, size in pairs], -1)
+        return torch.cat(list(map(F.one_hot, draws, self.actor.classes)), -1).float()
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> dict:
         """One step of every network on a batch [B, T] of the replay, on the agent's device.
 
-        Returns metrics (0-dim tensors). `noise` replaces the random numbers of the posteriors and
-        of the dreams, for tests.
+        Returns metrics (0-dim tensors). `noise` replaces that of posteriors and dreams, for tests.
         """
-        noise = noise or {}
+        noise, losses = noise or {}, {}
         with self.autocast():
-            model_losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
+            losses["world_model"], td = self.model_loss(batch.copy(), noise.get("posterior"))
             starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal
-            actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
-            value_losses, _ = self.value_loss(dream)
-        losses = {"world_model": model_losses, "actor": actor_losses, "value": value_losses}
-        grads = {  # all three before the first step
-            name: torch.autograd.grad(sum(losses[name].values()), list(module.parameters()))
-            for name, module in self.modules.items()
-        }
-        norms = {name: self.descend(name, grads[name]) for name in self.modules}
-        losses = {k: loss for part in losses.values() for k, loss in part.items()}
-        return self.metrics(losses, norms, td, dream)
-
-    def descend(self, name: str, grads: tuple[Tensor, ...]) -> Tensor:
-        """One Adam step of a module with its gradient clipped; returns the norm before."""
-        mean_(grads)
-        params, norm = list(self.modules[name].parameters()), nn.utils.get_total_norm(grads)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad
-        nn.utils.clip_grads_with_norm_(params, self.args.clip, norm)
-        self.optimizers[name].step()
-        return norm
+            losses["actor"], dream = self.actor_loss(starts, noise.get("dream"))
+            losses["value"], _ = self.value_loss(dream)
+        params = {name: list(module.parameters()) for name, module in self.modules.items()}
+        grads = {k: torch.autograd.grad(sum(losses[k].values()), params[k]) for k in losses}
+        metrics = {k: loss for part in losses.values() for k, loss in part.items()}
+        for name, optimizer in self.optimizers.items():  # no step before all have their gradients
+            mean_(grads[name])
+            for p, grad in zip(params[name], grads[name], strict=True):
+                p.grad = grad
+            metrics[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(params[name], self.args.clip)
+            optimizer.step()
+        return self.metrics(metrics, td, dream)
 
     @torch.no_grad()
-    def metrics(self, losses: dict, norms: dict, td: TensorDict, dream: TensorDict) -> dict:
+    def metrics(self, losses: dict, td: TensorDict, dream: TensorDict) -> dict:
         """What the README's glossary explains, as 0-dim tensors: no host synchronization."""
         entropy = (td["prior_std"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
         policy, noise = self.actor(features(td)), self.actor.draw_noise(*td.shape)
         return {
             **{f"train/{name}": value.detach() for name, value in losses.items()},
-            **{f"train/grad_norm_{name}": value for name, value in norms.items()},
             **{f"dream/{k}": dream[k].mean() for k in ("reward", "value", "continue")},
             "dream/return": dream["lambda_target"][:, :-1].mean(),
             "train/policy_entropy": -policy.log_prob(noise).mean(),  # one sample for each row
@@ -882,7 +811,7 @@ class Agent:
 
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.saved.items()}
-        return {**state, "spec": self.spec, "args": dataclasses.asdict(self.args)}
+        return {**state, "spec": self.spec, "args": asdict(self.args)}
 
     def load_state_dict(self, state: dict):
         for name, part in self.saved.items():
@@ -922,9 +851,8 @@ def main(argv: list[str] | None = None):
     if args.benchmark:
         from tools.benchmark import benchmark  # no training needs it
 
-        return benchmark(
-            Agent, args, device, args.train_steps * args.action_repeat / args.train_every
-        )
+        per_row = args.train_steps * args.action_repeat / args.train_every  # updates
+        return benchmark(Agent, args, device, per_row)
     if args.eval:
         return show_run(load(args.eval, device), args)
 

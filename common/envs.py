@@ -34,14 +34,14 @@ from torch import Tensor
 
 from common.checkpoint import EnvError, RunError
 
-if "MUJOCO_GL" not in os.environ and sys.platform == "linux":  # read when mujoco is imported
-    os.environ["MUJOCO_GL"] = "disable"  # vectors need no OpenGL
-    with contextlib.suppress(OSError, TypeError):  # a library may find no device
+if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:  # read when mujoco is imported
+    devices = ctypes.c_int()
+    with contextlib.suppress(OSError):  # there may be no library, or one without a device
         find = ctypes.CDLL("libEGL.so.1").eglGetProcAddress
-        find.restype, devices = ctypes.c_void_p, ctypes.c_int()
-        query = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-        query(find(b"eglQueryDevicesEXT"))(0, None, ctypes.addressof(devices))
-        os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"
+        find.restype = ctypes.CFUNCTYPE(ctypes.c_uint)
+        if query := find(b"eglQueryDevicesEXT"):
+            query(0, None, ctypes.byref(devices))
+    os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"  # vectors need no OpenGL
 if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for one, and complains
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
@@ -49,8 +49,10 @@ apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a 
 FLAGS = ("is_first", "is_last", "is_terminal")
 RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
 LATENT = ("state", "belief")  # an observation of that name becomes observation.NAME
-MODULES = {"dm_control": ("dm_control", "shimmy"), "ALE": ("ale_py",)}  # register these ids
-PACKAGES = {"dm_control/": "shimmy dm-control", "ALE/": "ale-py opencv-python"}  # of these ids
+PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
+    "dm_control": (("dm_control", "shimmy"), "shimmy dm-control"),
+    "ALE": (("ale_py",), "ale-py opencv-python"),
+}
 
 
 @dataclass
@@ -77,26 +79,23 @@ class Envs:
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
-        self.env_id, self.num_envs, options = env_id, num_envs, Options(**options)
-        if options.obs not in ("auto", "vector", "pixels", "both"):
-            raise RunError(f"obs={options.obs!r} is not auto, vector, pixels or both")
-        makers = [partial(_Rows, env_id, i, seed, options) for i in range(num_envs)]
+        self.env_id, self.num_envs, self.options = env_id, num_envs, Options(**options)
+        if self.options.obs not in ("auto", "vector", "pixels", "both"):
+            raise RunError(f"obs={self.options.obs!r} is not auto, vector, pixels or both")
+        makers = [partial(_Rows, env_id, i, seed, self.options) for i in range(num_envs)]
         make = gymnasium.vector.SyncVectorEnv
-        if options.env_workers:  # never a plain fork: it would copy threads, CUDA and EGL state
-            forks = "forkserver" in multiprocessing.get_all_start_methods()
+        if self.options.env_workers:
+            # Never a plain fork: it would copy threads, CUDA and EGL state.
+            context = "forkserver" if hasattr(os, "fork") else "spawn"
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
-            context = "forkserver" if forks else "spawn"
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
             # gymnasium shows a worker's traceback as a warning; the error itself is raised here.
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
-        self._vector = make(makers, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED)
-        self.action_dim = self._vector.single_action_space.shape[0]
-        self.action_classes = classes = self._vector.get_attr("action_classes")[0]
+        self._vector = make(makers)
+        self.spec = self._vector.get_attr("row_spec")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
-        boxes = sorted(self._vector.get_attr("boxes")[0].items())
-        shapes = {key: list(box.shape) for key, box in boxes}
-        self.spec = dict(shapes=shapes, action_dim=self.action_dim, classes=list(classes))
-        self._episodes = torch.zeros(num_envs, dtype=torch.int64)
+        self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
+        self._episodes = [0] * num_envs
         self._actions = [bytearray() for _ in makers]  # of the episode, float32
         self._row = None
 
@@ -105,17 +104,14 @@ class Envs:
 
         After an is_last row the action is ignored and a new episode begins.
         """
-        if action is None or self._row is None:
-            assert self._row is None, "only the first step goes without an action"
+        if self._row is None:
             action = torch.zeros(self.num_envs, self.action_dim)
-        action = action.detach().to("cpu", torch.float32).contiguous().numpy()
+        assert action is not None, "only the first step goes without an action"
+        action = action.detach().to("cpu", torch.float32).numpy()
         assert action.shape == (self.num_envs, self.action_dim), action.shape
         if not np.isfinite(action).all():
             raise RunError(f"the policy's action for {self.env_id} is not finite: {action}")
-        try:
-            self._receive(self._vector.step(action)[0])
-        except (EOFError, ConnectionError) as error:
-            raise EnvError(f"a worker of {self.env_id} was killed: memory?") from error
+        self._play(action[:, None])
         for past, taken, first in zip(self._actions, action, self._row["is_first"], strict=True):
             if first:
                 past.clear()
@@ -123,19 +119,25 @@ class Envs:
                 past.extend(taken.tobytes())
         return self._row.clone()
 
-    def _receive(self, row):
-        self._row = TensorDict(row, batch_size=[self.num_envs])
-        self._episodes = self._row.pop("_episode")
+    def _play(self, actions):
+        """Take actions [N][K, A]; the rows after the last of them are the new ones."""
+        try:
+            rows = self._vector.call("play", actions)
+        except (EOFError, ConnectionError) as error:
+            raise EnvError(f"a worker of {self.env_id} was killed: memory?") from error
+        batch = {key: np.stack([row[key] for row in rows]) for key in sorted(rows[0])}
+        self._row = TensorDict(batch, [self.num_envs])
+        self._episodes = self._row.pop("_episode").tolist()
 
     def frame(self) -> np.ndarray:
         """A picture of environment 0, uint8 [frames, frames, 3]; needs `can_render`."""
-        return self._vector.call("frame")[0]
+        return self._vector.call("picture", self.options.frames)[0]
 
     def state_dict(self) -> dict:
         """Where every environment is: its episode and the actions since that began."""
         past = [np.frombuffer(past, np.float32) for past in self._actions]
         return {
-            "episodes": self._episodes.tolist(),
+            "episodes": self._episodes,
             "actions": [torch.tensor(actions).view(-1, self.action_dim) for actions in past],
             "row": None if self._row is None else self._row.clone().to_dict(),
         }
@@ -147,15 +149,16 @@ class Envs:
         if state["row"] is None:
             return
         past = [actions.numpy() for actions in state["actions"]]
-        ends = state["row"]["is_last"].tolist()
-        rows = self._vector.call("repeat", state["episodes"], past, ends)
-        self._receive({key: np.stack([row[key] for row in rows]) for key in rows[0]})
+        self._vector.set_attr("episode", [episode - 1 for episode in state["episodes"]])
+        self._vector.set_attr("done", True)
+        self._play([[None, *actions] for actions in past])  # None begins the episode
+        over = self._row["is_last"] | state["row"]["is_last"]
+        self._vector.set_attr("done", over.tolist())
+        self._actions = [bytearray(actions.tobytes()) for actions in past]
         for i, row in enumerate(self._row):
-            self._actions[i][:] = b"" if row["is_first"] else past[i].tobytes()
             if not all(torch.equal(value, state["row"][key][i]) for key, value in row.items()):
-                text = f"environment {i} of {self.env_id} is not deterministic: repeating its "
-                text += "episode did not lead to the saved row; it goes on from where it is"
-                warnings.warn(text, stacklevel=2)
+                text = f"environment {i} of {self.env_id} is not deterministic"
+                warnings.warn(f"{text}: its episode goes on from another state", stacklevel=2)
 
     def close(self) -> None:
         """Free the environments, their renderers and processes."""
@@ -178,88 +181,48 @@ def make_envs(args, **changes) -> Envs:
     return Envs(args.env_id, **{"obs": "vector"} | options | changes)
 
 
-class _Rows(gymnasium.Env):
-    """One environment whose observation is the whole row, and which resets itself."""
+class _Rows(gymnasium.Wrapper):
+    """One environment that gives rows, and resets itself when an episode is over."""
 
     def __init__(self, env_id, index, seed, options):
         if options.env_workers and multiprocessing.parent_process() is not None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             if hasattr(os, "setpgrp"):
                 os.setpgrp()  # Ctrl-C, or a signal to the group, is for the parent, which saves
+        super().__init__(_make(env_id, options))
         self.env_id, self.index, self.seed, self.options = env_id, index, seed, options
         self.episode, self.count, self.done = -1, 0, True
-        self.drawn = options.obs in ("pixels", "both")
-        self.filmed = options.frames > 0 and index == 0
-        self.env = self._build()
-        size, leaves = options.image_size, _flatten(self.env.observation_space)
-        self.names = {  # key of the environment: key of the row
-            key: f"observation.{key}" if key in LATENT else key for key in leaves
-        }
-        if options.obs == "vector":
-            self.names = {k: self.names[k] for k, space in leaves.items() if not _is_image(space)}
-        elif options.obs == "pixels":
-            self.drawn = len(leaves) > 1 or not _is_image(*leaves.values())
-            self.names = {} if self.drawn else dict.fromkeys(leaves, "pixels")
-        self.boxes = {name: _row_box(k, leaves[k], size, env_id) for k, name in self.names.items()}
+        obs, size = options.obs, options.image_size
+        leaves = _flatten(self.observation_space)
+        images = [key for key in leaves if _is_image(leaves[key])]
+        self.names = {key: f"observation.{key}" if key in LATENT else key for key in leaves}
+        if obs == "vector":
+            self.names = {key: self.names[key] for key in leaves if key not in images}
+        elif obs == "pixels":  # the only observation, or a rendered picture
+            self.names = dict.fromkeys(images, "pixels") if len(leaves) == 1 else {}
+        self.drawn = obs == "both" or (obs == "pixels" and not self.names)
+        shapes = {name: _shape(key, leaves[key], size, env_id) for key, name in self.names.items()}
+        names = [*self.names.values(), *FLAGS, "reward", "_episode", *RESERVED]
+        if taken := [name for name in shapes if names.count(name) > 1]:
+            raise RunError(f"{env_id} has an observation named {taken[0]!r}: rename it")
         if self.drawn:
-            self.boxes["pixels"] = spaces.Box(0, 255, (size, size, 3), np.uint8)
-        self.can_render = (self.drawn or self.filmed) and self._probe()
-        row = {key: spaces.Box(0, 1, (), bool) for key in FLAGS}
-        row["reward"] = spaces.Box(-np.inf, np.inf, (), np.float32)
-        row["_episode"] = spaces.Box(0, 2**62, (), np.int64)
-        twice = {name for name in self.boxes if [*self.names.values()].count(name) > 1}
-        if taken := twice | self.boxes.keys() & {*row, *RESERVED}:
-            raise RunError(f"{env_id} has an observation named {min(taken)!r}: rename it")
-        if not self.boxes:
-            raise RunError(f"{env_id} observes {list(leaves)}: no use for obs={options.obs!r}")
-        self.observation_space = spaces.Dict(self.boxes | row)
-        width, self.action_classes, self.decode = _actions(self.env.action_space, env_id)
-        self.action_space = spaces.Box(-np.inf, np.inf, (width,), np.float32)
-
-    def _build(self):
-        """gymnasium.make; errors name the missing package, or ids that are like an unknown one."""
-        options, name, kwargs = self.options, self.env_id.split(":")[-1], {}
-        if atari := name.startswith("ALE/"):
-            kwargs["repeat_action_probability"] = 0.25 if options.sticky else 0.0
-            kwargs |= {"frameskip": 1, "full_action_space": options.sticky}
-        make = partial(gymnasium.make, self.env_id, disable_env_checker=True, **kwargs)
-        try:
-            with warnings.catch_warnings():  # dm_control's import shows all deprecations
-                for module in MODULES.get(name.split("/")[0], ()):
-                    importlib.import_module(module)
-            env = make()
-            dm_control = hasattr(getattr(env.unwrapped, "physics", None), "render")  # has no mode
-            can = "rgb_array" in (env.metadata.get("render_modes") or ()) and not dm_control
-            if can and (self.drawn or self.filmed):
-                env.close()
-                env = make(render_mode="rgb_array")
-            if atari:
-                skip = {"frame_skip": options.action_repeat, "screen_size": options.image_size}
-                env = gymnasium.wrappers.AtariPreprocessing(env, grayscale_obs=False, **skip)
-            return env
-        except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
-            fix = [f"; pip install {p}" for start, p in PACKAGES.items() if name.startswith(start)]
-            raise RunError(f"{self.env_id} needs a package: {error}{''.join(fix)}") from error
-        except (AttributeError, OSError, ImportError) as error:  # of MuJoCo without its library
-            if "gl" in str(error).lower():
-                raise RunError(f"{self.env_id} cannot be made: {error}{GL_HELP}") from error
-            raise
-        except gymnasium.error.Error as error:
-            if name in gymnasium.registry:
-                raise
-            with contextlib.suppress(Exception):
-                importlib.import_module("shimmy")  # its ids are among the similar ones
-            near = ", ".join(difflib.get_close_matches(name, gymnasium.registry, 3, 0.4))
-            text = f"unknown environment {self.env_id!r}: {error} Similar: {near}"
-            raise RunError(text) from error
+            shapes["pixels"] = [size, size, 3]
+        if not shapes:
+            raise RunError(f"{env_id} observes {list(leaves)}: no use for obs={obs!r}")
+        self.shapes = dict(sorted(shapes.items()))
+        width, classes, self.decode = _actions(self.action_space, env_id)
+        self.row_spec = dict(shapes=self.shapes, action_dim=width, classes=list(classes))
+        self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
+        self.can_render = (self.drawn or options.frames > 0) and self._probe()
 
     def _probe(self):
         """Render once, so that a missing library shows now; without a video one can live."""
         try:
             self.env.reset(seed=0)
-            return self._picture(self.options.image_size) is not None
+            self.picture(self.options.image_size)
+            return True
         except Exception as error:
-            fix = GL_HELP if self._model() is not None else ""
+            fix = GL_HELP if "mujoco" in sys.modules else ""
             text = f"{self.env_id} cannot be rendered: {error}{fix}"
             if self.drawn:
                 raise RunError(text) from error
@@ -267,26 +230,20 @@ class _Rows(gymnasium.Env):
                 warnings.warn(text, stacklevel=2)
             return False
 
-    def _model(self):
-        """MuJoCo's model in an environment of dm_control or gymnasium, else None."""
-        base = self.env.unwrapped
-        model = getattr(getattr(base, "physics", base), "model", None)
-        return model if hasattr(model, "vis") else None
-
-    def _picture(self, size):
+    def picture(self, size):
         """The present state as uint8 [size, size, 3]."""
-        options, base = self.options, self.env.unwrapped
-        camera, physics, model = options.camera, getattr(base, "physics", None), self._model()
-        if model is not None:  # read by the first picture, which makes the context
+        options, base, camera = self.options, self.env.unwrapped, self.options.camera
+        model = getattr(getattr(base, "physics", base), "model", None)
+        if hasattr(model, "vis"):  # MuJoCo's, read by the first picture, which makes the context
             side = max(options.frames, options.image_size, model.vis.global_.offwidth)
             model.vis.global_.offwidth = model.vis.global_.offheight = side
             if options.render_quality == "fast":
                 model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
-        if hasattr(physics, "render"):
+        if hasattr(getattr(base, "physics", None), "render"):  # dm_control
             name = self.env_id.lower()  # the cameras of the authors' code
             usual = 2 if "quadruped" in name else 4 if "rodent" in name else 0
             camera = camera if camera >= 0 else min(usual, model.ncam - 1)
-            return physics.render(size, size, camera_id=camera)
+            return base.physics.render(size, size, camera_id=camera)
         if (renderer := getattr(base, "mujoco_renderer", None)) is not None:
             renderer.width = renderer.height = size
             renderer.camera_id = camera if camera >= 0 else renderer.camera_id
@@ -294,107 +251,120 @@ class _Rows(gymnasium.Env):
                 renderer.viewer.viewport.width = renderer.viewer.viewport.height = size
         if self.env.render_mode != "rgb_array":
             raise RunError("it has no render_mode rgb_array")
-        return np.ascontiguousarray(_resize(np.asarray(self.env.render()), size))
+        return _resize(np.asarray(self.env.render()), size)
 
-    def frame(self):
-        return self._picture(self.options.frames) if self.filmed else None
+    def play(self, actions):
+        """The row after the last of this environment's actions; EnvError if it fails.
 
-    def step(self, action):
-        return self._next(action), 0.0, False, False, {}
-
-    def _next(self, action, draw=True):
-        """One step, or a reset after the last row of an episode; EnvError if that fails."""
-        first, reward, terminated, truncated = self.done, 0.0, False, False
-        self.episode += first
-        self.count = 0 if first else self.count + 1
+        When an episode is over, the next action is ignored and begins a new one.
+        """
+        repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat
         try:
-            if first:
-                seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
-                obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # fits an int32
-            repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat
-            for _ in range(0 if first else repeat):
-                obs, r, terminated, truncated, _ = self.env.step(self.decode(action))
-                reward += float(r)
-                if terminated or truncated:
-                    break
-            row = self._observe(obs, draw) | {"reward": np.float32(reward)}
+            for action in actions[self.index]:
+                first, total, terminated, truncated = self.done, 0.0, False, False
+                self.episode += first
+                self.count = 0 if first else self.count + 1
+                place = f"step {self.count} of environment {self.index} (episode {self.episode})"
+                if first:
+                    seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
+                    obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # an int32
+                for _ in range(0 if first else repeat):
+                    obs, reward, terminated, truncated, _ = self.env.step(self.decode(action))
+                    total += float(reward)
+                    if terminated or truncated:
+                        break
+                self.done = bool(terminated or truncated)
+            row = self._observe(obs) | {"reward": np.float32(total)}
         except Exception as error:
             traceback.print_exception(error)  # here, because no traceback leaves a worker
-            raise EnvError(f"{error!r} was raised {self._where()}") from error
+            raise EnvError(f"{error!r} was raised at {place}") from error
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
             kind = "reward" if key == "reward" else f"observation {key!r}"
-            raise EnvError(f"{kind} of {self.env_id} is not finite {self._where()}")
-        self.done = bool(terminated or truncated)
-        row |= {"is_first": np.bool_(first), "is_terminal": np.bool_(terminated)}
-        return row | {"is_last": np.bool_(self.done), "_episode": np.int64(self.episode)}
+            raise EnvError(f"{kind} of {self.env_id} is not finite at {place}")
+        row |= {"is_first": first, "is_last": self.done, "is_terminal": bool(terminated)}
+        return row | {"_episode": self.episode}
 
-    def _where(self):
-        return f"at step {self.count} of environment {self.index} (episode {self.episode})"
-
-    def _observe(self, obs, draw):
+    def _observe(self, obs):
         found, row, size = _flatten(obs), {}, self.options.image_size
         for key, name in self.names.items():
-            image, value = self.boxes[name].dtype == np.uint8, np.asarray(found[key])
+            image, value = len(self.shapes[name]) == 3, np.asarray(found[key])
             row[name] = _resize(value, size) if image else value.astype(np.float32).ravel()
         if self.drawn:
-            row["pixels"] = self._picture(size) if draw else np.zeros((size, size, 3), np.uint8)
+            row["pixels"] = self.picture(size)
         return row
 
-    def repeat(self, episodes, actions, ends):
-        """Repeat the actions of a saved episode and return its last row."""
-        self.episode, self.done = episodes[self.index] - 1, True
-        actions = actions[self.index]
-        row = self._next(None, draw=len(actions) == 0)
-        for k, action in enumerate(actions):
-            if self.done:  # over too early
-                break
-            row = self._next(action, draw=k == len(actions) - 1)
-        self.done |= ends[self.index]
-        return row
 
-    def close(self):
-        self.env.close()
+def _make(env_id, options):
+    """gymnasium.make; errors name the missing package, or ids that are like an unknown one."""
+    name, kwargs = env_id.split(":")[-1], {}
+    modules, packages = PACKAGES.get(name.split("/")[0], ((), ""))
+    if atari := name.startswith("ALE/"):
+        kwargs = dict(frameskip=1, full_action_space=options.sticky)
+        kwargs["repeat_action_probability"] = 0.25 if options.sticky else 0.0
+    make = partial(gymnasium.make, env_id, disable_env_checker=True, **kwargs)
+    try:
+        with warnings.catch_warnings():  # dm_control's import shows all deprecations
+            for module in modules:
+                importlib.import_module(module)
+        env = make()
+        drawn = options.frames > 0 or options.obs in ("pixels", "both")
+        if drawn and "rgb_array" in (env.metadata.get("render_modes") or ()):
+            env.close()
+            env = make(render_mode="rgb_array")
+        if atari:
+            skip = {"frame_skip": options.action_repeat, "screen_size": options.image_size}
+            env = gymnasium.wrappers.AtariPreprocessing(env, grayscale_obs=False, **skip)
+        return env
+    except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
+        fix = f"; pip install {packages}" if packages else ""
+        raise RunError(f"{env_id} needs a package: {error}{fix}") from error
+    except (AttributeError, OSError, ImportError) as error:  # of MuJoCo without its library
+        if "gl" in str(error).lower():
+            raise RunError(f"{env_id} cannot be made: {error}{GL_HELP}") from error
+        raise
+    except gymnasium.error.Error as error:
+        if name in gymnasium.registry:
+            raise
+        with contextlib.suppress(Exception):
+            importlib.import_module("shimmy")  # its ids are among the similar ones
+        near = ", ".join(difflib.get_close_matches(name, gymnasium.registry, 3, 0.4))
+        raise RunError(f"unknown environment {env_id!r}: {error} Similar: {near}") from error
 
 
 def _flatten(tree, prefix=""):
-    """The leaves of nested dicts by their keys joined with "."; a lone leaf is "observation".
-
-    A "/" in a key becomes a "." too: keys name files of the replay.
-    """
+    """The leaves of nested dicts; "." joins their keys, and stands for "/": they name files."""
     if not isinstance(tree, (dict, spaces.Dict)):
         return {prefix or "observation": tree}
-    dot = f"{prefix}." if prefix else ""
-    parts = [_flatten(branch, f"{dot}{key}") for key, branch in tree.items()]
-    return {key.replace("/", "."): leaf for part in parts for key, leaf in part.items()}
+    leaves = {}
+    for key, branch in tree.items():
+        leaves |= _flatten(branch, f"{prefix}.{key}".removeprefix(".").replace("/", "."))
+    return leaves
 
 
 def _is_image(space):
-    if not isinstance(space, spaces.Box) or space.dtype != np.uint8:
-        return False
-    return len(space.shape) == 3 or (len(space.shape) == 2 and min(space.shape) >= 16)
+    shape = space.shape
+    return space.dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 2 and min(shape) >= 16))
 
 
-def _row_box(key, space, size, env_id):
-    """The Box of an observation in the row: uint8 [size, size, C] or float32 [D]."""
-    shape, name = space.shape, f"observation {key!r} of {env_id}, {space},"
+def _shape(key, space, size, env_id):
+    """The shape of an observation in the row: [size, size, C] of an image, else [D]."""
+    name = f"observation {key!r} of {env_id}, {space},"
     if not isinstance(space, spaces.Box):
         fix = "wrap the environment in gymnasium.wrappers.FlattenObservation"
         raise RunError(f"{name} is neither a Box nor a Dict of them: {fix}")
     if not _is_image(space):
-        return spaces.Box(-np.inf, np.inf, (int(np.prod(shape)),), np.float32)
-    channels = 1 if len(shape) == 2 else shape[2]
-    if channels > min(shape[:2]):
+        return [int(np.prod(space.shape))]
+    height, width, channels = (*space.shape, 1)[:3]
+    if channels > min(height, width):
         raise RunError(f"{name} has to have its channels last")
-    return spaces.Box(0, 255, (size, size, channels), np.uint8)
+    return [size, size, channels]
 
 
 def _resize(image, size):
     """uint8 [H, W] or [H, W, C] -> [size, size, C], bilinear."""
-    image = image[..., None] if image.ndim == 2 else image
-    if image.shape[:2] == (size, size):
-        return image
-    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, -1, 0)]
-    return np.stack([p.resize((size, size), Image.Resampling.BILINEAR) for p in planes], -1)
+    planes = np.moveaxis(np.atleast_3d(image), -1, 0)
+    pictures = [Image.fromarray(np.ascontiguousarray(plane)) for plane in planes]
+    return np.stack([p.resize((size, size), Image.Resampling.BILINEAR) for p in pictures], -1)
 
 
 def action_width(spec) -> int:
@@ -411,12 +381,11 @@ def _actions(space, env_id):
             low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
             finite = np.isfinite(low) & np.isfinite(high)
             bottom, top = np.where(finite, low, -1), np.where(finite, high, 1)
-            whole = np.issubdtype(space.dtype, np.integer)
 
             def scale(action):
                 action = action.astype(float).clip(-1, 1) * (top - bottom) / 2 + (top + bottom) / 2
-                action = (action.round() if whole else action).clip(low, high)
-                return action.astype(space.dtype).reshape(space.shape)
+                action = action.round() if space.dtype.kind in "iu" else action
+                return action.clip(low, high).astype(space.dtype).reshape(space.shape)
 
             return low.size, (), scale
         case spaces.Discrete():

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from common.checkpoint import RunError, write
 
+PNG = {"format": "png", "dpi": 150}
 LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train/loss_<each>*
 
 
@@ -44,28 +46,30 @@ class Logger:
     def write(self, step, **extra):
         """Append {"step": step, **means, **extra} to metrics.jsonl; nan and inf become null."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.born}
         row = {name: _plain(value) for name, value in row.items()}
-        self._show()
-        self.sums, self.counts = {}, {}
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self.file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)) and self._board():
-                self.board.add_scalar(name, value, step)
+        if self.tensorboard:
+            self._mirror(row)
+        for label in LOSSES:
+            losses = [x for name, x in means.items() if name.startswith(f"train/loss_{label}")]
+            self.shown |= {label: _plain(sum(losses))} if losses else {}
+        if self.paced and self.shown["updates"] > self.paced[1]:
+            seconds = time.monotonic() - self.paced[0]
+            self.shown["updates/s"] = (self.shown["updates"] - self.paced[1]) / seconds
         self.advance(step)
         if not self.quiet and not sys.stderr.isatty():
-            short = {k: v for k, v in row.items() if k.startswith(("episode/", "eval/"))}
-            self._line({**self.shown, **short})
+            self._print(row)
 
     def advance(self, step, **postfix):
         """Move the progress bar, at most 5 times a second, and show `postfix` (numbers) on it.
 
-        It also shows the losses, means since the last line of metrics.jsonl, and updates/s.
+        It also shows the losses of the last line of metrics.jsonl and the updates/s until then.
         """
-        self.step = step
-        self.shown.update(postfix)
-        now = time.monotonic()
+        self.step, now = step, time.monotonic()
+        self.shown |= {name: _plain(value) for name, value in postfix.items()}
         if self.paced is None and "updates" in postfix:
             self.paced = now, postfix["updates"]
         if self.quiet or now - self.drawn < 0.2 or not sys.stderr.isatty():
@@ -73,8 +77,7 @@ class Logger:
         if self.bar is None:
             self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", smoothing=0)
         self.drawn, self.bar.n = now, step
-        self._show()
-        self.bar.set_postfix({name: _plain(value) for name, value in self.shown.items()})
+        self.bar.set_postfix(self.shown)
 
     def note(self, text):
         """Print a line above the progress bar."""
@@ -84,37 +87,33 @@ class Logger:
     def video(self, name, frames, fps=30) -> Path:
         """Save uint8 frames [T, H, W, 3] as mp4, or as gif where there is no ffmpeg."""
         frames = np.asarray(frames)
-        _, height, width, _ = frames.shape
-        # H.264 halves the colour planes, so both sides must be even.
-        odd = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
-        even = np.pad(frames, odd, mode="edge") if height % 2 or width % 2 else frames
         try:
-            return write(self.folder / f"{name}.mp4", lambda file: _mp4(file.name, even, fps))
+            return write(self.folder / f"{name}.mp4", lambda file: _mp4(file.name, frames, fps))
         except (ImportError, OSError, RuntimeError) as error:
             from PIL import Image
 
             self.note(f"a gif, as mp4 failed (pip install imageio-ffmpeg): {error}")
             first, *others = map(Image.fromarray, frames)
-            options = {"save_all": True, "append_images": others, "duration": 1000 / fps, "loop": 0}
-            options["format"] = "GIF"
-            return write(self.folder / f"{name}.gif", lambda file: first.save(file, **options))
+            options = dict(save_all=True, append_images=others, duration=1000 / fps, loop=0)
+            path = self.folder / f"{name}.gif"
+            return write(path, lambda file: first.save(file, "GIF", **options))
 
     def picture(self, name, figure) -> Path:
         """Save a matplotlib Figure as png and clear it."""
-        path = _png(self.folder / f"{name}.png", figure)
+        path = write(self.folder / f"{name}.png", partial(figure.savefig, **PNG))
         figure.clear()
         return path
 
     def state_dict(self) -> dict:
         """The means so far, the clock, and how long metrics.jsonl is."""
         os.fsync(self.file.fileno())  # or a power cut could leave it shorter than it says here
+        wall, size = time.monotonic() - self.born, self.file.seek(0, os.SEEK_END)
         means = {"sums": dict(self.sums), "counts": dict(self.counts)}
-        wall, size = time.monotonic() - self.born, os.fstat(self.file.fileno()).st_size
         return {"step": self.step, "wall": wall, "bytes": size, **means}
 
     def load_state_dict(self, state):
         """Go on from there; raises RunError if metrics.jsonl has lost lines since."""
-        size = os.fstat(self.file.fileno()).st_size
+        size = self.file.seek(0, os.SEEK_END)
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
@@ -131,35 +130,26 @@ class Logger:
             if part is not None:
                 part.close()
 
-    def _board(self):
-        if self.tensorboard and not self.board:
+    def _mirror(self, row):
+        """Log the numbers of a row to TensorBoard, if it is installed."""
+        if self.board is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
-
-                # What a killed process logged after its last save is logged again: hide the first.
-                purge = self.first + 1 if self.first else None
-                self.board = SummaryWriter(self.folder / "tensorboard", purge_step=purge)
             except ImportError:
                 self.tensorboard = False
-                self.note("no TensorBoard files (pip install tensorboard)")
-        return self.board
+                return self.note("no TensorBoard files (pip install tensorboard)")
+            # What a killed process logged after its last save is logged again: hide the first.
+            self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.first + 1)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, row["step"])
 
-    def _show(self):
-        """Bring the losses and updates/s in `shown` up to date."""
-        for label in LOSSES:
-            keys = [key for key in self.sums if key.startswith(f"train/loss_{label}")]
-            means = [self.sums[key] / self.counts[key] for key in keys]
-            self.shown |= {label: sum(means)} if means else {}
-        if self.paced and self.shown["updates"] > self.paced[1]:
-            seconds = time.monotonic() - self.paced[0]
-            self.shown["updates/s"] = (self.shown["updates"] - self.paced[1]) / seconds
-
-    def _line(self, values):
-        form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
-        values = {name: _plain(value) for name, value in values.items()}
+    def _print(self, row):
+        """A line for a log file: progress, what the bar would show, and the returns."""
+        values = self.shown | {k: v for k, v in row.items() if k.startswith(("episode/", "eval/"))}
         parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
-        options = {"initial": self.first, "bar_format": form, "postfix": ", ".join(parts)}
-        options["unit"] = " steps"
+        form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
+        options = dict(initial=self.first, unit=" steps", bar_format=form, postfix=", ".join(parts))
         seconds = time.monotonic() - self.started
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
 
@@ -170,21 +160,16 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _png(path, figure) -> Path:
-    # the format is named, because the file that is written ends in .tmp
-    return write(path, lambda file: figure.savefig(file, format="png", dpi=150))
-
-
 def _mp4(path, frames, fps):
     import imageio_ffmpeg
 
-    height, width = frames.shape[1:3]
-    options = {"codec": "libx264", "pix_fmt_out": "yuv420p", "macro_block_size": 1}
-    options |= {"output_params": ["-f", "mp4"], "fps": fps}
+    _, height, width, _ = frames.shape
+    # H.264 halves the color planes, so both sides must be even. The path ends in .tmp, not .mp4.
+    output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
+    options = dict(fps=fps, codec="libx264", macro_block_size=1, output_params=output)
     writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
     writer.send(None)
-    for frame in frames:
-        writer.send(np.ascontiguousarray(frame))
+    writer.send(np.ascontiguousarray(frames))
     writer.close()
 
 
@@ -195,12 +180,11 @@ def plot_curve(folder) -> Path:
     """
     from matplotlib.figure import Figure
 
-    rows = list(read_metrics(Path(folder) / "metrics.jsonl"))
-    curves = {
-        name: np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
+    rows = list(read_metrics(Path(folder, "metrics.jsonl")))
+    raw, tests = (
+        np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
         for name in ("episode/return", "eval/return")
-    }
-    raw, tests = curves.values()
+    )
     if not raw.size and not tests.size:
         raise RunError(f"no episode/return in {folder}/metrics.jsonl so far")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -212,27 +196,22 @@ def plot_curve(folder) -> Path:
         axes.plot(raw[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
     if tests.size:
         axes.plot(*tests, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
-    axes.set_xlabel("environment steps")
-    axes.set_ylabel("return (sum of rewards per episode)")
+    axes.set(xlabel="environment steps", ylabel="return (sum of rewards per episode)")
     axes.set_title("  ".join(Path(folder).resolve().parts[-3:]), loc="left")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return _png(Path(folder, "learning_curve.png"), figure)
+    return write(Path(folder, "learning_curve.png"), partial(figure.savefig, **PNG))
 
 
-def read_metrics(path, size=None):
+def read_metrics(path, size=0):
     """The rows of a metrics.jsonl, as dicts; with `size` those in its last so many bytes."""
-    if path.exists():
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - size) if size else 0)
-            lines = file.read().splitlines()
-        for line in lines:
-            with suppress(ValueError):  # the first may be cut, the last one unfinished
-                if isinstance(row := json.loads(line), dict):
-                    yield row
+    text = path.read_bytes() if path.exists() else b""
+    for line in text[-size:].splitlines():
+        with suppress(ValueError):  # the first may be cut, the last one unfinished
+            yield json.loads(line)
 
 
 def dream_video(truth, model, context):
@@ -252,14 +231,14 @@ def dream_video(truth, model, context):
     return video.flatten(3, 4).flatten(1, 2).numpy()
 
 
-def dream_plot(curves, context, most=8):
-    """Figure of true against imagined numbers: {label: (truth [T], model [T])}, the first `most`.
+def dream_plot(curves, context):
+    """Figure of true against imagined numbers, {label: (truth [T], model [T])}: the first eight.
 
     The model saw the first `context` rows and imagined the others.
     """
     from matplotlib.figure import Figure
 
-    shown = list(curves.items())[:most]
+    shown = list(curves.items())[:8]
     figure = Figure(figsize=(8, 1 + 1.1 * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for axes, (label, (truth, model)) in zip(panels, shown, strict=True):

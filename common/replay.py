@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections import deque
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -15,27 +15,16 @@ from common.checkpoint import DISK_FULL, RunError
 LATENTS = ("belief", "state")
 
 
-def _map(files, directory):
-    """Map the files, made or grown where needed; RunError when the disk cannot hold them."""
-    sizes = {directory / key: prod(shape) * dtype.itemsize for key, (shape, dtype) in files.items()}
-    held = {path: path.stat().st_blocks * 512 if path.exists() else 0 for path in sizes}
-    need = sum(max(0, size - held[path]) for path, size in sizes.items())
-    free = shutil.disk_usage(directory).free
-    if need > free:
-        message = f"the replay needs {need / 1e9:.2f} GB more, only {free / 1e9:.2f} GB are free"
-        raise RunError(f"{message} in {directory}: choose a smaller --replay-size")
-    for path, size in sizes.items():
-        path.touch()  # never truncates: the rows outlive a start with other flags
-        with path.open("r+b") as file:
-            try:  # a full disk or quota is an error here, not a bus error later
-                os.posix_fallocate(file.fileno(), 0, size)
-            except (AttributeError, OSError) as error:  # not on every system: the file is sparse
-                if getattr(error, "errno", None) in DISK_FULL:
-                    text = f"no room for {path}, {size / 1e9:.2f} GB"
-                    raise RunError(f"{text}: choose a smaller --replay-size") from error
-    return TensorDict(
-        {k: MemoryMappedTensor.from_filename(directory / k, d, s) for k, (s, d) in files.items()}
-    )
+def _map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
+    """A file like `leaf`, made or grown where needed; RunError when the disk cannot hold it."""
+    path.touch()  # never truncates: the rows outlive a start with other flags
+    with path.open("r+b") as file:
+        try:  # a full disk or quota is an error here, not a bus error later
+            os.posix_fallocate(file.fileno(), 0, leaf.nbytes)
+        except (AttributeError, OSError) as error:  # not on every system: the file is sparse
+            if getattr(error, "errno", None) in DISK_FULL:
+                raise RunError(f"no room for {path}: choose a smaller --replay-size") from error
+    return MemoryMappedTensor.from_filename(path, leaf.dtype, leaf.shape)
 
 
 def with_previous(rows: TensorDict) -> TensorDict:
@@ -68,12 +57,11 @@ class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
     Row r of environment e, counted from 0, lies at (r % physical) * N + e, so a longer run may ask
-    for a larger ring until this one has come round. The files hold `slack` rows of each environment
-    more than can be drawn, so that the rows that a checkpoint refers to survive the next `slack`
-    appends: save when `exhausted` is True. `write_back` fills the one of two slots that the
-    checkpoint does not use. So a process killed at any moment resumes exactly at its checkpoint
-    (with slack=0: until the ring is full). Nothing is flushed: what was written outlives the
-    process, but a power failure only where the system had written the pages to the disk.
+    for a larger ring until this one has come round. A process killed at any moment resumes exactly
+    at its checkpoint, because the files keep `slack` rows of each environment more than can be
+    drawn (save when `exhausted` is True; with slack=0 only until the ring is full), and
+    `write_back` fills the one of two slots that the checkpoint does not use. Nothing is flushed: a
+    power failure can lose what the system had not written to the disk.
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
@@ -91,26 +79,31 @@ class Replay:
         if self.capacity < length:
             have = f"{self.capacity} rows for each of {num_envs} environments"
             raise RunError(f"{have} are less than a window of {length}: raise --replay-size")
-        files = {  # shape and dtype of each: [physical * N, ...], twice as many rows if updatable
-            key: ((num_envs * self.physical * (1 + (key in updatable)), *leaf.shape), leaf.dtype)
+        self.updatable = [key for key in example.keys() if key in updatable]
+        self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
+        self.layout |= dict(length=length, updatable=", ".join(self.updatable))
+        self.layout |= {key: f"{leaf.dtype} {list(leaf.shape)}" for key, leaf in example.items()}
+        rows = num_envs * self.physical
+        leaves = {  # two slots for each row of what is updatable
+            key: leaf.expand(rows * (1 + (key in updatable)), *leaf.shape)
             for key, leaf in example.items()
         }
-        self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
-        shapes = {key: f"{dtype} {list(shape[1:])}" for key, (shape, dtype) in files.items()}
-        self.updatable = [key for key in files if key in updatable]
-        self.layout |= {"length": length, "updatable": ", ".join(self.updatable), **shapes}
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        paths = [directory / key for key in files]
-        self.found = {path: path.stat().st_size if path.exists() else 0 for path in paths}  # bytes
-        self.storage = _map(files, directory)
-        self.current = torch.zeros(num_envs * self.physical, dtype=torch.uint8)  # slot in use
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        sizes = {path.name: path.stat().st_size for path in self.directory.iterdir()}
+        self.found = {key: sizes.get(key, 0) for key in leaves}  # bytes
+        need = sum(max(0, leaf.nbytes - self.found[key]) for key, leaf in leaves.items()) / 1e9
+        free = shutil.disk_usage(directory).free / 1e9
+        if need > free:
+            text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {directory}"
+            raise RunError(f"{text}: choose a smaller --replay-size")
+        self.storage = {key: _map(self.directory / key, leaf) for key, leaf in leaves.items()}
+        self.current = torch.zeros(rows, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.finished = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
-        self.found_at, self.long = None, None  # rows appended when `long_episodes` looked last
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -186,11 +179,9 @@ class Replay:
 
     def long_episodes(self) -> Tensor:
         """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
-        if self.found_at != self.total:
-            enough = self.length - self.last
-            long = [e for e in self.finished if e[1] >= self.oldest and e[2] >= enough]
-            self.found_at, self.long = self.total, torch.tensor(long, dtype=torch.int64).view(-1, 3)
-        return self.long
+        episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
+        _, first, rows = episodes.unbind(-1)
+        return episodes[(first >= self.oldest) & (rows >= self.length - self.last)]
 
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
         """Windows [B, length] inside of an episode that is drawn first, as Dreamer (2020) does.
@@ -214,7 +205,6 @@ class Replay:
 
         is_first is set on row 0, is_last before an is_first.
         """
-        batch_size = len(window)
         index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
         index[..., 1] += torch.arange(self.length)
         where = (index[..., 1] % self.physical * self.num_envs + index[..., 0]).flatten()
@@ -223,7 +213,7 @@ class Replay:
         batch = TensorDict({}, [len(where)])
         for key, leaf in self.storage.items():
             batch[key] = leaf.index_select(0, live if key in self.updatable else where)
-        batch = batch.view(batch_size, self.length)
+        batch = batch.view(len(window), self.length)
         batch["is_first"][:, 0] = True
         batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # abandoned episodes
         return batch.set("index", index)
@@ -267,19 +257,18 @@ class Replay:
 
         A larger capacity is accepted until the smaller ring has come round.
         """
-        saved, sizes = state["layout"], self.found.items()
-        rows, own = saved["physical"] * saved["num_envs"], self.physical * self.num_envs
-        lost = [p for p, size in sizes if size * own < rows * self.storage[p.name].nbytes]
-        for path in lost:  # filled up with zeros, which must not be found next time
-            os.truncate(path, self.found[path])
+        saved, lost = state["layout"], []
+        for key, size in self.found.items():
+            if size < self.storage[key].nbytes * saved["physical"] // self.physical:
+                os.truncate(self.directory / key, size)  # zeros must not be found next time
+                lost.append(key)
         grown = state["total"] <= min(saved["physical"], self.capacity)
         for name in self.layout | saved:
             theirs, ours = saved.get(name), self.layout.get(name)
             if theirs != ours and not (grown and name in ("capacity", "physical")):
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         if lost:
-            names = ", ".join(path.name for path in lost)
-            text = f"the run's replay/ lacks {names}, or a part of it"
+            text = f"the run's replay/ lacks {', '.join(lost)}, or a part of it"
             raise RunError(f"{text}: put it back, or start over with --fresh")
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))

@@ -421,25 +421,22 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
 
     The frames are `side` pixels wide and high; 0 for none.
     """
-    options = dict(num_envs=1, seed=seed, env_workers=False, frames=side)
-    envs, returns, frames, first = make_envs(agent.args, **options), [], [], []
-    latent = None
+    envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, frames=side)
+    returns, frames, first = [], [], []
+    latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for episode in range(episodes):
-            rows, total, length = envs.step(None if latent is None else latent["action"]), 0.0, 0
-            while True:
-                latent = agent.act(rows, latent)
-                total += rows["reward"].item()
-                if episode == 0 and len(first) < ROWS:
-                    first.append(agent.row(rows, latent))
-                if episode == 0 and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
-                    frames.append(envs.frame())
-                length += 1
-                if rows["is_last"].item() or length == LONGEST:
-                    break
-                rows = envs.step(latent["action"])
-            returns.append(total)
+        while len(returns) < episodes:
+            rows = envs.step(None if latent is None else latent["action"])
+            latent = agent.act(rows, latent)
+            total, length = total + rows["reward"].item(), length + 1
+            if not returns and len(first) < ROWS:
+                first.append(agent.row(rows, latent))
+            if not returns and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
+                frames.append(envs.frame())
+            if rows["is_last"].item() or length == LONGEST:
+                returns.append(total)
+                total, length = 0.0, 0
     envs.close()
     return returns, frames, torch.stack(first, 1)
 

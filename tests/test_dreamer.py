@@ -448,8 +448,9 @@ def test_parts_find_their_widths():
     posterior = RSSMPosterior(hidden_dim=10, state_dim=4)
     belief, obs, noise = torch.randn(3, 12), torch.randn(3, 7), torch.randn(3, 4)
     mean, std, state = posterior(belief, obs, noise)
-    near(posterior.moments(belief, obs)[0], mean)
-    near(posterior.moments(belief, obs)[1], std)
+    raw_mean, raw_std = posterior.head(torch.cat([belief, obs], -1)).chunk(2, -1)
+    near(raw_mean, mean)
+    near(F.softplus(raw_std) + 0.1, std)
     near(state, mean + std * noise)
     assert prior.recurrence(state, belief, torch.zeros(3, 2)).shape == (3, 12)
     assert prior.draw_noise(5, 2).shape == (5, 2, 4)
@@ -734,7 +735,7 @@ def test_acting_filters_like_training():
         latent = agent.act(rows, latent)
         near(latent["belief"], belief[:, t])
         embed = agent.world_model.encoder.embed(rows)
-        near(agent.world_model.posterior.moments(latent["belief"], embed)[0], mean[:, t])
+        near(agent.world_model.posterior(latent["belief"], embed)[0], mean[:, t])
         latent["state"] = mean[:, t]
 
 
