@@ -21,9 +21,8 @@ everywhere. Equations are numbered as in arXiv 2301.04104v2.
 """
 
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import CudaGraphModule
 from torch import Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
@@ -47,20 +46,18 @@ BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 Unimix = Annotated[float, Rule("above 0, for a finite KL, and below 1", lambda x: 0 < x < 1)]
 Side = Annotated[int, Rule("a multiple of 16", lambda x: x > 0 and x % 16 == 0)]
-
-
 Preset = Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"]
 Size = Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 
 
 @dataclass
 class Args:
-    """Flags. The defaults are the authors' for DM Control proprio, except steps and num_envs."""
+    """Flags. The defaults are the authors' for DM Control proprio, except num_envs."""
 
     preset: Preset = "default"  # all that a benchmark fixes; other flags override it
     size: Size = ""  # number of parameters; empty: 1m, or the preset's
     env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    steps: MayChange[Count] = 100_000  # environment steps, with action repeat and reset rows
+    steps: MayChange[Count] = 1_100_000  # environment steps, with action repeat and reset rows
     seed: Natural = 0  # of networks, noise, replay and environments
 
     # the run
@@ -129,46 +126,39 @@ SIZES = {"": {}} | {
     name: dict(deter=128 * n, hidden=16 * n, classes=n, depth=n, units=16 * n)
     for name, n in WIDTHS.items()
 }
-# fmt: off
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", action_repeat=2, steps=10_000, batch_length=16, train_ratio=128.0,
         deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=2500,
         eval_episodes=10, threads=1),
     "dmc_proprio": dict(  # an update a step: half a second each
-        obs="vector", num_envs=16, steps=1_100_000, log_every=250, save_every=1000,
-        dream_every=5000),
-    "dmc_vision": dict(obs="pixels", num_envs=16, steps=1_100_000, size="200m", train_ratio=256.0),
+        obs="vector", num_envs=16, log_every=250, save_every=1000, dream_every=5000),
+    "dmc_vision": dict(obs="pixels", num_envs=16, size="200m", train_ratio=256.0),
     "atari100k": dict(
         env_id="ALE/Pong-v5", action_repeat=4, steps=440_000, size="200m", train_ratio=256.0),
-    "crafter": dict(
-        env_id="tools.crafter_env:crafter/Reward-v0", steps=1_100_000, size="200m",
-        train_ratio=512.0),
-    "debug": dict(
-        env_id="CartPole-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8, train_ratio=4.0,
-        imagination_horizon=4, deter=16, hidden=8, stoch=4, depth=2, units=8, eval_episodes=1,
-        log_every=50, save_every=100, dream_every=500),
-}
-# fmt: on
+    "crafter": dict(env_id="tools.crafter_env:crafter/Reward-v0", size="200m", train_ratio=512.0),
+    "debug": dict(env_id="CartPole-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8,
+        train_ratio=4.0, imagination_horizon=4, deter=16, hidden=8, stoch=4, depth=2, units=8,
+        eval_episodes=1, log_every=50, save_every=100, dream_every=500),
+}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats --size, which beats the preset, which beats the defaults."""
 
     def defaults(chosen: Args) -> dict:
-        preset = {"size": "1m", **PRESETS[chosen.preset], "preset": chosen.preset}
-        size = {"size": chosen.size} if chosen.size else {}
-        return SIZES[preset["size"]] | preset | SIZES[chosen.size] | size
+        preset = {"size": "1m", **PRESETS[chosen.preset]}
+        return SIZES[preset["size"]] | preset | SIZES[chosen.size]
 
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
-    playing = args.benchmark or args.eval or not args.train_ratio
-    if windows < args.batch_size * args.batch_length and not playing:
-        text = "the first update waits for --batch-size x --batch-length windows: with these"
-        raise RunError(f"{text} --steps and --replay-size there would never be one")
+    training = args.train_ratio and not (args.benchmark or args.eval)
+    if training and windows < args.batch_size * args.batch_length:
+        text = "the first update waits for --batch-size x --batch-length windows"
+        raise RunError(f"{text}: with these --steps and --replay-size it would never come")
     return args
 
 
@@ -208,12 +198,10 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
-    """Expectation (...) over bins of softmax(logits), logits (..., num_bins).
-
-    Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
-    """
+    """Expectation (...) over bins of softmax(logits), logits (..., num_bins)."""
     probs = logits.float().softmax(-1)
     middle = len(bins) // 2
+    # Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
     pairs = probs[..., middle + 1 :] - probs[..., :middle].flip(-1)
     return (pairs * bins[middle + 1 :]).sum(-1)
 
@@ -240,8 +228,9 @@ def sample_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
     return one_hot + (probs - probs.detach())
 
 
-def sample_state(logits: Tensor, noise: Tensor, unimix: float) -> Tensor:
+def sample_state(logits: Tensor, unimix: float, noise: Tensor | None = None) -> Tensor:
     """Flat one-hots (..., S * C) drawn from logits (..., S, C) by `sample_one_hot`."""
+    noise = race_noise(*logits.shape, device=logits.device) if noise is None else noise
     return sample_one_hot(unimix_probs(logits, unimix), noise).flatten(-2)
 
 
@@ -251,9 +240,7 @@ def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float) -> Tensor:
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 
-def lambda_return(
-    reward: Tensor, boot: Tensor, last: Tensor, terminal: Tensor, discount: float, lam: float
-) -> Tensor:
+def lambda_return(reward, boot, last, terminal, discount: float, lam: float) -> Tensor:
     """lambda-returns of eq. 5, all inputs (N, T), output (N, T - 1).
 
     R_t = r_t+1 + live_t+1 ((1 - trace_t+1) v_t+1 + trace_t+1 R_t+1) and R_T-1 = v_T-1, with
@@ -272,19 +259,20 @@ def lambda_return(
 # --- networks -----------------------------------------------------------------------------------
 
 
-def scaled_init_(weight: Tensor, fan_in: int, outscale: float = 1.0) -> None:
-    """Truncated normal with standard deviation outscale / sqrt(fan_in)."""
-    nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
-    weight.data.mul_(1.1368 * outscale / math.sqrt(fan_in))  # truncated at 2: std 1 / 1.1368
+def initialize(layer: nn.Module, fan_in: int, outscale: float = 1.0) -> nn.Module:
+    """Weights: truncated normal of standard deviation outscale / sqrt(fan_in); zero bias."""
+    nn.init.trunc_normal_(layer.weight, a=-2.0, b=2.0)
+    layer.weight.data.mul_(1.1368 * outscale / math.sqrt(fan_in))  # truncated at 2: std 1 / 1.1368
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Linear(nn.Linear):
-    """Linear layer with the authors' initialization and a zero bias."""
+    """Linear layer with the authors' initialization."""
 
     def __init__(self, inputs: int, outputs: int, outscale: float = 1.0):
         super().__init__(inputs, outputs)
-        scaled_init_(self.weight, inputs, outscale)
-        nn.init.zeros_(self.bias)
+        initialize(self, inputs, outscale)
 
     def forward(self, x: Tensor) -> Tensor:
         # A product with bias copies the bias first; torch.compile adds it in the next operation.
@@ -304,33 +292,29 @@ class RMSNorm(nn.RMSNorm):
 
 def conv(inputs: int, outputs: int) -> nn.Conv2d:
     """5 x 5 convolution of stride 1 that keeps the size."""
-    layer = nn.Conv2d(inputs, outputs, 5, padding="same")
-    scaled_init_(layer.weight, inputs * 25)
-    nn.init.zeros_(layer.bias)
-    return layer
+    return initialize(nn.Conv2d(inputs, outputs, 5, padding="same"), inputs * 25)
 
 
-def mlp(inputs: int, units: int, layers: int) -> nn.Sequential:
-    """`layers` x (Linear, RMSNorm, SiLU)."""
+def mlp(inputs: int, units: int, layers: int, outputs=0, outscale=1.0) -> nn.Sequential:
+    """`layers` x (Linear, RMSNorm, SiLU), then, if there are `outputs`, Linear."""
     modules = []
     for i in range(layers):
         modules += [Linear(units if i else inputs, units), RMSNorm(units), nn.SiLU()]
+    if outputs:
+        modules.append(Linear(units, outputs, outscale))
     return nn.Sequential(*modules)
 
 
 class BlockLinear(nn.Module):
-    """Independent linear maps, one per slice of the input, each also seeing `shared` numbers.
-
-    The fan-in of the initialization is that of all blocks together, as in the authors' code.
-    """
+    """Independent linear maps, one per slice of the input, each also seeing `shared` numbers."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
         width = inputs // blocks + shared  # of a block's input, its slice first
         self.blocks, self.slice = blocks, inputs // blocks
         self.weight = nn.Parameter(torch.empty(width, blocks, outputs // blocks))
-        self.bias = nn.Parameter(torch.zeros(outputs))
-        scaled_init_(self.weight, blocks * width)
+        self.bias = nn.Parameter(torch.empty(outputs))
+        initialize(self, blocks * width)  # the fan-in of all blocks together, as the authors' code
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """(N, inputs), (N, shared) -> (N, blocks, outputs / blocks)."""
@@ -360,8 +344,7 @@ class RSSMPrior(nn.Module):
         self.hidden = BlockLinear(rnn_hidden_dim, rnn_hidden_dim, blocks, shared=3 * hidden_dim)
         self.hidden_norm = nn.Sequential(RMSNorm(rnn_hidden_dim), nn.SiLU())
         self.gates = BlockLinear(rnn_hidden_dim, 3 * rnn_hidden_dim, blocks)
-        self.head = mlp(rnn_hidden_dim, hidden_dim, 2)
-        self.head.append(Linear(hidden_dim, state_dim * classes))
+        self.head = mlp(rnn_hidden_dim, hidden_dim, 2, state_dim * classes)
 
     def recurrence(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
         """(N, S * C), (N, D), (N, A) -> next belief (N, D)."""
@@ -381,15 +364,13 @@ class RSSMPrior(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, S, C) for `sample_state`."""
-        device = self.gates.weight.device
-        return race_noise(*shape, self.state_dim, self.classes, device=device)
+        return race_noise(*shape, self.state_dim, self.classes, device=self.gates.bias.device)
 
     def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, S * C), (N, D), (N, A) -> prior logits (N, S, C), next state and belief."""
         belief = self.recurrence(state, belief, action)
         logits = self.logits(belief)
-        noise = self.draw_noise(len(belief)) if noise is None else noise
-        return logits, sample_state(logits, noise, self.unimix), belief
+        return logits, sample_state(logits, self.unimix, noise), belief
 
 
 class RSSMPosterior(nn.Module):
@@ -398,30 +379,24 @@ class RSSMPosterior(nn.Module):
     def __init__(self, hidden_dim, state_dim, classes=4, *, rnn_hidden_dim, obs_dim, unimix=0.01):
         super().__init__()
         self.state_dim, self.classes, self.unimix = state_dim, classes, unimix
-        self.head = mlp(rnn_hidden_dim + obs_dim, hidden_dim, 1)
-        self.head.append(Linear(hidden_dim, state_dim * classes))
-
-    def logits(self, belief: Tensor, encoded_obs: Tensor) -> Tensor:
-        """(N, D), (N, E) -> logits (N, S, C) of q(z | h, x)."""
-        x = self.head(torch.cat([belief, encoded_obs], -1)).float()
-        return x.unflatten(-1, (self.state_dim, self.classes))
+        self.head = mlp(rnn_hidden_dim + obs_dim, hidden_dim, 1, state_dim * classes)
 
     def forward(self, belief: Tensor, encoded_obs: Tensor, noise=None) -> tuple[Tensor, Tensor]:
         """(N, D), (N, E) -> posterior logits (N, S, C), state (N, S * C)."""
-        logits = self.logits(belief, encoded_obs)
-        noise = race_noise(*logits.shape, device=logits.device) if noise is None else noise
-        return logits, sample_state(logits, noise, self.unimix)
+        x = self.head(torch.cat([belief, encoded_obs], -1)).float()
+        logits = x.unflatten(-1, (self.state_dim, self.classes))
+        return logits, sample_state(logits, self.unimix, noise)
 
 
-def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise):
+def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise=None):
     """One step of the filter; where `keep` is 0 an episode begins.
 
     (N, S * C), (N, D), (N, A), (N, E), (N), (N, S, C) -> state, belief, posterior logits.
     """
     keep = keep[:, None]
     belief = prior.recurrence(state * keep, belief * keep, action * keep)
-    logits = posterior.logits(belief, encoded_obs)
-    return sample_state(logits, noise, posterior.unimix), belief, logits
+    logits, state = posterior(belief, encoded_obs, noise)
+    return state, belief, logits
 
 
 class RSSMRollout(nn.Module):
@@ -462,19 +437,15 @@ class RSSMRollout(nn.Module):
 
 
 class ObsEncoder(nn.Module):
-    """Observations -> encoded_obs (..., E): symlog and an MLP for vectors, convolutions for images.
+    """Observations -> encoded_obs: an MLP for vectors (D,), convolutions for uint8 (H, W, C)."""
 
-    `shapes` maps keys to shapes, (D,) for a vector and (H, W, C) for a uint8 image.
-    """
-
-    def __init__(self, shapes: dict, depth: int, units: int, layers: int = 3):
+    def __init__(self, shapes: dict, depth: int, units: int):
         super().__init__()
         self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
         self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
-        self.outputs = 0
+        self.outputs = units * bool(self.vectors)
         if self.vectors:
-            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, layers)
-            self.outputs += units
+            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, 3)
         if self.images:
             depths = [depth * m for m in DEPTH_MULTIPLIERS]
             channels = sum(shapes[k][2] for k in self.images)
@@ -505,24 +476,22 @@ class ObsEncoder(nn.Module):
 class ObsDecoder(nn.Module):
     """Latents -> one prediction per observation key: symlog vectors (..., D), images in [0, 1]."""
 
-    def __init__(self, shapes, belief_dim, state_size, depth, units, layers=3, blocks=8):
+    def __init__(self, shapes, belief_dim, state_size, depth, units, blocks=8):
         super().__init__()
         self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
         self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
         if self.vectors:
-            self.mlp = mlp(state_size + belief_dim, units, layers)
+            self.mlp = mlp(state_size + belief_dim, units, 3)
             self.heads = nn.ModuleList(Linear(units, shapes[k][0]) for k in self.vectors)
         if self.images:
-            depths = [depth * m for m in DEPTH_MULTIPLIERS]
+            depths = [depth * m for m in reversed(DEPTH_MULTIPLIERS)]
             height, width = (n // 16 for n in shapes[self.images[0]][:2])
-            self.blocks, self.grid = blocks, (height, width, depths[-1])
+            self.grid = height, width, depths[0]
             self.channels = [shapes[k][2] for k in self.images]
             self.belief_in = BlockLinear(belief_dim, math.prod(self.grid), blocks)
-            self.state_in = mlp(state_size, 2 * units, 1)
-            self.state_in.append(Linear(2 * units, math.prod(self.grid)))
-            self.norms = nn.ModuleList(RMSNorm(d) for d in reversed(depths))
-            outputs = [*reversed(depths[:-1]), sum(self.channels)]
-            self.convs = nn.ModuleList(map(conv, reversed(depths), outputs))
+            self.state_in = mlp(state_size, 2 * units, 1, math.prod(self.grid))
+            self.norms = nn.ModuleList(RMSNorm(d) for d in depths)
+            self.convs = nn.ModuleList(map(conv, depths, [*depths[1:], sum(self.channels)]))
 
     def forward(self, state: Tensor, belief: Tensor) -> dict[str, Tensor]:
         """(..., S * C), (..., D) -> {key: prediction}."""
@@ -531,38 +500,29 @@ class ObsDecoder(nn.Module):
             x = self.mlp(torch.cat([state, belief], -1))
             outputs |= {k: head(x) for k, head in zip(self.vectors, self.heads, strict=True)}
         if self.images:
-            image = self.image(state.flatten(0, -2), belief.flatten(0, -2))
-            image = image.unflatten(0, belief.shape[:-1]).split(self.channels, -1)
-            outputs |= dict(zip(self.images, image, strict=True))
+            x = self.belief_in(belief.flatten(0, -2)).unflatten(-1, (*self.grid[:2], -1))
+            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, blocks, h, w, c) -> (N, h, w, C)
+            x = x + self.state_in(state.flatten(0, -2)).unflatten(-1, self.grid)
+            for norm, layer in zip(self.norms, self.convs, strict=True):
+                x = F.silu(norm(x)).permute(0, 3, 1, 2)
+                x = layer(F.interpolate(x, scale_factor=2, mode="nearest")).permute(0, 2, 3, 1)
+            x = torch.sigmoid(x.float()).unflatten(0, belief.shape[:-1])
+            outputs |= zip(self.images, x.split(self.channels, -1), strict=True)
         return outputs
-
-    def image(self, state: Tensor, belief: Tensor) -> Tensor:
-        """(N, S * C), (N, D) -> (N, H, W, channels) in [0, 1]."""
-        height, width, _ = self.grid
-        x = self.belief_in(belief).unflatten(-1, (height, width, -1))  # (N, blocks, h, w, c)
-        x = x.permute(0, 2, 3, 1, 4).flatten(-2)
-        x = x + self.state_in(state).unflatten(-1, self.grid)
-        for norm, layer in zip(self.norms, self.convs, strict=True):
-            x = F.silu(norm(x)).permute(0, 3, 1, 2)
-            x = layer(F.interpolate(x, scale_factor=2, mode="nearest")).permute(0, 2, 3, 1)
-        return torch.sigmoid(x.float())
 
 
 class DreamerActor(nn.Module):
-    """Policy on features (..., F): continuous, discrete or multi-discrete actions.
+    """Policy on features (..., F): a normal, or one categorical per entry of `classes`.
 
-    Continuous: a normal distribution with mean tanh(m) and deviation in [0.1, 1]; samples are
-    not squashed, the environment clips them. `classes` = () means continuous; otherwise the
-    action is the concatenated one-hots of one categorical per entry, with a share `unimix` of the
-    uniform distribution (the paper has 0.01, the authors' current code none).
+    Samples are not squashed, the environment clips them. `unimix` is the share of the uniform
+    distribution in the categoricals (the paper has 0.01, the authors' current code none).
     """
 
-    def __init__(self, inputs: int, action_spec, classes: tuple[int, ...] = (), units=64, layers=3,
-                 unimix=0.0):  # fmt: skip
+    def __init__(self, inputs, action_spec, classes: tuple[int, ...] = (), units=64, unimix=0.0):
         super().__init__()
         self.classes, self.unimix = tuple(classes), unimix
         self.action_dim = action_width(action_spec)
-        self.mlp = mlp(inputs, units, layers)
+        self.mlp = mlp(inputs, units, 3)
         self.head = Linear(units, self.action_dim, outscale=0.01)
         if not self.classes:
             self.std_head = Linear(units, self.action_dim, outscale=0.01)
@@ -587,21 +547,15 @@ class DreamerActor(nn.Module):
         return draw(*shape, self.action_dim, device=self.head.weight.device)
 
 
-class BoundedNormal:
+class BoundedNormal(Independent):
     """Diagonal normal over actions (..., A)."""
 
     def __init__(self, mean: Tensor, std: Tensor):
-        self.mode, self.dist = mean, Normal(mean, std, validate_args=False)
+        super().__init__(Normal(mean, std, validate_args=False), 1, validate_args=False)
 
     def sample(self, noise: Tensor) -> Tensor:
         """noise (..., A) ~ N(0, 1) -> actions, beyond [-1, 1] now and then."""
-        return (self.mode + self.dist.stddev * noise).detach()
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        return self.dist.log_prob(action).sum(-1)
-
-    def entropy(self) -> Tensor:
-        return self.dist.entropy().sum(-1)
+        return (self.base_dist.mean + self.base_dist.stddev * noise).detach()
 
 
 class Categoricals:
@@ -609,23 +563,23 @@ class Categoricals:
 
     def __init__(self, logits: tuple[Tensor, ...]):
         self.sizes = [x.shape[-1] for x in logits]
-        self.log_probs = [x.log_softmax(-1) for x in logits]
+        self.log_probs = torch.cat([x.log_softmax(-1) for x in logits], -1)
 
     @property
     def mode(self) -> Tensor:
-        return self.sample(torch.ones(sum(self.sizes), device=self.log_probs[0].device))
+        return self.sample(torch.ones_like(self.log_probs))
 
     def sample(self, noise: Tensor) -> Tensor:
         """noise (..., A) from `race_noise` -> one-hot actions."""
-        pairs = zip(self.log_probs, noise.split(self.sizes, -1), strict=True)
-        return torch.cat([sample_one_hot(p.exp().detach(), n) for p, n in pairs], -1)
+        probs = self.log_probs.detach().exp().split(self.sizes, -1)
+        pairs = zip(probs, noise.split(self.sizes, -1), strict=True)
+        return torch.cat([sample_one_hot(*pair) for pair in pairs], -1)
 
     def log_prob(self, action: Tensor) -> Tensor:
-        pairs = zip(self.log_probs, action.split(self.sizes, -1), strict=True)
-        return sum((log_prob * part).sum(-1) for log_prob, part in pairs)
+        return (self.log_probs * action).sum(-1)
 
     def entropy(self) -> Tensor:
-        return -sum((log_prob.exp() * log_prob).sum(-1) for log_prob in self.log_probs)
+        return -(self.log_probs.exp() * self.log_probs).sum(-1)
 
 
 def features(latent: TensorDictBase) -> Tensor:
@@ -644,10 +598,10 @@ class WorldModel(nn.Module):
         self.prior = RSSMPrior(action_spec, blocks=args.blocks, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.outputs, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        sizes, self.feat_size = self.prior.sizes, sum(self.prior.sizes)
-        self.decoder = ObsDecoder(shapes, *sizes, args.depth, args.units, blocks=args.blocks)
-        self.reward = mlp(self.feat_size, args.units, 1).append(Linear(args.units, BINS, 0.0))
-        self.cont = mlp(self.feat_size, args.units, 1).append(Linear(args.units, 1))
+        self.decoder = ObsDecoder(shapes, *self.prior.sizes, args.depth, args.units, args.blocks)
+        self.feat_size = sum(self.prior.sizes)
+        self.reward = mlp(self.feat_size, args.units, 1, BINS, outscale=0.0)
+        self.cont = mlp(self.feat_size, args.units, 1, outputs=1)
         self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
@@ -688,32 +642,26 @@ def reward_loss(head: nn.Module, feat: Tensor, reward: Tensor, bins: Tensor) -> 
 
 
 def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, horizon: int) -> Tensor:
-    """Binary cross entropy (B, T), target 1 - 1/horizon, or 0 at a terminal row."""
+    """Binary cross entropy (B, T), target 1 - 1/horizon, the discount, or 0 at a terminal row."""
     target = (~is_terminal).float() * (1 - 1 / horizon)
     logits = head(feat).float().squeeze(-1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
 
 
 class DreamerV3ModelLoss(nn.Module):
-    """World model loss, eq. 2-3: reconstruction, reward, continuation, dynamics, representation.
-
-    The continuation target is 1 - 1/horizon instead of 1, so the head carries the discount.
-    """
+    """World model loss, eq. 2-3: reconstruction, reward, continuation, dynamics, representation."""
 
     def __init__(self, world_model: WorldModel, *, lambda_reco=1.0, lambda_reward=1.0,
                  lambda_continue=1.0, lambda_dynamic=1.0, lambda_representation=0.1,
                  free_nats=1.0, horizon=333):  # fmt: skip
         super().__init__()
         self.world_model, self.free_nats, self.horizon = world_model, free_nats, horizon
-        scales = lambda_reco, lambda_reward, lambda_continue, lambda_dynamic, lambda_representation
-        self.scales = scales  # in the order of the losses
+        self.lambda_reco, self.lambda_reward = lambda_reco, lambda_reward
+        self.lambda_continue, self.lambda_dynamic = lambda_continue, lambda_dynamic
+        self.lambda_representation = lambda_representation
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None):
-        """td[B, T]: rows, see RSSMRollout, or rows that already have their posteriors.
-
-        Returns scalar losses and td with `state`, `belief`, `posterior_logits`, `prior_logits`,
-        gradients attached.
-        """
+        """Rows td[B, T], filtered or not yet -> scalar losses, td with its latents and logits."""
         model = self.world_model
         td = td if "posterior_logits" in td.keys() else model(td, noise)
         feat, logits = features(td), (td["posterior_logits"], td["prior_logits"])
@@ -721,12 +669,14 @@ class DreamerV3ModelLoss(nn.Module):
         reward = reward_loss(model.reward, feat, td["reward"], model.bins)
         cont = continue_loss(model.cont, feat, td["is_terminal"], self.horizon)
         dynamic, representation = kl_losses(*logits, model.prior.unimix, self.free_nats)
-        losses = dict(
-            loss_model_reco=reco, loss_model_reward=reward, loss_model_continue=cont,
-            loss_model_dynamic=dynamic, loss_model_representation=representation,
-        )  # fmt: skip
-        scaled = zip(losses.items(), self.scales, strict=True)
-        return TensorDict({name: scale * loss.mean() for (name, loss), scale in scaled}), td
+        losses = TensorDict(
+            loss_model_reco=self.lambda_reco * reco.mean(),
+            loss_model_reward=self.lambda_reward * reward.mean(),
+            loss_model_continue=self.lambda_continue * cont.mean(),
+            loss_model_dynamic=self.lambda_dynamic * dynamic.mean(),
+            loss_model_representation=self.lambda_representation * representation.mean(),
+        )
+        return losses, td
 
 
 def dream_step(actor, prior, feat, action_noise, state_noise) -> tuple[Tensor, Tensor]:
@@ -763,22 +713,20 @@ class DreamerV3ActorLoss(nn.Module):
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
                  model_based_env: "DreamerEnv", *, imagination_horizon=15, discount_loss=True,
-                 lam=0.95, entropy_bonus=3e-4, normalization_rate=0.01):  # fmt: skip
+                 lam=0.95, entropy_bonus=3e-4):  # fmt: skip
         super().__init__()
         self.actor, self.value, self.env = actor_model, value_model, model_based_env
         self.imagination_horizon, self.lam = imagination_horizon, lam
         self.discount_loss, self.entropy_bonus = discount_loss, entropy_bonus
-        self.normalization_rate = normalization_rate
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
         self.register_buffer("quantiles", torch.tensor([0.05, 0.95]))
 
     def forward(self, td: TensorDictBase, noise: TensorDictBase | None = None):
-        """td[*B]: latents to start from, N of them in all; no gradient reaches them.
+        """N latents td[*B], without gradient -> loss_actor, the dream[N, H + 1] that starts there.
 
-        Returns loss_actor and the dream[N, H + 1], its first entry the start: `feat`, `action`,
-        `reward`, `continue`, `weight`, `value_logits`, `value`, `lambda_target`, `entropy`. The
-        last state has no action and no target: zeros.
+        It has `feat`, `action`, `reward`, `continue`, `weight`, `value_logits`, `value`, `entropy`,
+        `lambda_target`. The last state has no action and no target: zeros.
         """
         model = self.env.world_model
         with torch.no_grad():
@@ -817,52 +765,40 @@ class DreamerV3ActorLoss(nn.Module):
         """max(1, S) after one step of the average (only in training mode)."""
         if self.training:
             low, high = torch.quantile(gather(returns.flatten()), self.quantiles)
-            self.low.lerp_(low, self.normalization_rate)
-            self.high.lerp_(high, self.normalization_rate)
+            self.low.lerp_(low, 0.01)
+            self.high.lerp_(high, 0.01)
         return (self.high - self.low).clamp(min=1.0)
 
 
-def value_error(logits, target, feat, slow_value, bins, slow_regularization=1.0) -> Tensor:
+def value_error(logits, target, feat, slow_value: nn.Module, bins: Tensor) -> Tensor:
     """Cross entropy (...) of logits with the target (...), and with the slow critic's value."""
-    with torch.no_grad():
+    with torch.no_grad():  # a moving average of the critic, which thus stays near it
         slow = two_hot_decode(slow_value(feat), bins)
-    regularization = slow_regularization * two_hot_loss(logits, slow, bins)
-    return two_hot_loss(logits, target.detach(), bins) + regularization
+    return two_hot_loss(logits, target.detach(), bins) + two_hot_loss(logits, slow, bins)
 
 
 class DreamerV3ValueLoss(nn.Module):
-    """Two-hot critic on imagined returns and, through `replay`, on returns along real rows.
+    """Two-hot critic on imagined returns and, through `replay`, on returns along real rows."""
 
-    A slow copy of the critic (moving average, no gradient) regularizes it: the loss also holds
-    the cross entropy with the slow critic's own prediction.
-    """
-
-    def __init__(self, value_model: nn.Module, slow_value_model: nn.Module, *, lam=0.95,
-                 lambda_replay=0.3, slow_regularization=1.0, horizon=333):  # fmt: skip
+    def __init__(self, value_model, slow_value_model, *, lam=0.95, lambda_replay=0.3, horizon=333):
         super().__init__()
         self.value, self.slow_value = value_model, slow_value_model
         self.lam, self.horizon, self.lambda_replay = lam, horizon, lambda_replay
-        self.slow_regularization = slow_regularization
         self.register_buffer("bins", two_hot_bins(BINS))
 
     def forward(self, dream: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         """dream[N, H + 1] of DreamerV3ActorLoss; its last state, without target, does not count."""
-        inputs = dream["value_logits"], dream["lambda_target"], dream["feat"]
-        error = value_error(*inputs, self.slow_value, self.bins, self.slow_regularization)
+        logits, target = dream["value_logits"], dream["lambda_target"]
+        error = value_error(logits, target, dream["feat"], self.slow_value, self.bins)
         return TensorDict(loss_value=(dream["weight"] * error)[:, :-1].mean()), dream
 
     def replay(self, td: TensorDictBase, boot: Tensor) -> tuple[TensorDict, TensorDictBase]:
-        """td[B, T] of DreamerV3ModelLoss, boot (B, T) the imagined return from each row.
-
-        The gradient reaches the world model through the latents.
-        """
-        returns = lambda_return(
-            td["reward"], boot, td["is_last"], td["is_terminal"], 1 - 1 / self.horizon, self.lam
-        )
-        feat = features(td)[:, :-1]
-        inputs = self.value(feat), returns, feat.detach()
-        error = value_error(*inputs, self.slow_value, self.bins, self.slow_regularization)
-        weight = (~td["is_last"][:, :-1]).float()
+        """td[B, T] of DreamerV3ModelLoss, boot (B, T) the imagined return from each row."""
+        last, terminal, discount = td["is_last"], td["is_terminal"], 1 - 1 / self.horizon
+        returns = lambda_return(td["reward"], boot, last, terminal, discount, self.lam)
+        feat = features(td)[:, :-1]  # through which the gradient reaches the world model
+        weight = (~last[:, :-1]).float()
+        error = value_error(self.value(feat), returns, feat.detach(), self.slow_value, self.bins)
         return TensorDict(loss_replay_value=self.lambda_replay * (weight * error).mean()), td
 
 
@@ -875,8 +811,7 @@ COMPILED = (kl_losses, reconstruction_loss, reward_loss, continue_loss, dream_st
 class DreamerEnv(ModelBasedEnvBase):
     """Steps inside the world model: latents in, latents, reward and continuation out."""
 
-    def __init__(self, world_model: WorldModel, prior_shape, belief_shape, device=None,
-                 batch_size=()):  # fmt: skip
+    def __init__(self, world_model, prior_shape, belief_shape, device=None, batch_size=()):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
         super().__init__(world_model, shapes, device, batch_size)
 
@@ -917,19 +852,19 @@ class LaProp(torch.optim.Optimizer):
     def __init__(self, params, lr=4e-5, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=1000):
         super().__init__(params, dict(lr=lr))
         self.clip, self.beta1, self.beta2, self.eps, self.warmup = clip, beta1, beta2, eps, warmup
-        for p in self.param_groups[0]["params"]:
+        (group,) = self.param_groups
+        for p in group["params"]:
             self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
-        device = self.param_groups[0]["params"][0].device
-        self.param_groups[0]["step"] = torch.zeros((), device=device)  # for CUDA graphs
+        group["step"] = torch.zeros((), device=group["params"][0].device)  # for CUDA graphs
 
     def load_state_dict(self, state: dict):
         super().load_state_dict(state)  # which moves all but the groups to the parameters' device
-        group = self.param_groups[0]
+        (group,) = self.param_groups
         group["step"] = group["step"].to(group["params"][0].device)
 
     @torch.no_grad()
     def step(self):
-        group = self.param_groups[0]
+        (group,) = self.param_groups
         params, step = group["params"], group["step"]
         rms = [self.state[p]["rms"] for p in params]
         momentum = [self.state[p]["momentum"] for p in params]
@@ -949,20 +884,13 @@ class LaProp(torch.optim.Optimizer):
     def clipped(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients after AGC."""
         grads = [p.grad for p in params]
-        limit = torch._foreach_norm(params)
-        torch._foreach_clamp_min_(limit, 1e-3)
-        ratio = torch._foreach_norm(grads)
-        torch._foreach_mul_(limit, self.clip)
-        torch._foreach_div_(ratio, limit)
-        torch._foreach_clamp_min_(ratio, 1.0)
-        return torch._foreach_div(grads, ratio)
+        limit = torch._foreach_clamp_min(torch._foreach_norm(params), 1e-3)
+        ratio = torch._foreach_div(torch._foreach_norm(grads), torch._foreach_mul(limit, self.clip))
+        return torch._foreach_div(grads, torch._foreach_clamp_min(ratio, 1.0))
 
 
 class Ratio:
-    """`ratio(step)` is the number of updates owed, as the authors count them.
-
-    The first call returns 1; then `ratio` for each step since, fractions carried over.
-    """
+    """ratio(step) -> updates owed: 1 at first, then `ratio` per step, fractions carried over."""
 
     def __init__(self, ratio: float):
         self.ratio, self.last = ratio, None
@@ -970,11 +898,9 @@ class Ratio:
     def __call__(self, step: int) -> int:
         if not self.ratio:
             return 0
-        if self.last is None:
-            self.last = step
-            return 1
-        updates = int((step - self.last) * self.ratio)
-        self.last += updates / self.ratio
+        first = self.last is None
+        updates = 1 if first else int((step - self.last) * self.ratio)
+        self.last = step if first else self.last + updates / self.ratio
         return updates
 
     def state_dict(self) -> dict:
@@ -998,18 +924,17 @@ class Agent:
             self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
             sizes = spec["action_dim"], spec["classes"], args.units
             self.actor = DreamerActor(model.feat_size, *sizes)
-            self.value = mlp(model.feat_size, args.units, 3).append(Linear(args.units, BINS, 0.0))
+            self.value = mlp(model.feat_size, args.units, 3, BINS, outscale=0.0)
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
             belief_dim, state_dim = model.prior.sizes
             self.env = DreamerEnv(model, prior_shape=(state_dim,), belief_shape=(belief_dim,))
-            horizon = dict(horizon=args.horizon)
-            self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, **horizon)
             self.actor_loss = DreamerV3ActorLoss(
-                self.actor, self.value, self.env, entropy_bonus=args.entropy_bonus,
-                imagination_horizon=args.imagination_horizon, lam=args.lam,
+                self.actor, self.value, self.env, imagination_horizon=args.imagination_horizon,
+                lam=args.lam, entropy_bonus=args.entropy_bonus,
             )  # fmt: skip
             values = self.value, self.slow_value
-            self.value_loss = DreamerV3ValueLoss(*values, lam=args.lam, **horizon)
+            self.value_loss = DreamerV3ValueLoss(*values, lam=args.lam, horizon=args.horizon)
+        self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, horizon=args.horizon)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
@@ -1021,9 +946,8 @@ class Agent:
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
-        sizes = dict(zip(("belief", "state"), self.world_model.prior.sizes, strict=True))
-        sizes["action"] = self.spec["action_dim"]
-        zeros = {name: torch.zeros(num_envs, n, device=self.device) for name, n in sizes.items()}
+        shapes = self.env.shapes | {"action": (self.spec["action_dim"],)}
+        zeros = {k: torch.zeros(num_envs, *s, device=self.device) for k, s in shapes.items()}
         return TensorDict(zeros, [num_envs])
 
     @torch.no_grad()
@@ -1034,26 +958,19 @@ class Agent:
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
-        keep = (~rows["is_first"]).float()
         with self.autocast():
-            inputs = (
-                latent["action"],
-                model.encoder.embed(rows),
-                keep,
-                model.prior.draw_noise(len(rows)),
-            )
-            parts = latent["state"], latent["belief"], *inputs
-            state, belief, _ = rssm_step(model.prior, model.posterior, *parts)
+            before = latent["state"], latent["belief"], latent["action"]
+            encoded_obs, keep = model.encoder.embed(rows), (~rows["is_first"]).float()
+            state, belief, _ = rssm_step(model.prior, model.posterior, *before, encoded_obs, keep)
             latent = TensorDict(belief=belief, state=state, batch_size=rows.batch_size)
             policy = self.actor(features(latent))
         action = policy.sample(self.actor.draw_noise(len(rows))) if sample else policy.mode
         return latent.set("action", action * (~rows["is_last"]).float()[:, None])
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> tuple[dict, TensorDict]:
-        """One step of every network on a batch [B, T] of the replay, on the agent's device.
+        """One step of every network: batch [B, T] -> 0-dim metrics, latents [B, T] for the replay.
 
-        Returns metrics (0-dim tensors) and the new latents [B, T] for the replay. `noise` replaces
-        the random numbers of the posteriors and of the dreams, for tests.
+        `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
         """
         noise = noise or {}
         with self.autocast():
@@ -1078,10 +995,9 @@ class Agent:
     def metrics(self, losses: TensorDict, td: TensorDict, dream: TensorDict) -> dict:
         """What the README's glossary explains, as 0-dim tensors: no host synchronization."""
         prior = unimix_probs(td["prior_logits"], self.args.unimix)
-        means = {k: dream[k].mean() for k in ("reward", "value", "continue", "entropy")}
         return {
             **{f"train/{name}": value.detach() for name, value in losses.items()},
-            **{f"dream/{name}": value for name, value in means.items()},
+            **{f"dream/{k}": dream[k].mean() for k in ("reward", "value", "continue", "entropy")},
             "dream/return": dream["lambda_target"][:, :-1].mean(),
             "dream/return_range": self.actor_loss.high - self.actor_loss.low,
             "train/prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
@@ -1105,7 +1021,7 @@ class Agent:
     def state_dict(self) -> dict:
         state = {name: part.state_dict() for name, part in self.saved.items()}
         state |= {"low": self.actor_loss.low, "high": self.actor_loss.high}
-        return {**state, "spec": self.spec, "args": dataclasses.asdict(self.args)}
+        return {**state, "spec": self.spec, "args": asdict(self.args)}
 
     def load_state_dict(self, state: dict):
         for name, module in self.saved.items():

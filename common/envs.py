@@ -308,7 +308,8 @@ def _make(env_id, options):
                 importlib.import_module(module)
         env = make()
         drawn = options.frames > 0 or options.obs in ("pixels", "both")
-        if drawn and "rgb_array" in (env.metadata.get("render_modes") or ()):
+        direct = hasattr(getattr(env.unwrapped, "physics", None), "render")  # see `picture`
+        if drawn and not direct and "rgb_array" in (env.metadata.get("render_modes") or ()):
             env.close()
             env = make(render_mode="rgb_array")
         if atari:

@@ -428,7 +428,7 @@ def test_posterior_formula():
     belief, encoded_obs = torch.randn(5, 32), torch.randn(5, 7)
     expected = dense(np.concatenate([array(belief), array(encoded_obs)], -1), posterior.head)
     expected = expected.reshape(5, 4, 3)
-    near(posterior.logits(belief, encoded_obs), expected, 1e-5, 1e-6)
+    near(posterior(belief, encoded_obs)[0], expected, 1e-5, 1e-6)
     logits, sample = posterior(belief, encoded_obs, torch.ones(5, 4, 3))
     near(logits, expected, 1e-5, 1e-6)
     assert sample.shape == (5, 12)
