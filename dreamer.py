@@ -37,8 +37,8 @@ from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
-    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, load_agent,
-    mean, mean_, parse_flags, prepare, show_run, launch,
+    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, gather,
+    load_agent, mean, mean_, parse_flags, prepare, show_run, launch,
 )  # fmt: skip
 
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
@@ -837,7 +837,8 @@ def burst(args: Args, run: Run, replay) -> int:
     multiples = run.step // args.train_every - before // args.train_every
     if run.step < args.prefill or not multiples:
         return 0
-    if not (replay.ready or (replay.finished and not run.updates)):
+    ready = gather(torch.tensor([float(replay.ready)]))  # of every device
+    if not (ready.all() or (replay.finished and not (run.updates or ready.any()))):
         if run.step - args.prefill < args.train_every:
             run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0

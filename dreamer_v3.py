@@ -157,8 +157,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
     training = args.train_ratio and not (args.benchmark or args.eval)
     if training and windows < args.batch_size * args.batch_length:
-        text = "the first update waits for --batch-size x --batch-length windows"
-        raise RunError(f"{text}: with these --steps and --replay-size it would never come")
+        text = "the first update waits for --batch-size x --batch-length windows: with "
+        raise RunError(
+            f"{text}{max(0, windows):,} of these --steps and --replay-size it never comes"
+        )
     return args
 
 
@@ -419,8 +421,8 @@ class RSSMRollout(nn.Module):
             action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
             belief, state = (action.new_zeros(len(td), size) for size in self.prior.sizes)
         else:
-            action, belief, state = (previous[k] for k in ("action", "belief", "state"))
-            belief, state = belief[:, 0], state[:, 0]
+            action = previous["action"]
+            belief, state = (previous[k][:, 0].float() for k in ("belief", "state"))
         keep = torch.ones_like(action[..., 0]) if is_first is None else (~is_first).float()
         noise = self.prior.draw_noise(*td.shape) if noise is None else noise
         inputs = action, td["encoded_obs"], keep, noise

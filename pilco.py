@@ -164,9 +164,7 @@ PRESETS = {
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats the preset, which beats the defaults."""
-    return parse_flags(
-        Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset] | {"preset": chosen.preset}
-    )
+    return parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
 
 
 # --- maths --------------------------------------------------------------------------------------

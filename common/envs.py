@@ -91,7 +91,7 @@ class Envs:
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
             # gymnasium shows a worker's traceback as a warning; the error itself is raised here.
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
-        self._vector = make(makers)
+        self._vector = make(makers)  # its autoreset is not used: `play` resets
         self.spec = self._vector.get_attr("row_spec")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])

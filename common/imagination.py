@@ -99,13 +99,10 @@ class WorldModelEnv(ModelBasedEnvBase):
 
     def __init__(self, world_model: Callable, observation_spec, action_spec=None, reward_spec=(),
                  device=None, batch_size=()):  # fmt: skip
-        super().__init__(
-            world_model, spec_shapes(observation_spec, "observation"), device, batch_size
-        )
-        self.action_spec, self.reward_shape = (
-            action_spec,
-            spec_shapes(reward_spec, "reward")["reward"],
-        )
+        state = spec_shapes(observation_spec, "observation")
+        super().__init__(world_model, state, device, batch_size)
+        self.action_spec = action_spec
+        self.reward_shape = spec_shapes(reward_spec, "reward")["reward"]
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         out, size = self.world_model(tensordict.copy()), tensordict.batch_size

@@ -208,8 +208,12 @@ def plot_curve(folder) -> Path:
 
 def read_metrics(path, size=0):
     """The rows of a metrics.jsonl, as dicts; with `size` those in its last so many bytes."""
-    text = path.read_bytes() if path.exists() else b""
-    for line in text[-size:].splitlines():
+    lines = []
+    if path.exists():
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - size) if size else 0)
+            lines = file.read().splitlines()
+    for line in lines:
         with suppress(ValueError):  # the first may be cut, the last one unfinished
             yield json.loads(line)
 

@@ -30,9 +30,9 @@ def _map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
 def with_previous(rows: TensorDict) -> TensorDict:
     """Rows [B, T + 1] -> rows 1..T, and as `previous` [B, T] the action and latents before each.
 
-    The latents are float32 again; the rows themselves lose theirs: filtering makes them anew.
+    The rows themselves lose their latents: filtering makes them anew.
     """
-    previous = rows[:, :-1].select("action", *LATENTS, strict=False).float()
+    previous = rows[:, :-1].select("action", *LATENTS, strict=False)
     return rows[:, 1:].exclude(*LATENTS).set("previous", previous)
 
 
@@ -104,6 +104,7 @@ class Replay:
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.finished = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
+        self.looked_at = None  # the total for which `long_episodes` knows its answer
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -179,9 +180,12 @@ class Replay:
 
     def long_episodes(self) -> Tensor:
         """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
-        episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
-        _, first, rows = episodes.unbind(-1)
-        return episodes[(first >= self.oldest) & (rows >= self.length - self.last)]
+        if self.looked_at != self.total:
+            episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
+            _, first, rows = episodes.unbind(-1)
+            self.long = episodes[(first >= self.oldest) & (rows >= self.length - self.last)]
+            self.looked_at = self.total
+        return self.long
 
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
         """Windows [B, length] inside of an episode that is drawn first, as Dreamer (2020) does.
@@ -273,7 +277,7 @@ class Replay:
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
         self.finished = deque(map(tuple, state["finished"].tolist()))
-        self.begun = list(state["begun"])
+        self.begun, self.looked_at = list(state["begun"]), None
         self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)
         self.generator.set_state(state["generator"])

@@ -8,7 +8,8 @@
         run.finish()
 
 An agent has `spec`, `args`, `fps`, `act(rows, latent)`, `row(rows, latent)` and a state_dict; one
-that dreams also has `device`, `world_model`, `env`, `autocast()` and `decode(latents)`.
+that dreams also has `device`, `modules`, `saved`, `world_model`, `env`, `autocast()` and
+`decode(latents)`.
 """
 
 import json
@@ -72,7 +73,7 @@ class Rule(NamedTuple):
 T = TypeVar("T")
 MayChange = Annotated[T, "may change when a run is resumed"]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
-Natural = Annotated[int, Rule("at least 0, not negative", lambda x: x >= 0)]
+Natural = Annotated[int, Rule("a whole number, not negative", lambda x: x >= 0)]
 Positive = Annotated[float, Rule("a positive number", lambda x: 0 < x < inf)]
 NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0 <= x < inf)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
@@ -280,17 +281,19 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _):
-        self.stop.__exit__()
-        failed = isinstance(error, EnvError) and self.latent is not None
-        if failed:
-            self.save()
-        if self.complete:
+        saved = self.latent is not None and (error is None or isinstance(error, EnvError))
+        try:
+            if saved and error:
+                self.save()
+        finally:
+            self.stop.__exit__()
+            self.logger.close()
+            if "envs" in self.parts:
+                self.parts["envs"].close()
+        if error is None and self.complete:
             print(f"all of it: {self.folder}")
-        elif failed or error is None:
-            print("saved; the same command resumes")
-        self.logger.close()
-        if "envs" in self.parts:
-            self.parts["envs"].close()
+        elif error is None or isinstance(error, EnvError):
+            print(f"{'saved' if saved else 'stopped'}; the same command resumes")
 
     def resume(self, latent: TensorDict | None = None, **parts) -> TensorDict | None:
         """Continue from the checkpoint, if there is one; returns the latent to go on from.
@@ -381,8 +384,8 @@ class Run:
 
     def add(self, metrics: dict[str, Tensor]):
         """Count an update and log its metrics; RunError where one of them is not finite."""
+        check_finite(metrics, self.updates + 1)  # before a save could replace the last good one
         self.updates, self.owed = self.updates + 1, self.owed - 1
-        check_finite(metrics, self.updates)  # before a save could replace the last good one
         self.logger.add(metrics)
         self.logger.advance(self.step, updates=self.updates)
 

@@ -258,7 +258,7 @@ def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(pilco.GPWorldModel, "fit", signalled)
     inside(*DEBUG)
-    assert "saved; the same command resumes" in capsys.readouterr().out
+    assert "stopped; the same command resumes" in capsys.readouterr().out
     assert checkpoint.load(tmp_path / "run")["done"] == 1
 
 

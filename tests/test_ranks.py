@@ -33,7 +33,20 @@ class Uneven(Base):
         self.length = (10, 60)[int(os.environ.get("RANK", 0))]
 
 
-gymnasium.register("Uneven-v0", "test_ranks:Uneven")
+class ShortAtFirst(Base):
+    """Episodes of 10 steps; on rank 1 the first five are too short for a window."""
+
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        type(self).episodes += 1
+        short = type(self).episodes <= 5 and os.environ.get("RANK") == "1"
+        self.length = 3 if short else 10
+        return super().reset(seed=seed)
+
+
+for cls in (Uneven, ShortAtFirst):
+    gymnasium.register(f"{cls.__name__}-v0", f"test_ranks:{cls.__name__}")
 
 
 @pytest.fixture
@@ -133,6 +146,18 @@ def test_ranks_owe_no_update_before_all_of_them_can_draw(other, two, tmp_path):
     saved = checkpoint.load(tmp_path / "run")
     assert (saved["updates"], saved["owed"]) == (10, 0)
     assert (tmp_path / "run" / "rank1-200-10.pt").exists() and "eval/return_std" in rows[-1]
+
+
+def test_ranks_wait_for_one_whose_episodes_are_too_short_so_far(other, two, tmp_path):
+    """Alone it would say that --batch-length is too long; here the other rank has episodes."""
+    other(REPO / "dreamer.py")
+    argv = "--preset debug --env-id test_ranks:ShortAtFirst-v0 --steps 160 --prefill 20"
+    argv += " --train-every 20 --action-repeat 1 --eval-every 0 --dream-every 0 --log-every 20"
+    for process in two("--run", tmp_path / "run", *argv.split(), "--threads", 1):
+        process.done()
+    rows = lines_of(tmp_path / "run")
+    first = next(row["step"] for row in rows if "train/loss_actor" in row)
+    assert first > 22 and rows[-1]["step"] == 160 and rows[-1]["eval/return_std"] == 0
 
 
 def test_numbers_that_the_ranks_do_not_divide(monkeypatch):

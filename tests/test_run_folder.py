@@ -3,20 +3,23 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tensordict import TensorDict
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import dreamer
 import dreamer_v3
 import pilco
+from common import checkpoint
 from common.checkpoint import EnvError, RunError, load, save
 from common.run import (
     Count,
@@ -274,6 +277,52 @@ def test_an_error_before_anything_is_loaded_keeps_its_message():
         with pytest.raises(kind, match="no room"), run:
             raise kind("no room")
         assert run.logger.file.closed and not (run.folder / "checkpoint.pt").exists()
+
+
+@pytest.fixture
+def learning():
+    """Runs in the middle of a training: what `resume` and `training` leave behind."""
+
+    def make(**counters):
+        run = Run("dreamer", Clocks(fresh=True), SimpleNamespace(spec={}))
+        run.latent = TensorDict(action=torch.zeros(1, 1), batch_size=[1])
+        vars(run).update(counters)
+        return run
+
+    return make
+
+
+def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, monkeypatch, capfd):
+    writes, write = [], checkpoint.write
+    run = learning(step=7)
+
+    def interrupted(path, fill):
+        writes.append(path.name)
+        os.kill(os.getpid(), signal.SIGINT)
+        return write(path, fill)
+
+    monkeypatch.setattr(checkpoint, "write", interrupted)
+    with pytest.raises(EnvError, match="fell over"), run:
+        raise EnvError("the robot fell over")
+    assert writes == ["checkpoint.pt"] and load(run.folder)["step"] == 7
+    out, err = capfd.readouterr()
+    assert "saved; the same command resumes" in out and "will save and stop soon" in err
+
+
+def test_only_a_run_without_an_error_is_called_whole(learning, capsys):
+    for error, words in (
+        (RunError("NaN"), ""),
+        (KeyboardInterrupt(), ""),
+        (EnvError("evaluation"), "saved; the same command resumes\n"),
+        (None, "all of it: "),
+    ):
+        run = learning()
+        run.done = run.total
+        with suppress(BaseException), run:
+            if error is not None:
+                raise error
+        assert capsys.readouterr().out.startswith(words) and run.logger.file.closed
+        assert (run.folder / "checkpoint.pt").exists() == isinstance(error, EnvError)
 
 
 def test_metrics_that_are_not_finite_are_named():

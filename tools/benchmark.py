@@ -51,7 +51,7 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
     print(f"{args.num_envs * args.action_repeat / environment:10.0f} /s      environment steps")
     print(f"{args.num_envs / policy:10.0f} /s      policy steps")
     print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
-    print_operations(agent, batch)
+    print_operations(agent, batch, device)
     with agent.autocast():
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
     work, rate = flops.get_total_flops() / 1e9, product_rate(device, dtype)
@@ -67,13 +67,15 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
 
 
-def print_operations(agent, batch, most: int = 8):
+def print_operations(agent, batch, device: torch.device, most: int = 8):
     """The operations in which an update spends its own time, by torch's profiler."""
     with profile() as profiler:
         agent.update(batch)
     times = defaultdict(float)
     for event in profiler.key_averages():
-        times[event.key] += (event.self_device_time_total or event.self_cpu_time_total) / 1e3
+        cuda = device.type == "cuda"
+        total = event.self_device_time_total if cuda else event.self_cpu_time_total
+        times[event.key] += total / 1e3
     for name, time_ms in sorted(times.items(), key=lambda item: -item[1])[:most]:
         print(f"{time_ms:10.1f} ms      {name}, while profiled")
 

@@ -197,7 +197,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         index = torch.as_tensor(actions).long().view(self.num_envs, -1)
         parts = zip(index.unbind(1), self.classes, strict=True)
         hots = torch.cat([F.one_hot(part, size) for part, size in parts], -1)
-        return hots.float().to(self.state.device)
+        return hots.float().to(self.state[next(iter(self.env.shapes))].device)
 
     def observe(self, states: TensorDict):
         """States [N] -> what the observation space says: an array (N, ...) or a dict of them."""

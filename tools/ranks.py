@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None):
         raise RunError("--eval and --benchmark run in one process: without torchrun")
     if not hasattr(args, "num_envs"):
         raise RunError(f"{path} trains in one process: start it without torchrun")
+    sys.argv = [path, *flags]  # the command that args.json records
     if size() > 1:
         connect(args.device)
         several(script)
