@@ -127,11 +127,10 @@ PRESETS = {
         kl_scale=0.1, gamma=0.95, init_std=1.0, model_lr=1e-3, actor_lr=1e-4, value_lr=1e-3,
         save_every=2000, eval_every=1000, dream_every=5000, eval_episodes=10, threads=1),
     "dmc_vision": dict(env_id="dm_control/walker-walk-v0", obs="pixels"),
-    "debug": dict(
-        env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=400, batch_size=4, batch_length=8,
-        train_every=50, train_steps=2, pretrain=4, deter=16, hidden=16, stoch=4, depth=2, units=16,
-        imagination_horizon=4, eval_episodes=1, log_every=50, save_every=100, eval_every=500,
-        dream_every=500),
+    "debug": dict(env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=400, batch_size=4,
+        batch_length=8, train_every=50, train_steps=2, pretrain=4, deter=16, hidden=16, stoch=4,
+        depth=2, units=16, imagination_horizon=4, eval_episodes=1, log_every=50, save_every=100,
+        eval_every=500, dream_every=500),
 }  # fmt: skip
 
 
@@ -833,8 +832,8 @@ def burst(args: Args, run: Run, replay) -> int:
 
     None before an episode has ended; if all that have ended are too short, the replay says so.
     """
-    before = run.step - args.num_envs * args.action_repeat
-    multiples = run.step // args.train_every - before // args.train_every
+    last = run.step - args.num_envs * args.action_repeat
+    multiples = run.step // args.train_every - last // args.train_every
     if run.step < args.prefill or not multiples:
         return 0
     ready = gather(torch.tensor([float(replay.ready)]))  # of every device
@@ -842,8 +841,7 @@ def burst(args: Args, run: Run, replay) -> int:
         if run.step - args.prefill < args.train_every:
             run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0
-    first = 0 if run.updates else args.pretrain - args.train_steps
-    return multiples * args.train_steps + first
+    return multiples * args.train_steps + (0 if run.updates else args.pretrain - args.train_steps)
 
 
 def main(argv: list[str] | None = None):
