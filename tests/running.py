@@ -273,7 +273,7 @@ def inside(request, monkeypatch, tmp_path):
     script = sys.modules[request.module.SCRIPT.stem]
     monkeypatch.setattr(common.run, "show", lambda *_: {})
     monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
-    monkeypatch.setattr(pilco, "trial_plot", lambda *_: None)
+    monkeypatch.setattr(pilco, "prediction_plot", lambda *_: None)
     monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
     return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 

@@ -18,7 +18,7 @@ import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.imagination import ModelBasedEnvBase
-from tools.dream_env import DreamVectorEnv, dream_env, gaussian_dreams, posteriors
+from tools.dream_env import DreamVectorEnv, dream_env, gaussian_dreams, posteriors, prediction
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
 SHORT = {
@@ -294,7 +294,7 @@ def test_starts_are_posteriors_of_rows_from_which_an_episode_goes_on(runs, scrip
 def test_pilcos_prediction_is_moment_matching_without_uncertainty(runs):
     agent = pilco.load(runs / "pilco")
     model, x = agent.world_model, torch.randn(6, 4, dtype=torch.float64)
-    mean, variance = pilco.prediction(x, model.factors, model.hyper)
+    mean, variance = prediction(x, model.factors, model.hyper)
     matched, cov, _ = model(*pilco.certain(x))
     torch.testing.assert_close(mean, matched)
     torch.testing.assert_close(variance, cov.diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9)

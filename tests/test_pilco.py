@@ -19,9 +19,8 @@ from pilco import (
     GPWorldModel,
     ImaginedEnv,
     LinearController,
-    PenalisedMarginalLikelihood,
+    PenalizedMarginalLikelihood,
     RBFController,
-    bfgs,
     certain,
     exact,
     fitc,
@@ -202,7 +201,7 @@ def test_data_points_without_weight_and_order():
 
 def test_beliefs_far_from_all_data():
     """A hundred lengthscales away exp(d) overflows, but the policy's mean and variance are 0."""
-    controller = RBFController(1, 1, centres=3)
+    controller = RBFController(1, 1, centers=3)
     controller.theta.data.copy_(torch.tensor([[0.0, 0.5, 1.0, 1.0, -1.0, 2.0, 0.0]]))
     mean = torch.full((1, 1), 100.0, dtype=torch.float64, requires_grad=True)
     cov = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
@@ -229,6 +228,39 @@ def test_points_far_from_a_belief_add_nothing():
         sum(part.sum() for part in found).backward()
         results.append((*found, mean.grad, cov.grad))
     for a, b in zip(*results, strict=True):
+        assert error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("gps", [False, True])
+def test_pair_sums_and_their_gradients(gps):
+    """Against the same in plain torch, at points that are symmetric where p and q are the same."""
+    torch.manual_seed(0)
+    ends, gp_ends, _ = pilco.pairs(2)
+    nu, beta, inverse = torch.randn(3, 2, 5), torch.randn(2, 5), torch.randn(2, 5, 5)
+    cross, rows, weights = torch.randn(3, 3, 2, 2), torch.randn(3, 6, 5), torch.randn(3, 2, 5)
+    cross[:, :2], rows[:, 3:5] = cross[:, :2] + cross[:, :2].mT, rows[:, :2]
+    inverse = (inverse + inverse.mT).double()
+    beta = beta.double()
+    weight = beta[:, :, None] * beta[:, None] - inverse
+    if gps:
+        ends, weights = gp_ends, torch.cat([weights, beta * weights], 1)
+    given = [x.double().requires_grad_() for x in (nu, cross, rows, weights)]
+
+    def plain(nu, cross, rows, weights):
+        row, column = rows.chunk(2, 1)
+        k = torch.expm1(
+            row[..., None] + nu[:, None].mT @ cross @ nu[:, None] + column[..., None, :]
+        )
+        if gps:
+            k = torch.cat([k[:, :2] * weight - inverse, k[:, 2:]], 1)
+        p, q = weights[:, ends].chunk(2, 1)
+        return (p[..., None] * k * q[..., None, :]).sum((-2, -1))
+
+    found = pilco.pair_sums(*given, ends, *((beta, inverse, weight) if gps else ()))
+    wanted, scale = plain(*given), torch.randn(3, 3).double()
+    assert error(found, wanted) < 1e-12
+    grads = [torch.autograd.grad((x * scale).sum(), given) for x in (found, wanted)]
+    for a, b in zip(*grads, strict=True):
         assert error(a, b) < 1e-12
 
 
@@ -319,7 +351,8 @@ def test_sines_of_an_angle_that_nobody_knows():
     """A variance of 800: sinh(800) overflows, the moments do not."""
     mean = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     cov = torch.tensor([[[800, 799.5], [799.5, 800]]], dtype=torch.float64, requires_grad=True)
-    waves = pilco.Waves(np.eye(2), np.zeros(2), np.eye(2))
+    eye = torch.eye(2, dtype=torch.float64)
+    waves = eye, torch.zeros(2, dtype=torch.float64), eye
     _, spread, _ = sine_moments(mean, cov, waves)
     cross = math.exp(-0.5) / 2  # 2 sin x sin y = cos(x - y) - cos(x + y), and x - y has variance 1
     wanted = torch.tensor([[0.5, cross], [cross, 0.5]], dtype=torch.float64)
@@ -335,10 +368,10 @@ def test_sines_of_an_angle_that_nobody_knows():
 
 def rbf_of(given, bound="gSat"):
     """The authors' policy as an RBFController."""
-    centres, actions = given["inputs"].shape[0], given["targets"].shape[1]
-    controller = RBFController(given["inputs"].shape[1], actions, centres=centres, bound=bound)
+    centers, actions = given["inputs"].shape[0], given["targets"].shape[1]
+    controller = RBFController(given["inputs"].shape[1], actions, centers=centers, bound=bound)
     parts = pilco.unpack(controller.theta.data, controller.sizes)
-    parts["centres"].copy_(given["inputs"])
+    parts["centers"].copy_(given["inputs"])
     parts["targets"].copy_(given["targets"])
     parts["log_lengthscale"].copy_(given["hyp"][:-2].T)
     return controller
@@ -346,11 +379,11 @@ def rbf_of(given, bound="gSat"):
 
 def matlab_columns(sizes, hyp_rows):
     """Where each of our parameters is in MATLAB's [vec(hyp), vec(inputs), vec(targets)]."""
-    (points, inputs), (_, actions) = sizes["centres"], sizes["targets"]
+    (points, inputs), (_, actions) = sizes["centers"], sizes["targets"]
     whole = torch.arange(hyp_rows * actions + points * (inputs + actions))
-    hyp, centres, targets = whole.split([hyp_rows * actions, points * inputs, points * actions])
+    hyp, centers, targets = whole.split([hyp_rows * actions, points * inputs, points * actions])
     scale = hyp.view(actions, hyp_rows)[:, :inputs]  # (A, I)
-    parts = centres.view(inputs, points).T, targets.view(actions, points).T, scale
+    parts = centers.view(inputs, points).T, targets.view(actions, points).T, scale
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -476,7 +509,7 @@ def test_likelihood_and_penalty():
     given, out = case("train_hyp")
     for k in "12":
         model, x, y = model_of(given, ("inputs", "targets", f"lh{k}"))
-        mll = PenalisedMarginalLikelihood(model.build(x, y), column(given["std"]))
+        mll = PenalizedMarginalLikelihood(model.build(x, y), column(given["std"]))
         gps = mll.model.train()
         value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
         assert error(value.detach(), out[f"curb{k}"].squeeze()) < 1e-12
@@ -494,7 +527,7 @@ def test_likelihood_and_penalty():
 def test_hyperparameters_are_those_of_the_authors():
     given, out = case("train_hyp")
     model, x, y = model_of(given | {"lh0": out["lh0"]}, ("inputs", "targets", "lh0"))
-    mll = PenalisedMarginalLikelihood(model.build(x, y), column(given["std"]))
+    mll = PenalizedMarginalLikelihood(model.build(x, y), column(given["std"]))
     fit_gpytorch_mll(mll)
     gps = mll.model.train()
     value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
@@ -620,7 +653,7 @@ def scenario():
     inputs = torch.cat([given["dyn_inputs"][:, :-1], given["dyn_inputs"][:, -1:] / most], -1)
     scale[:, -1] -= math.log(most)  # actions are within [-1, 1] here
     model.hyper = scale, signal, noise
-    model.factorise(inputs, given["dyn_targets"])
+    model.factorize(inputs, given["dyn_targets"])
     controller = rbf_of({key[4:]: value for key, value in given.items() if key.startswith("pol_")})
     preset = pilco.PRESETS["cart_pole"]
     weights = torch.tensor(preset["weights"], dtype=torch.float64).view(6, 6)
@@ -712,12 +745,12 @@ def test_predictions_are_without_exploration_and_discount():
 
 
 def test_natural_units_of_a_policy():
-    controller = RBFController(3, 2, centres=4, restarts=2)
+    controller = RBFController(3, 2, centers=4, restarts=2)
     torch.nn.init.normal_(controller.theta)
     units = pilco.unpack(controller.scale(controller.theta.data), controller.sizes)
     logs = pilco.unpack(controller.theta.data, controller.sizes)["log_lengthscale"]
     geometric = (logs[:, 0].exp() * logs[:, 1].exp()).sqrt()
-    assert error(units["centres"], geometric[:, None].expand(2, 4, 3)) < 1e-12
+    assert error(units["centers"], geometric[:, None].expand(2, 4, 3)) < 1e-12
     assert units["targets"].eq(1).all() and units["log_lengthscale"].eq(1).all()
 
 
@@ -809,45 +842,98 @@ def test_search_survives_gradients_that_are_not_numbers():
 def test_a_failed_factorisation_is_not_a_number():
     bad = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     bad[1, 2, 2] = 0
-    inverse, logdet = map(torch.from_numpy, pilco.invert(bad.numpy()))
+    inverse, logdet = pilco.invert(bad)
     assert torch.equal(inverse[0], torch.eye(3).double()) and logdet[0] == 0
     assert logdet[1].isnan()
 
 
 def test_search_survives_huge_values():
-    def cliff(x):
-        value = torch.where(x[:, :1] > 0.5, 1e300, -x[:, :1])
-        return value[:, 0], torch.where(x > 0.5, 1e300, torch.tensor(-1.0).double())
+    """1e300 is a step too long, as what is not a number."""
 
-    found, best, _ = improve(cliff, torch.zeros(1, 1).double(), 9, 60)
-    assert best == pytest.approx(-0.5, abs=1e-2) and found.item() == -best
+    def cliff(x):
+        value, grad = (x[:, 0] - 1).square(), 2 * (x - 1)
+        over = x > 0.5
+        return torch.where(over[:, 0], 1e300, value), torch.where(over, 1e300, grad)
+
+    found, best, _ = improve(cliff, torch.zeros(1, 1).double(), 50, 60)
+    assert 0.25 < best < 0.3 and best == (found.item() - 1) ** 2
+
+
+def test_rows_go_on_untouched_by_one_that_fails():
+    """A row that is never finite ends; the others see the points that they see alone."""
+    seen = []
+
+    def objective(points):
+        seen.append(points[points[:, 1] < 50])
+        value, grad = rosenbrock(points)
+        bad = points[:, 1] >= 50
+        value[bad], grad[bad] = torch.nan, torch.nan
+        return value, grad
+
+    start = torch.tensor([[-1.2, 1.0], [0.0, 99.0]], dtype=torch.float64)
+    best, value, used = improve(objective, start, 200, 200)
+    together, seen = seen, []
+    alone = improve(objective, start[:1], 200, 200)
+    assert torch.equal(best, alone[0]) and (value, used) == alone[1:] and value < 1e-12
+    assert all(torch.equal(a, b) for a, b in zip(together, seen, strict=True))
+
+
+def labelled(values):
+    """Searches with a label in the last column, which has no gradient: objective, labels seen."""
+    seen = []
+
+    def objective(points):
+        seen.append(points[:, -1].long().tolist())
+        value, grad = values(points[:, :-1], points[:, -1].long(), len(seen))
+        return value, torch.nn.functional.pad(grad, (0, 1))
+
+    return objective, seen
 
 
 def test_search_goes_on_with_the_better_half():
-    seen, start = [], torch.tensor([[3.0], [9.0], [1.0], [7.0], [5.0]], dtype=torch.float64)
+    starts = torch.tensor([[-1.2, 1], [-2, 4.5], [2, -1], [3, 9.5], [-3, 2]], dtype=torch.float64)
+    lowest = [math.inf] * 5
 
-    def slope(x):
-        seen.append(x[:, 0])
-        return 1e-3 * x[:, 0], 1e-3 * torch.ones_like(x)
+    def values(points, labels, _):
+        value, grad = rosenbrock(points)
+        for label, one in zip(labels, value, strict=True):
+            lowest[label] = min(lowest[label], one.item())
+        if len(seen) in (6, 12):
+            best.append(sorted(seen[-1], key=lowest.__getitem__)[: math.ceil(len(seen[-1]) / 2)])
+        return value, grad
 
-    assert improve(slope, start, 100, 9)[2] == 9
-    wanted = [[0, 2, 4, 6, 8]] * 3 + [[0, 2, 4]] * 3 + [[0, 2]] * 3  # all moved alike
-    assert [(x - x.min()).sort()[0].round().tolist() for x in seen] == wanted
+    objective, seen = labelled(values)
+    best = []
+    start = torch.cat([starts, torch.arange(5.0).double()[:, None]], 1)
+    assert improve(objective, start, 100, 18)[2] == 18
+    assert seen[:6] == [[0, 1, 2, 3, 4]] * 6
+    assert set(seen[11]) == set(best[0]) and len(best[0]) == 3, "each at its next new point"
+    assert set(seen[17]) == set(best[1]) and len(best[1]) == 2
 
 
 def test_the_better_half_has_the_lowest_values_found():
     """A row that got worse is judged by its best value."""
-    seen = []
 
-    def objective(x):
-        seen.append(x[:, 0])
-        start = x[:, 0] > 50  # near 100: best at once, then always worse
-        first = len(seen) == 1
-        value = torch.where(start, -1.0 if first else 9.0, x[:, 0] * 1e-3).double()
-        return value, 1e-3 * torch.ones_like(x)
+    def values(points, labels, number):
+        value, grad = rosenbrock(points)
+        first = labels == 0  # best at once, then always worse
+        value[first], grad[first] = -1.0 if number == 1 else 9e3, 1e-3
+        return value, grad
 
-    improve(objective, torch.tensor([[100.0], [1.0]], dtype=torch.float64), 100, 9)
-    assert len(seen[3]) == 1 and seen[3][0] > 50
+    objective, seen = labelled(values)
+    start = torch.tensor([[0.0, 0.0, 0.0], [-1.2, 1.0, 1.0]], dtype=torch.float64)
+    improve(objective, start, 100, 9)
+    assert seen[:3] == [[0, 1]] * 3 and [0] in seen and [1] not in seen
+
+
+def test_a_stop_ends_the_search():
+    calls = []
+    found, value, used = search(
+        lambda x: calls.append(0) or rosenbrock(x), torch.zeros(2, 2).double(),
+        torch.ones(2, 2).double(), 100, 100, lambda: len(calls) == 7,
+    )  # fmt: skip
+    assert used == len(calls) == 7 and value == rosenbrock(found[None])[0].item()
+    assert search(rosenbrock, torch.zeros(1, 2).double(), 1, 9, 9, lambda: True)[0] is None
 
 
 def test_search_keeps_to_its_budget():
@@ -857,8 +943,6 @@ def test_search_keeps_to_its_budget():
     assert len(calls) == 17
     values = [improve(rosenbrock, start, 1000, n)[1] for n in range(1, 30)]
     assert values == sorted(values, reverse=True)
-    steps = bfgs(start[0], torch.ones(2).double(), 3)
-    assert torch.equal(next(steps), start[0])
 
 
 # --- scenarios ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from running import REPO, count_lines, lines_of, same_leaves, until
 import pilco
 from common import checkpoint
 from common.envs import make_envs
+from tools import benchmark
 
 SCRIPT = REPO / "pilco.py"  # what `start` and `inside` run here
 DEBUG = ["--preset", "debug", "--no-tensorboard"]
@@ -176,22 +177,23 @@ def test_presets_begin(inside, tmp_path, capsys, flags):
 
 
 def test_presets_are_the_authors_scenarios():
-    """But for 150 inducing inputs instead of 300; 50 centres are the paper's, 10 MATLAB's."""
+    """But for 150 inducing inputs instead of 300; 50 centers are the paper's, 10 MATLAB's."""
     args = pilco.parse_args([])
     expected = dict(
-        preset="cart_pole", horizon=40, random_rollouts=1, controller="rbf", centres=50,
+        preset="cart_pole", horizon=40, random_rollouts=1, controller="rbf", centers=50,
         bound="gSat", widths=(0.25,), gamma=1.0, exploration=0.0, max_inducing=150, iterations=150,
         noise="latent", angles=(3,), target=(0, 0, 0, np.pi), start_std=(0.1,) * 4,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in expected} == expected
-    args = pilco.parse_args(["--preset", "pendulum", "--centres", "7"])
-    assert (args.centres, args.iterations, args.horizon, args.widths) == (7, 75, 40, (0.5,))
+    args = pilco.parse_args(["--preset", "pendulum", "--centers", "7"])
+    assert (args.centers, args.iterations, args.horizon, args.widths) == (7, 75, 40, (0.5,))
     args = pilco.parse_args(["--preset", "double_pendulum"])
-    assert (args.centres, args.horizon, args.trials) == (100, 30, 20)
+    assert (args.centers, args.horizon, args.trials) == (100, 30, 20)
 
 
 def test_benchmark(inside, capsys, monkeypatch):
-    monkeypatch.setattr(pilco, "benchmark", functools.partial(pilco.benchmark, 2))
+    short = functools.partial(benchmark.benchmark_policy, repeats=2)
+    monkeypatch.setattr(benchmark, "benchmark_policy", short)
     inside("--benchmark")
     text = capsys.readouterr().out
     assert "100 points" in text and "300 points" in text and "GB" in text
@@ -216,7 +218,7 @@ def test_nothing_is_lost(inside, tmp_path, capsys):
     assert lines_of(run) == before and checkpoint.load(run)["done"] == 3
     saved = (run / "checkpoint.pt").read_bytes()
     for flags, words in (
-        ("--centres 5", "centres: 4 -> 5"),
+        ("--centers 5", "centers: 4 -> 5"),
         ("--env-id running:Long-v0", "env_id: PILCO/Pendulum-v0 -> running:Long-v0"),
         ("--env-id A-v0", "unknown environment 'A-v0'"),
     ):
@@ -264,7 +266,7 @@ def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):
 
 def test_the_pendulum_is_learned(inside, tmp_path):
     """Hanging costs 1 per step; three short searches leave less than half in the last second."""
-    flags = "--preset pendulum --seed 2 --trials 3 --horizon 25 --evaluations 30 --centres 10"
+    flags = "--preset pendulum --seed 2 --trials 3 --horizon 25 --evaluations 30 --centers 10"
     inside(*flags.split(), "--restarts", 1, "--no-tensorboard")
     costs = [row["episode/final_cost"] for row in lines_of(tmp_path / "run") if "trial" in row]
     assert costs[0] > 0.9 and min(costs) < 0.5

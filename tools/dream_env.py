@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import TensorDict
+from torch import Tensor
 from torch.nn import functional as F
 
 from common import checkpoint
@@ -84,6 +85,15 @@ def gaussian_dreams(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
     return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
 
 
+def prediction(x: Tensor, f, hyper: tuple) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, E) of GPs at inputs that are known, x (N, I): PILCO's eq. 7-8."""
+    import pilco  # only where an agent of it dreams: it needs GPyTorch
+
+    k = pilco.kernel(x, f.inputs, *hyper[:2])  # (E, N, n)
+    variance = f.variance[:, None] - ((k @ f.inverse) * k).sum(-1)
+    return (k @ f.beta[..., None])[..., 0].mT, variance.clamp(min=0).mT
+
+
 class SampledEnv(ModelBasedEnvBase):
     """Steps from a state (N, D) that is known to a sample of what the GPs predict.
 
@@ -96,12 +106,12 @@ class SampledEnv(ModelBasedEnvBase):
         self.cost, self.noise = cost, noise
 
     def _step(self, td: TensorDict) -> TensorDict:
-        import pilco  # only where an agent of it dreams: it needs GPyTorch
+        import pilco
 
         model, state = self.world_model, td["state"]
         inputs = pilco.with_angles(*pilco.certain(state), model.angles)[0][:, model.features]
         inputs = torch.cat([inputs, td["action"]], -1)
-        mean, variance = pilco.prediction(inputs, model.factors, model.hyper)
+        mean, variance = prediction(inputs, model.factors, model.hyper)
         if self.noise == "observed":
             variance = variance + torch.exp(2 * model.hyper[2])
         state = state + mean + variance.sqrt() * torch.randn_like(mean)
