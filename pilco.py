@@ -260,17 +260,15 @@ class PairSums(torch.autograd.Function):
         arrays = (None if x is None else x.detach().numpy() for x in args)
         nu, cross, rows, weights, ends, beta, inverse, weight = arrays
         (batch, count), (_, width, n) = cross.shape[:2], nu.shape
-        left, right = np.ones(
-            (2, batch, count, width + 2, n)
-        )  # [cross' nu, 1, row], [nu, column, 1]
+        # [cross' nu, 1, row] and [nu, column, 1]: their products are the exponents
+        left, right = np.ones((2, batch, count, width + 2, n))
         np.matmul(cross.mT, nu[:, None], out=left[..., :width, :])
         left[..., -1, :], right[..., width, :] = rows[:, :count], rows[:, count:]
         right[..., :width, :] = nu[:, None]
         phi = np.concatenate([nu, np.ones((batch, 1, n))], 1)
         weighted = weights[:, :, None] * phi[:, None]  # (N, W, I + 1, n)
-        sums = np.empty(
-            (batch, 2 * count, width + 1, n)
-        )  # over j of k q phi, then over i of p k phi
+        # over j of k q phi for each pair, then over i of p k phi
+        sums = np.empty((batch, 2 * count, width + 1, n))
         k = np.empty((batch, n, n))
         for i in range(count):
             np.matmul(left[:, i].mT, right[:, i], out=k)

@@ -1,5 +1,6 @@
 """World models as gymnasium environments: of hand-made dynamics, and of runs of the scripts."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -321,6 +322,20 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
     assert (error.abs() < 5 * deviation / 200).all()
     torch.testing.assert_close(after["state"].std(0), deviation, rtol=0.03, atol=0)
     torch.testing.assert_close(after["reward"], -agent.cost.of(after["state"]))
+
+
+def test_a_fork_of_pilco_under_another_name_dreams(runs, tmp_path, monkeypatch):
+    shutil.copy(pilco.__file__, tmp_path / "my_pilco.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    agent = importlib.import_module("my_pilco").load(runs / "pilco")
+    steps = []
+    for one in (pilco.load(runs / "pilco"), agent):
+        dream = dream_env(one, 3)
+        dream.reset(seed=4)
+        steps.append(dream.step(np.full(dream.action_space.shape, 0.5, np.float32))[:2])
+        monkeypatch.setitem(sys.modules, "pilco", None)  # not beside the fork
+    for one, other in zip(*steps, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_pilcos_starts_are_its_start_distribution(runs):

@@ -71,11 +71,10 @@ def print_operations(agent, batch, device: torch.device, most: int = 8):
     """The operations in which an update spends its own time, by torch's profiler."""
     with profile() as profiler:
         agent.update(batch)
+    column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = defaultdict(float)
     for event in profiler.key_averages():
-        cuda = device.type == "cuda"
-        total = event.self_device_time_total if cuda else event.self_cpu_time_total
-        times[event.key] += total / 1e3
+        times[event.key] += getattr(event, column) / 1e3
     for name, time_ms in sorted(times.items(), key=lambda item: -item[1])[:most]:
         print(f"{time_ms:10.1f} ms      {name}, while profiled")
 

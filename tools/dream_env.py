@@ -5,6 +5,7 @@ envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
 """
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,11 +86,14 @@ def gaussian_dreams(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
     return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
 
 
+def script_of(thing):
+    """The module that a part of an agent comes from: pilco.py, or a fork under any name."""
+    return sys.modules[type(thing).__module__]
+
+
 def prediction(x: Tensor, f, hyper: tuple) -> tuple[Tensor, Tensor]:
     """Mean and variance (N, E) of GPs at inputs that are known, x (N, I): PILCO's eq. 7-8."""
-    import pilco  # only where an agent of it dreams: it needs GPyTorch
-
-    k = pilco.kernel(x, f.inputs, *hyper[:2])  # (E, N, n)
+    k = script_of(f).kernel(x, f.inputs, *hyper[:2])  # (E, N, n)
     variance = f.variance[:, None] - ((k @ f.inverse) * k).sum(-1)
     return (k @ f.beta[..., None])[..., 0].mT, variance.clamp(min=0).mT
 
@@ -106,10 +110,9 @@ class SampledEnv(ModelBasedEnvBase):
         self.cost, self.noise = cost, noise
 
     def _step(self, td: TensorDict) -> TensorDict:
-        import pilco
-
         model, state = self.world_model, td["state"]
-        inputs = pilco.with_angles(*pilco.certain(state), model.angles)[0][:, model.features]
+        script = script_of(model)
+        inputs = script.with_angles(*script.certain(state), model.angles)[0][:, model.features]
         inputs = torch.cat([inputs, td["action"]], -1)
         mean, variance = prediction(inputs, model.factors, model.hyper)
         if self.noise == "observed":
