@@ -1,6 +1,6 @@
 """DreamerV3 (Hafner et al., 2023, 2025): learn a world model, improve the policy inside it.
 
-    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: -130 to -340 (random: -1,233)
+    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: -130 to -760 (random: -1,233)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
     python dreamer_v3.py --preset debug                          # everything tiny
     python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play, film, dream
