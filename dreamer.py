@@ -3,7 +3,7 @@
     python dreamer.py                 # Pendulum-v1, 10,000 steps: about -190 (random: -1,233)
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
     python dreamer.py --preset debug                                 # everything tiny
-    python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play, film, dream
+    python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play and film
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 
 The same command again resumes the run; --fresh starts over.
@@ -70,7 +70,6 @@ class Args:
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
-    dream_every: MayChange[Natural] = 25_000  # environment steps between pictures of dreams
 
     # environment
 
@@ -125,12 +124,12 @@ PRESETS = {
         env_id="Pendulum-v1", steps=10_000, prefill=2000, batch_size=16, batch_length=25,
         train_every=20, train_steps=5, deter=128, hidden=128, units=128, free_nats=1.0,
         kl_scale=0.1, gamma=0.95, init_std=1.0, model_lr=1e-3, actor_lr=1e-4, value_lr=1e-3,
-        save_every=2000, eval_every=1000, dream_every=5000, eval_episodes=10, threads=1),
+        save_every=2000, eval_every=1000, eval_episodes=10, threads=1),
     "dmc_vision": dict(env_id="dm_control/walker-walk-v0", obs="pixels"),
     "debug": dict(env_id="Pendulum-v1", steps=1000, num_envs=2, prefill=400, batch_size=4,
         batch_length=8, train_every=50, train_steps=2, pretrain=4, deter=16, hidden=16, stoch=4,
         depth=2, units=16, imagination_horizon=4, eval_episodes=1, log_every=50, save_every=100,
-        eval_every=500, dream_every=500),
+        eval_every=500),
 }  # fmt: skip
 
 
@@ -687,8 +686,6 @@ class Agent:
     `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
     """
 
-    fps = 30  # of films
-
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
@@ -731,7 +728,7 @@ class Agent:
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
         keep = (~rows["is_first"]).float()
-        with self.autocast():
+        with autocast(self):
             last = latent["state"], latent["belief"], latent["action"]
             inputs = model.encoder.embed(rows), keep, model.prior.draw_noise(len(rows))
             state, belief, *_ = rssm_step(model.prior, model.posterior, *last, *inputs)
@@ -765,7 +762,7 @@ class Agent:
         Returns metrics (0-dim tensors). `noise` replaces that of posteriors and dreams, for tests.
         """
         noise, losses = noise or {}, {}
-        with self.autocast():
+        with autocast(self):
             losses["world_model"], td = self.model_loss(batch.copy(), noise.get("posterior"))
             starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal
             losses["actor"], dream = self.actor_loss(starts, noise.get("dream"))
@@ -793,16 +790,6 @@ class Agent:
             "train/policy_entropy": -policy.log_prob(noise).mean(),  # one sample for each row
             "train/prior_entropy": entropy,
         }
-
-    def autocast(self):
-        """bfloat16 matrix products where asked for; parameters and losses stay float32."""
-        return autocast(self.device, self.args.precision)
-
-    @torch.no_grad()
-    def decode(self, latents: TensorDict) -> TensorDict:
-        """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
-        latents["reward"] = self.world_model.predict_reward(features(latents))
-        return DreamerDecoder(self.world_model)(latents)
 
     def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there."""

@@ -3,7 +3,7 @@
     python dreamer_v3.py              # Pendulum-v1, 10,000 steps: -130 to -760 (random: -1,233)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
     python dreamer_v3.py --preset debug                          # everything tiny
-    python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play, film, dream
+    python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play and film
     python dreamer_v3.py --preset dmc_proprio --benchmark        # how long would it take here?
 
 The same command again resumes the run; --fresh starts over.
@@ -74,7 +74,6 @@ class Args:
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 2_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
-    dream_every: MayChange[Natural] = 25_000  # environment steps between pictures of dreams
 
     # environment
 
@@ -129,17 +128,16 @@ SIZES = {"": {}} | {
 PRESETS = {
     "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", action_repeat=2, steps=10_000, batch_length=16, train_ratio=128.0,
-        deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, dream_every=2500,
-        eval_episodes=10, threads=1),
-    "dmc_proprio": dict(  # an update a step: half a second each
-        obs="vector", num_envs=16, log_every=250, save_every=1000, dream_every=5000),
+        deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, eval_episodes=10,
+        threads=1),
+    "dmc_proprio": dict(obs="vector", num_envs=16, log_every=250, save_every=1000),
     "dmc_vision": dict(obs="pixels", num_envs=16, size="200m", train_ratio=256.0),
     "atari100k": dict(
         env_id="ALE/Pong-v5", action_repeat=4, steps=440_000, size="200m", train_ratio=256.0),
     "crafter": dict(env_id="tools.crafter_env:crafter/Reward-v0", size="200m", train_ratio=512.0),
     "debug": dict(env_id="CartPole-v1", steps=1000, num_envs=2, batch_size=4, batch_length=8,
         train_ratio=4.0, imagination_horizon=4, deter=16, hidden=8, stoch=4, depth=2, units=8,
-        eval_episodes=1, log_every=50, save_every=100, dream_every=500),
+        eval_episodes=1, log_every=50, save_every=100),
 }  # fmt: skip
 
 
@@ -854,33 +852,28 @@ class LaProp(torch.optim.Optimizer):
     def __init__(self, params, lr=4e-5, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=1000):
         super().__init__(params, dict(lr=lr))
         self.clip, self.beta1, self.beta2, self.eps, self.warmup = clip, beta1, beta2, eps, warmup
-        (group,) = self.param_groups
-        for p in group["params"]:
+        params = self.param_groups[0]["params"]
+        for p in params:
             self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
-        group["step"] = torch.zeros((), device=group["params"][0].device)  # for CUDA graphs
-
-    def load_state_dict(self, state: dict):
-        super().load_state_dict(state)  # which moves all but the groups to the parameters' device
-        (group,) = self.param_groups
-        group["step"] = group["step"].to(group["params"][0].device)
+        self.state[params[0]]["updates"] = params[0].new_zeros(())  # a tensor, for CUDA graphs
 
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        params, step = group["params"], group["step"]
+        params, updates = group["params"], self.state[group["params"][0]]["updates"]
         rms = [self.state[p]["rms"] for p in params]
         momentum = [self.state[p]["momentum"] for p in params]
-        lr = group["lr"] * (step / self.warmup).clamp(max=1.0) if self.warmup else group["lr"]
-        step.add_(1)
+        lr = group["lr"] * (updates / self.warmup).clamp(max=1.0) if self.warmup else group["lr"]
+        updates.add_(1)
         grads = self.clipped(params)
         torch._foreach_mul_(rms, self.beta2)
         torch._foreach_addcmul_(rms, grads, grads, 1 - self.beta2)
-        scale = torch._foreach_div(rms, 1 - self.beta2**step)
+        scale = torch._foreach_div(rms, 1 - self.beta2**updates)
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, self.eps)
         torch._foreach_div_(grads, scale)
         torch._foreach_lerp_(momentum, grads, 1 - self.beta1)
-        update = torch._foreach_mul(momentum, -lr / (1 - self.beta1**step))
+        update = torch._foreach_mul(momentum, -lr / (1 - self.beta1**updates))
         torch._foreach_add_(params, update)
 
     def clipped(self, params: list[Tensor]) -> list[Tensor]:
@@ -917,8 +910,6 @@ class Agent:
 
     `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
     """
-
-    fps = 30  # of films
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
@@ -960,7 +951,7 @@ class Agent:
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
-        with self.autocast():
+        with autocast(self):
             before = latent["state"], latent["belief"], latent["action"]
             encoded_obs, keep = model.encoder.embed(rows), (~rows["is_first"]).float()
             state, belief, _ = rssm_step(model.prior, model.posterior, *before, encoded_obs, keep)
@@ -975,7 +966,7 @@ class Agent:
         `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
         """
         noise = noise or {}
-        with self.autocast():
+        with autocast(self):
             losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
             actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # from every row
             value_losses, _ = self.value_loss(dream)
@@ -1004,16 +995,6 @@ class Agent:
             "dream/return_range": self.actor_loss.high - self.actor_loss.low,
             "train/prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
         }
-
-    def autocast(self):
-        """bfloat16 matrix products where asked for; parameters and losses stay float32."""
-        return autocast(self.device, self.args.precision)
-
-    @torch.no_grad()
-    def decode(self, latents: TensorDict) -> TensorDict:
-        """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
-        latents["reward"] = self.world_model.predict_reward(features(latents))
-        return DreamerDecoder(self.world_model)(latents)
 
     def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the action chosen there and compact latents."""
@@ -1056,8 +1037,7 @@ def main(argv: list[str] | None = None):
     with Run("dreamer_v3", args, agent) as run:
         example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
         replay, ratio = make_replay(args, example, run.folder, online=True), Ratio(per_row)
-        latent = agent.initial(envs.num_envs)
-        latent = run.resume(latent, envs=envs, replay=replay, ratio=ratio)
+        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
 
         while run.training(latent):
             if not run.owed:  # else a stop has interrupted the updates

@@ -921,10 +921,6 @@ class Agent:
         """The policy that acts, prepared: the first of those side by side."""
         return self.controller.prepare(self.controller.theta[:1])
 
-    def row(self, rows: TensorDict, latent=None) -> TensorDict:
-        """Rows[N] as `evaluate` keeps them."""
-        return rows
-
     def add(self, rows: TensorDict, actions: Tensor):
         """Keep a rollout: rows [T + 1], actions (T, A)."""
         states = self.state(rows)

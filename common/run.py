@@ -3,13 +3,12 @@
     args = parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
     with Run("dreamer", args, agent) as run:     # opens and locks the folder
         latent = run.resume(envs=envs, replay=replay, latent=agent.initial(envs.num_envs))
-        while run.training(latent):              # logs, draws and saves what is due
+        while run.training(latent):              # logs, evaluates and saves when it is time
             ...
         run.finish()
 
-An agent has `spec`, `args`, `fps`, `act(rows, latent)`, `row(rows, latent)` and a state_dict; one
-that dreams also has `device`, `modules`, `saved`, `world_model`, `env`, `autocast()` and
-`decode(latents)`.
+An agent has `spec`, `args`, `act(rows, latent)` and a state_dict; if it needs them, also `device`,
+`modules` {name: network} and `fps`, the pictures per second of its films.
 """
 
 import json
@@ -37,10 +36,9 @@ from torch import Tensor
 from common import checkpoint
 from common.checkpoint import DISK_FULL, EnvError, RunError, Stop
 from common.envs import make_envs
-from common.logger import Logger, dream_plot, dream_video, plot_curve
-from common.replay import with_previous
+from common.logger import Logger, plot_curve
 
-FRAMES, ROWS, LONGEST = 1000, 129, 30_000  # filmed, dreamed, played of an episode, at most
+FRAMES, LONGEST = 1000, 30_000  # filmed, played of an episode, at most
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns")
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
@@ -124,10 +122,14 @@ def pick_device(name="") -> torch.device:
         raise RunError(f"--device {name} cannot be used: {error}") from error
 
 
-def autocast(device, precision) -> torch.autocast:
-    """Context of bfloat16 matrix products: with "bfloat16" anywhere, with "auto" on CUDA."""
-    auto = device.type == "cuda" and precision == "auto"
-    return torch.autocast(device.type, torch.bfloat16, enabled=auto or precision == "bfloat16")
+def autocast(agent) -> torch.autocast:
+    """Context of bfloat16 matrix products, if --precision says so or, with "auto", on CUDA.
+
+    Parameters and losses stay float32.
+    """
+    kind, precision = agent.device.type, agent.args.precision
+    enabled = precision == "bfloat16" or (precision == "auto" and kind == "cuda")
+    return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
 # --- one device of several: tools/ranks.py replaces these ---------------------------------------
@@ -261,7 +263,7 @@ class Run:
     def __init__(self, script: str, args, agent, total: int | None = None):
         self.script, self.args, self.agent = script, args, agent
         self.step = self.done = self.updates = self.owed = self.reported = 0
-        self.returns, self.latent, self.batch = torch.zeros(()), None, None
+        self.returns, self.latent = torch.zeros(()), None
         self.parts, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
@@ -341,13 +343,11 @@ class Run:
         return self.stop.requested
 
     def report(self):
-        """Evaluate, draw dreams, log and save, where a multiple of --..._every was passed."""
+        """Evaluate, log and save, where a multiple of --..._every was passed."""
         if self.due("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
-            returns, *_ = evaluate(self.agent, 1, seed, side=0)
+            returns, _ = evaluate(self.agent, 1, seed, side=0)
             self.logger.write(self.step, **{"eval/return": returns[0]})
-        if self.due("dream") and self.batch is not None:
-            draw_dreams(self.agent, self.logger, self.batch, f"dream_{self.step:09}")
         if self.due("log"):
             self.logger.write(self.step, updates=self.updates)
         save, self.reported = self.due("save"), self.step
@@ -379,8 +379,7 @@ class Run:
     def batches(self, replay) -> Iterator[TensorDict]:
         """A batch for each update owed; none after a stop. Call `add` after each update."""
         while self.owed and not self.stopping():
-            self.batch = replay.sample().to(self.agent.device)
-            yield self.batch
+            yield replay.sample().to(self.agent.device)
 
     def add(self, metrics: dict[str, Tensor]):
         """Count an update and log its metrics; RunError where one of them is not finite."""
@@ -400,7 +399,7 @@ class Run:
         return {**self.parts, **counters, "latent": latent, "rng": checkpoint.rng_state()}
 
     def finish(self):
-        """At the end of a run that is complete: play, film, dream, draw the learning curve."""
+        """At the end of a run that is complete: play, film, draw the learning curve."""
         if self.complete:
             self.logger.write(self.step, **show(self.agent, self.logger, "policy"))
             print(f"learning curve: {plot_curve(self.folder)}")
@@ -420,12 +419,9 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 
 
 def evaluate(agent, episodes: int, seed: int, side: int = 256):
-    """Play whole episodes: returns; of the first one frames and 129 rows [1, L] for dreams.
-
-    The frames are `side` pixels wide and high; 0 for none.
-    """
+    """Play whole episodes: their returns, and frames [side, side, 3] of the first one."""
     envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, frames=side)
-    returns, frames, first = [], [], []
+    returns, frames = [], []
     latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -433,31 +429,27 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
             rows = envs.step(None if latent is None else latent["action"])
             latent = agent.act(rows, latent)
             total, length = total + rows["reward"].item(), length + 1
-            if not returns and len(first) < ROWS:
-                first.append(agent.row(rows, latent))
             if not returns and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
                 frames.append(envs.frame())
             if rows["is_last"].item() or length == LONGEST:
                 returns.append(total)
                 total, length = 0.0, 0
     envs.close()
-    return returns, frames, torch.stack(first, 1)
+    return returns, frames
 
 
 def show(agent, logger: Logger, name: str) -> dict:
-    """Play, film, dream, and print where it all lies; returns the scores."""
+    """Play, film, and print where it all lies; returns the scores."""
     args = agent.args
-    returns, frames, rows = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
     mean, std = float(np.mean(returns)), float(np.std(returns))
     print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns))
+    fps = getattr(agent, "fps", 30)
     if frames:
-        print(f"video of the first episode: {logger.video(name, np.stack(frames), agent.fps)}")
+        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
     else:
         print(f"no video: {args.env_id} has no pictures to give")
-    if rows.shape[1] > 8 and hasattr(agent, "decode"):
-        batch = with_previous(rows).to(agent.device)
-        print(f"dreams: {draw_dreams(agent, logger, batch, f'{name}_dream')}")
     return {"eval/return": mean, "eval/return_std": std}
 
 
@@ -465,36 +457,3 @@ def show_run(agent, args):
     """--eval: play that many episodes of a finished or interrupted run, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
     show(agent, Logger(args.eval, 0, tensorboard=False), "eval")
-
-
-def draw_dreams(agent, logger: Logger, batch: TensorDict, name: str) -> Path:
-    """Open-loop predictions of up to six windows: videos of images, a plot of the first's rest."""
-    context = max(1, batch.shape[1] // 4)
-    dream, curves = open_loop(agent, batch[:6], context), {}
-    for key, truth in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
-        if truth.dtype == torch.uint8:
-            logger.video(f"{name}_{key}", dream_video(truth, dream[key], context), fps=10)
-        elif truth.ndim == 2:
-            curves[key] = truth[0], dream[key][0]
-        else:
-            pairs = zip(truth[0].unbind(-1), dream[key][0].unbind(-1), strict=True)
-            curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
-    return logger.picture(name, dream_plot(curves, context))
-
-
-@torch.no_grad()
-def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
-    """Filter `context` rows of batch[B, T], then predict the others from the actions alone.
-
-    [B, T]: observations and `reward` as the model has them, and the truth under "true".
-    """
-    with torch.random.fork_rng(), agent.autocast():
-        torch.manual_seed(0)
-        td, keys = agent.world_model(batch.copy()), agent.env.shapes
-        latents = list(td[:, :context].select(*keys).unbind(1))
-        for action in td["previous", "action"][:, context:].unbind(1):
-            step = agent.env.step(latents[-1].copy().set("action", action))
-            latents.append(step["next"].select(*keys))
-        out = agent.decode(torch.stack(latents, 1))
-    keys = [*agent.spec["shapes"], "reward"]
-    return out.select(*keys).set("true", td.select(*keys)).cpu()

@@ -21,7 +21,7 @@ from torch.distributions import (
 
 import dreamer
 from common.replay import with_previous
-from common.run import open_loop
+from common.run import autocast
 from dreamer import (
     Agent,
     Args,
@@ -42,6 +42,7 @@ from dreamer import (
     kl_loss,
     lambda_return,
 )
+from tools.dreams import open_loop
 
 TINY = dict(deter=12, hidden=10, stoch=4, depth=2, units=16, imagination_horizon=5)
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
@@ -798,7 +799,7 @@ def test_the_belief_is_float32_under_bfloat16():
     state, action = state[:, :4], action[:, :2]
     seen, cell = [], prior.cell.forward
     prior.cell.forward = lambda x, h: seen.append((x, h)) or cell(x, h)
-    with agent.autocast():
+    with autocast(agent):
         after = prior.recurrence(state, belief, action)
     ((inputs, memory),) = seen
     assert after.dtype == inputs.dtype == torch.float32 and memory is belief

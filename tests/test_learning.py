@@ -16,7 +16,7 @@ FLAGS = (  # of dreamer_v3.py
     " --num-envs 1 --action-repeat 1 --obs auto --train-ratio 32 --batch-size 16 --batch-length 8"
     " --lr 3e-3 --warmup 50 --deter 64 --hidden 32 --units 32 --stoch 4 --classes 4"
     " --imagination-horizon 5 --horizon 20 --entropy-bonus 3e-3"
-    " --log-every 500 --save-every 10000 --dream-every 0"
+    " --log-every 500 --save-every 10000"
 )
 DREAMER_FLAGS = (
     "--env-id test_learning:Reach-v0 --steps 2000 --threads 1 --no-tensorboard --eval-episodes 50"
@@ -24,7 +24,7 @@ DREAMER_FLAGS = (
     " --batch-size 16 --batch-length 8 --deter 64 --hidden 32 --units 32 --stoch 8"
     " --model-lr 3e-3 --actor-lr 5e-4 --value-lr 2e-3 --free-nats 0.5 --gamma 0.9"
     " --imagination-horizon 5 --expl-amount 0.2"
-    " --log-every 500 --save-every 10000 --eval-every 0 --dream-every 0"
+    " --log-every 500 --save-every 10000 --eval-every 0"
 )
 
 

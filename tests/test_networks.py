@@ -993,10 +993,8 @@ def test_49_stored_latents():
 def test_update_in_bfloat16():
     """Under a CPU's autocast, losses and gradients are near float32's and all is finite."""
     totals, norms = [], []
-    for dtype in (torch.float32, torch.bfloat16):
-        agent = v3_agent(DISCRETE, lr=1e-3, warmup=0)
-        if dtype == torch.bfloat16:
-            agent.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    for precision in ("float32", "bfloat16"):
+        agent = v3_agent(DISCRETE, lr=1e-3, warmup=0, precision=precision)
         metrics, latents = agent.update(with_previous(make_batch(agent)), fixed_noise(agent, 3, 6))
         totals.append({k: v.float() for k, v in metrics.items() if "loss_model" in k})
         assert latents["belief"].isfinite().all()

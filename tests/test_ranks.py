@@ -22,7 +22,7 @@ from common.checkpoint import RunError
 from tools import ranks
 
 SCRIPT = REPO / "dreamer_v3.py"  # what the fixtures `start` and `two` start
-FLAGS = "--preset debug --num-envs 4 --save-every 40 --log-every 40 --dream-every 80 --threads 1"
+FLAGS = "--preset debug --num-envs 4 --save-every 40 --log-every 40 --threads 1"
 FLAGS = [*FLAGS.split(), "--no-tensorboard"]
 
 
@@ -133,7 +133,7 @@ def test_ranks_owe_no_update_before_all_of_them_can_draw(other, two, tmp_path):
     """Rank 0 has a whole episode after 22 steps, rank 1 after 122; neither waits for the other."""
     other(REPO / "dreamer.py")
     argv = "--preset debug --env-id test_ranks:Uneven-v0 --steps 200 --prefill 20 --train-every 20"
-    argv += " --action-repeat 1 --eval-every 0 --dream-every 0 --log-every 20 --threads 1"
+    argv += " --action-repeat 1 --eval-every 0 --log-every 20 --threads 1"
     argv += " --no-tensorboard"
     for process in two("--run", tmp_path / "run", *argv.split()):
         process.done()
@@ -152,7 +152,7 @@ def test_ranks_wait_for_one_whose_episodes_are_too_short_so_far(other, two, tmp_
     """Alone it would say that --batch-length is too long; here the other rank has episodes."""
     other(REPO / "dreamer.py")
     argv = "--preset debug --env-id test_ranks:ShortAtFirst-v0 --steps 160 --prefill 20"
-    argv += " --train-every 20 --action-repeat 1 --eval-every 0 --dream-every 0 --log-every 20"
+    argv += " --train-every 20 --action-repeat 1 --eval-every 0 --log-every 20"
     for process in two("--run", tmp_path / "run", *argv.split(), "--threads", 1):
         process.done()
     rows = lines_of(tmp_path / "run")

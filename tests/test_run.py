@@ -1,7 +1,6 @@
 """dreamer_v3.py as a user runs it: flags, presets, counts, resume, errors, evaluation, reuse."""
 
 import ast
-import contextlib
 import dataclasses
 import itertools
 import os
@@ -37,14 +36,15 @@ import dreamer_v3
 from common import checkpoint
 from common.envs import Options, make_envs
 from common.replay import Replay, with_previous
-from common.run import evaluate, open_loop
+from common.run import evaluate
 from dreamer_v3 import Agent, parse_args
 from tools.benchmark import benchmark
+from tools.dreams import open_loop
 
 SCRIPT = REPO / "dreamer_v3.py"  # what `start` and `inside` run here
 SMALL = (
     "--threads 1 --no-tensorboard --deter 16 --hidden 8 --stoch 4 --classes 4 --depth 2 --units 8"
-    " --batch-size 2 --batch-length 8 --imagination-horizon 3 --image-size 16 --dream-every 0"
+    " --batch-size 2 --batch-length 8 --imagination-horizon 3 --image-size 16"
 )
 TINY = (
     f"{SMALL} --num-envs 1 --action-repeat 1 --obs auto --eval-episodes 1"
@@ -141,7 +141,7 @@ def test_resume_when_no_update_precedes_a_save_or_a_picture(start, tmp_path):
     argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--save-every", 61]
     start(*argv, "--train-ratio", 0.5, "--steps", 60).done()
     assert checkpoint.load(tmp_path / "run")["updates"] == 2  # rows 24 and 56, so the next is 88
-    start(*argv, "--train-ratio", 0.5, "--steps", 61, "--dream-every", 61).done()
+    start(*argv, "--train-ratio", 0.5, "--steps", 61).done()
 
 
 def test_the_seed_decides(start, tmp_path):
@@ -318,7 +318,7 @@ def test_debug_as_it_is(tmp_path):
     assert all(np.isfinite(last[f"train/loss_{k}"]) for k in [*losses.split(), "replay_value"])
     names = {path.name for path in (tmp_path / "run").iterdir()}
     expected = {"args.json", "checkpoint.pt", "learning_curve.png", "policy.mp4", "tensorboard"}
-    assert not expected - names and list((tmp_path / "run").glob("dream_*.png"))
+    assert not expected - names
     for name in ("policy.mp4", "learning_curve.png", "1,000 of 1,000", "eval/return "):
         assert name in found.stdout + found.stderr
 
@@ -334,7 +334,7 @@ def test_smallest_form_of_each_preset(start, tmp_path, preset):
     run.signal(signal.SIGTERM)
     run.done()
     state = checkpoint.load(tmp_path / "run")
-    assert state["updates"] >= 4 and state["agent"]["optimizer"]["param_groups"][0]["step"] >= 4
+    assert state["updates"] >= 4 and state["agent"]["optimizer"]["state"][0]["updates"] >= 4
     pixels = preset in ("dmc_vision", "atari100k", "crafter")
     shapes = state["agent"]["spec"]["shapes"].values()
     assert {len(shape) for shape in shapes} == {3 if pixels else 1}
@@ -492,17 +492,25 @@ def test_evaluation_samples():
     agent = Agent(envs.spec, args)
     envs.close()
     state = torch.get_rng_state()
-    returns, frames, rows = evaluate(agent, 3, seed=5)
+    act, latents = agent.act, []
+    agent.act = lambda *given: latents.append((given[0], act(*given))) or latents[-1][1]
+
+    def played(episodes, seed):
+        """Returns, frames, and the actions of the first episode."""
+        latents.clear()
+        found = evaluate(agent, episodes, seed=seed)
+        return *found, torch.cat([latent["action"] for _, latent in latents[:101]])
+
+    returns, frames, actions = played(3, 5)
     assert torch.equal(torch.get_rng_state(), state), "evaluation leaves the training's numbers"
-    assert returns == [5050.0] * 3 and frames == [] and rows.shape == (1, 101)
-    action = rows["action"][0, :-1]
+    assert returns == [5050.0] * 3 and frames == [] and len(latents) == 303
+    action, first = actions[:-1], latents[0][0]
     assert abs(action.mean()) < 0.15 and abs(action.std() - 0.8927) < 0.12
     assert (action.abs() > 1).any(), "samples are not clipped"
-    assert torch.equal(evaluate(agent, 1, seed=5)[2]["action"], rows["action"])
-    assert not torch.equal(evaluate(agent, 1, seed=6)[2]["action"], rows["action"])
+    assert torch.equal(played(1, 5)[2], actions)
+    assert not torch.equal(played(1, 6)[2], actions)
     torch.manual_seed(1)
-    first = rows[:, 0]
-    mode = [agent.act(first, sample=False)["action"] for _ in range(30)]
+    mode = [act(first, sample=False)["action"] for _ in range(30)]
     assert torch.stack(mode).abs().max() < 0.2
 
 
@@ -530,11 +538,10 @@ def test_the_readmes_python_runs(start, tmp_path):
 def test_eval_load_and_act(start, tmp_path):
     """One run with vectors and images, then --eval, then the six lines of the README."""
     folder = tmp_path / "run"
-    argv = [*TINY, "--env-id", "running:Both-v0", "--steps", 84, "--dream-every", 84]
+    argv = [*TINY, "--env-id", "running:Both-v0", "--steps", 84]
     start(*argv, "--run", folder, prepare="all_pictures").done()
     names = {path.name for path in folder.iterdir()}
-    assert "dream_000000084.png" in names and {"policy.mp4", "policy_dream.png"} < names
-    assert {f"policy_dream_{key}.mp4" for key in ("eye", "depth")} < names
+    assert "policy.mp4" in names
     kept = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
 
     text = start(
@@ -542,9 +549,7 @@ def test_eval_load_and_act(start, tmp_path):
     ).done()
     assert "return 210.0 +- 0.0 over 3 episodes" in text  # 1 + 2 + ... + 20
     assert {name: (folder / name).read_bytes() for name in kept} == kept
-    names = {path.name for path in folder.iterdir()}
-    assert {"eval.mp4", "eval_dream.png", "eval_dream_eye.mp4"} < names
-    assert str(folder / "eval.mp4") in text and str(folder / "eval_dream.png") in text
+    assert str(folder / "eval.mp4") in text
     import imageio_ffmpeg
 
     film = imageio_ffmpeg.read_frames(str(folder / "eval.mp4"))
@@ -567,6 +572,7 @@ class Product:
 
     def __init__(self, spec, args, device):
         assert spec["shapes"] == {"observation": [3]} and not args.compile
+        self.args, self.device = args, device
         self.weight = torch.randn(1000, 500, requires_grad=True)
 
     def act(self, rows, latent):
@@ -574,9 +580,6 @@ class Product:
 
     def row(self, rows, latent):
         return rows.set("action", latent["action"])
-
-    def autocast(self):
-        return contextlib.nullcontext()
 
     def update(self, batch):
         assert batch.shape == batch["previous"].shape == (4, 8)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.envs import make_envs
 from common.replay import with_previous
+from common.run import autocast
 
 
 def benchmark(make_agent, args, device: torch.device, updates: float):
@@ -52,7 +53,7 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
     print(f"{args.num_envs / policy:10.0f} /s      policy steps")
     print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
     print_operations(agent, batch, device)
-    with agent.autocast():
+    with autocast(agent):
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
     work, rate = flops.get_total_flops() / 1e9, product_rate(device, dtype)
     share = f"{1e3 * work / rate:.1f} ms, {work / rate / update:.0%} of its time"

@@ -7,6 +7,7 @@ envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import gymnasium
@@ -22,6 +23,7 @@ from common.checkpoint import RunError
 from common.envs import example_rows
 from common.imagination import ModelBasedEnvBase
 from common.replay import Replay
+from common.run import autocast
 
 
 def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = False):
@@ -40,8 +42,10 @@ def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = Fals
         raise RunError("num_envs must be at least 1, horizon not negative")
     args = vars(agent.args)
     horizon = horizon or args.get("imagination_horizon") or args["horizon"]  # of pilco.py
-    gaussian = not hasattr(agent, "decode")  # a belief of pilco.py, to draw states from
-    parts = gaussian_dreams(agent) if gaussian else (agent.env, posteriors(agent), agent.decode)
+    if hasattr(agent, "actor"):
+        parts = agent.env, posteriors(agent), partial(decode, agent)
+    else:  # of pilco.py: a belief, to draw states from
+        parts = gaussian_dreams(agent)
     return DreamVectorEnv(*parts, agent.spec, num_envs, horizon, latent)
 
 
@@ -62,11 +66,19 @@ def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     @torch.no_grad()
     def draw(seed: int) -> TensorDict:
         replay.generator.manual_seed(seed)
-        with agent.autocast():
+        with autocast(agent):
             td = agent.world_model(replay.sample(windows).to(agent.device))
         return td.select(*agent.env.shapes)[~td["is_last"]].detach()
 
     return draw
+
+
+@torch.no_grad()
+def decode(agent, latents: TensorDict) -> TensorDict:
+    """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
+    script, model = script_of(agent), agent.world_model
+    latents["reward"] = model.predict_reward(script.features(latents))
+    return script.DreamerDecoder(model)(latents)
 
 
 def gaussian_dreams(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:

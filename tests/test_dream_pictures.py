@@ -1,0 +1,119 @@
+"""tools/dreams.py: pictures of what the world model of a run imagines."""
+
+import json
+import sys
+
+import gymnasium
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import running  # noqa: F401  registers Both-v0
+import torch
+from PIL import Image
+from tensordict import TensorDict
+
+import dreamer
+import dreamer_v3
+import pilco
+from common.checkpoint import RunError
+from common.logger import Logger
+from tools import dreams
+
+FLAGS = {
+    dreamer: "--action-repeat 1 --steps 120 --prefill 60 --train-every 30 --pretrain 1",
+    dreamer_v3: "--steps 84 --batch-size 2 --image-size 16",
+}
+
+
+def run_of(script, folder, env_id):
+    flags = f"--preset debug --num-envs 1 --no-tensorboard --env-id {env_id} {FLAGS[script]}"
+    script.main([*flags.split(), "--run", str(folder)])
+    return script.load(folder)
+
+
+def command(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["dreams", *map(str, argv)])
+    dreams.main()
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_pictures_of_a_run(tmp_path, monkeypatch, capsys, script):
+    """Images become videos, the reward and numbers a plot, and the run stays as it was."""
+    side = run_of(script, tmp_path, "running:Both-v0").spec["shapes"]["eye"][0] + 4
+    kept = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
+    capsys.readouterr()
+    command(monkeypatch, tmp_path, "--episodes", 3)
+    names = {"dream.png", "dream_eye.mp4", "dream_depth.mp4"}
+    assert set(capsys.readouterr().out.split()) == {str(tmp_path / name) for name in names}
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
+    with Image.open(tmp_path / "dream.png") as picture:
+        assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 10
+    frames = imageio_ffmpeg.read_frames(str(tmp_path / "dream_eye.mp4"))
+    width, height = next(frames)["size"]  # three episodes, three pictures each, with their frames
+    assert (width, height) == (3 * side, 3 * side)
+    pictures = [np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in frames]
+    assert len(pictures) == 20  # an episode has 21 rows; the first is only the row before
+    red, green = (np.array([p[:2, :, channel].mean() for p in pictures]) for channel in (0, 1))
+    assert (green[:5] > 100).all() and (red[:5] < 50).all()  # a quarter is seen
+    assert (green[5:] < 50).all() and (red[5:] > 100).all()
+
+
+def test_the_batch_is_what_was_played(tmp_path):
+    agent = run_of(dreamer_v3, tmp_path, "running:Both-v0")
+    batch, again = (dreams.play(agent, 2, rows, seed=1) for rows in (100, 12))
+    assert batch.shape == (2, 20) and again.shape == (2, 12)
+    assert torch.equal(batch["reward"][:, :12], again["reward"])
+    assert batch["reward"].tolist() == [[float(t) for t in range(1, 21)]] * 2
+    assert torch.equal(batch["previous", "action"][:, 1:], batch["action"][:, :-1])
+
+
+def test_film_shows_truth_model_and_error():
+    true = torch.randint(256, (2, 5, 8, 8, 3), dtype=torch.uint8)
+    model = torch.randint(256, (2, 5, 8, 8, 3), dtype=torch.uint8)
+    frames = dreams.film(true, model, context=2)
+    assert frames.shape == (5, 3 * 12, 2 * 12, 3) and frames.dtype == np.uint8
+    for i in range(2):
+        column = frames[:, :, 12 * i + 2 : 12 * i + 10]
+        assert (column[:, 2:10] == true[i].numpy()).all()
+        assert (column[:, 14:22] == model[i].numpy()).all()
+        error = column[:, 26:34].astype(int)
+        assert (error == (model[i].int() - true[i].int() + 255).numpy() // 2).all()
+    assert (frames[:2, :2] == (0, 255, 0)).all() and (frames[2:, :2] == (255, 0, 0)).all()
+    gray = dreams.film(true[..., :1], model[..., :1], context=2)
+    assert (gray[:, 2:10, 2:10] == true[0, ..., :1].numpy()).all()
+
+
+def test_the_plot_begins_with_the_reward_and_has_eight_curves(tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(dreams, "plot", lambda curves, context: found.update(curves) or figure())
+    rows = dict(place=torch.rand(2, 6, 9), reward=torch.rand(2, 6))
+    true = TensorDict({k: v + 1 for k, v in rows.items()}, [2, 6])
+    dreams.draw(TensorDict(rows, [2, 6]).set("true", true), 2, Logger(tmp_path, 0, False))
+    assert list(found) == ["reward", *(f"place {i}" for i in range(9))]
+    for i in range(9):
+        truth, model = found[f"place {i}"]
+        assert torch.equal(model, rows["place"][0, :, i]) and torch.equal(truth, model + 1)
+    monkeypatch.undo()
+    drawn = dreams.plot(found, 2)
+    labels = [axes.get_ylabel() for axes in drawn.axes]
+    assert labels == ["reward", *(f"place {i}" for i in range(7))]
+    truth, model = (line.get_ydata() for line in drawn.axes[3].lines)
+    assert list(truth) == found["place 2"][0].tolist()
+    assert list(model) == found["place 2"][1].tolist()
+
+
+def figure():
+    return dreams.Figure()
+
+
+def test_what_cannot_be_drawn(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="there is no such folder"):
+        command(monkeypatch, tmp_path / "nothing")
+    pilco.main(f"--preset debug --trials 1 --no-tensorboard --run {tmp_path / 'p'}".split())
+    with pytest.raises(RunError, match=r"pilco\.py has no such dreams"):
+        command(monkeypatch, tmp_path / "p")
+    agent = run_of(dreamer_v3, tmp_path / "v3", "dummy_envs:Base-v0")
+    assert gymnasium.make("dummy_envs:Base-v0").unwrapped.length == 5
+    with pytest.raises(RunError, match="an episode is over after 5 actions"):
+        dreams.play(agent, 2, 100, seed=0)
+    assert json.loads((tmp_path / "v3/args.json").read_text())["script"] == "dreamer_v3"

@@ -1,0 +1,141 @@
+"""What a trained world model imagines, beside what really happened.
+
+    python -m tools.dreams runs/dreamer_v3/Pendulum-v1/seed0
+
+The run's policy plays a few episodes. The model sees their first quarter and imagines the rest
+from the actions alone. Writes to the run folder, while the run trains or afterwards:
+
+    dream.png      the reward and the numbers that are observed, of the first episode
+    dream_KEY.mp4  images, if there are any: truth, model and error above each other
+"""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tensordict import TensorDict
+from torch import Tensor
+
+from common import checkpoint
+from common.checkpoint import RunError
+from common.envs import make_envs
+from common.logger import Logger
+from common.replay import with_previous
+from common.run import autocast, launch
+from tools.dream_env import decode
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[Path]  # folder of a run of dreamer.py or dreamer_v3.py
+    episodes: int = 6  # played side by side
+    rows: int = 128  # of each episode at most, a quarter of them seen
+    seed: int = 0  # of environments and noise
+
+
+def play(agent, episodes: int, rows: int, seed: int) -> TensorDict:
+    """The agent's first rows of as many episodes: a batch [episodes, at most `rows`].
+
+    It ends with the shortest episode. RunError if that has fewer than eight rows.
+    """
+    envs = make_envs(agent.args, num_envs=episodes, seed=seed, env_workers=False)
+    played, latent = [], None
+    torch.manual_seed(seed)
+    while len(played) <= rows and not (played and played[-1]["is_last"].any()):
+        seen = envs.step(None if latent is None else latent["action"])
+        latent = agent.act(seen, latent)
+        played.append(agent.row(seen, latent))
+    envs.close()
+    if len(played) <= 8:
+        raise RunError(f"an episode is over after {len(played) - 1} actions: too short for a dream")
+    return with_previous(torch.stack(played, 1)).to(agent.device)
+
+
+@torch.no_grad()
+def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
+    """Filter `context` rows of batch[B, T], then predict the others from the actions alone.
+
+    [B, T]: observations and `reward` as the model has them, and the truth under "true".
+    """
+    with torch.random.fork_rng(), autocast(agent):
+        torch.manual_seed(0)
+        td, keys = agent.world_model(batch.copy()), agent.env.shapes
+        latents = list(td[:, :context].select(*keys).unbind(1))
+        for action in td["previous", "action"][:, context:].unbind(1):
+            step = agent.env.step(latents[-1].copy().set("action", action))
+            latents.append(step["next"].select(*keys))
+        out = decode(agent, torch.stack(latents, 1))
+    keys = [*agent.spec["shapes"], "reward"]
+    return out.select(*keys).set("true", td.select(*keys)).cpu()
+
+
+def draw(dream: TensorDict, context: int, logger: Logger) -> list[Path]:
+    """The pictures of a dream that `open_loop` returned: their paths."""
+    paths, curves = [], {}
+    for key, true in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
+        if true.dtype == torch.uint8:
+            frames = film(true, dream[key], context)
+            paths.append(logger.video(f"dream_{key}", frames, fps=10))
+        elif true.ndim == 2:
+            curves[key] = true[0], dream[key][0]
+        else:
+            pairs = zip(true[0].unbind(-1), dream[key][0].unbind(-1), strict=True)
+            curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
+    return [logger.picture("dream", plot(curves, context)), *paths]
+
+
+def film(true: Tensor, model: Tensor, context: int):
+    """Truth, model and error above each other, episodes side by side: uint8 [T, h, w, 3].
+
+    true, model: uint8 (B, T, H, W, C). The frame is green while the model sees the images, the
+    first `context` ones, and red where it imagines.
+    """
+    error = (model.int() - true.int() + 255) // 2
+    tiles = torch.stack([true.int(), model.int(), error], 2)  # (B, T, 3, H, W, C)
+    tiles = tiles[..., [min(channel, tiles.shape[-1] - 1) for channel in range(3)]]
+    batch, steps, _, height, width, _ = tiles.shape
+    frames = torch.zeros(steps, 3, height + 4, batch, width + 4, 3, dtype=torch.uint8)
+    frames[:context, ..., 1] = 255
+    frames[context:, ..., 0] = 255
+    frames[:, :, 2:-2, :, 2:-2] = tiles.permute(1, 2, 3, 0, 4, 5).byte()
+    return frames.flatten(3, 4).flatten(1, 2).numpy()
+
+
+def plot(curves: dict[str, tuple[Tensor, Tensor]], context: int) -> Figure:
+    """Figure of true and imagined numbers, {label: (true (T), model (T))}: the first eight.
+
+    The model sees the first `context` rows and imagines the others.
+    """
+    shown = list(curves.items())[:8]
+    figure = Figure(figsize=(8, 1 + 1.1 * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    for axes, (label, (true, model)) in zip(panels, shown, strict=True):
+        axes.plot(true, color="black", lw=1.5, label="true")
+        axes.plot(model, color="#e07b1a", lw=1.5, ls="--", label="model")
+        axes.axvspan(-0.5, context - 0.5, color="0.92", lw=0)
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0)
+    panels[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    panels[0].set_title("gray: the model sees the truth; then it imagines", loc="left", fontsize=9)
+    panels[-1].set_xlabel("rows (one for each action)")
+    return figure
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    script = checkpoint.load(args.run)["header"]["script"]
+    agent = importlib.import_module(script).load(args.run)
+    if not hasattr(agent, "actor"):
+        raise RunError(f"{script}.py has no such dreams: it draws its predictions in every trial")
+    batch = play(agent, args.episodes, args.rows, args.seed)
+    context = batch.shape[1] // 4
+    logger = Logger(args.run, 0, tensorboard=False)
+    print("\n".join(map(str, draw(open_loop(agent, batch, context), context, logger))))
+
+
+if __name__ == "__main__":
+    launch(main)
