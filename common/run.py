@@ -344,17 +344,17 @@ class Run:
 
     def report(self):
         """Evaluate, log and save, where a multiple of --..._every was passed."""
-        if self.due("eval") and self.updates:
+        if self.interval_passed("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
             returns, _ = evaluate(self.agent, 1, seed, side=0)
             self.logger.write(self.step, **{"eval/return": returns[0]})
-        if self.due("log"):
+        if self.interval_passed("log"):
             self.logger.write(self.step, updates=self.updates)
-        save, self.reported = self.due("save"), self.step
+        save, self.reported = self.interval_passed("save"), self.step
         if save or ("replay" in self.parts and self.parts["replay"].exhausted):
             self.save()
 
-    def due(self, name: str) -> bool:
+    def interval_passed(self, name: str) -> bool:
         """Whether a multiple of --{name}-every was passed since the last report (0: never)."""
         period = getattr(self.args, f"{name}_every", 0)
         return period > 0 and self.step // period > self.reported // period

@@ -276,7 +276,7 @@ def test_flags_that_do_not_exist(capsys):
 def test_every_flag_is_read(script):
     """`args.name` or getattr(args, "name") somewhere in the script or in common/.
 
-    Two kinds are read by another name: options of environments, and periods by Run.due("...").
+    Two kinds are read by another name: options of environments, periods by Run.interval_passed.
     """
     read, options = set(), {field.name for field in dataclasses.fields(Options)}
     for path in (Path(script.__file__), *(REPO / "common").glob("*.py")):
@@ -289,7 +289,9 @@ def test_every_flag_is_read(script):
                     read |= {node.attr} & options
             if isinstance(node, ast.Call) and ast.unparse(node).startswith("getattr(args, '"):
                 read.add(node.args[1].value)
-            if isinstance(node, ast.Call) and ast.unparse(node).startswith("self.due('"):
+            if isinstance(node, ast.Call) and ast.unparse(node).startswith(
+                "self.interval_passed('"
+            ):
                 read.add(f"{node.args[0].value}_every")
     assert {field.name for field in dataclasses.fields(script.Args)} - read == set()
 

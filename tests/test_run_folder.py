@@ -249,7 +249,7 @@ def due_at(run, name, steps):
     """The steps at which something is due, each of them reported."""
     found = []
     for run.step in steps:
-        found += [run.step] if run.due(name) else []
+        found += [run.step] if run.interval_passed(name) else []
         run.reported = run.step
     return found
 

@@ -188,8 +188,8 @@ class RanksRun(Run):
             if path.name != name:
                 path.unlink()
 
-    def due(self, name):
-        return super().due(name) and (rank() == 0 or name == "save")
+    def interval_passed(self, name):
+        return super().interval_passed(name) and (rank() == 0 or name == "save")
 
     def finish(self):
         return super().finish() if rank() == 0 else None
