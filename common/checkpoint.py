@@ -50,15 +50,15 @@ def write(path, fill) -> Path:
     return path
 
 
-def save(folder, name="checkpoint.pt", /, **parts):
-    """Write that file atomically: every part, or its state_dict() where it has one.
+def save(folder, name="checkpoint.pt", /, **contents):
+    """Write that file atomically: its contents, or their state_dict() where they have one.
 
-    Parts are tensors, numbers, strings, lists, tuples and dicts; others raise TypeError, since
+    Contents are tensors, numbers, strings, lists, tuples and dicts; others raise TypeError, since
     `load` would refuse them. A full disk raises RunError and the old file stays.
     """
     args = Path(folder, "args.json")
     script = json.loads(args.read_text())["script"] if args.exists() else None
-    state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in parts.items()}
+    state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in contents.items()}
     state["header"] = {"format": FORMAT, "script": script, "torch": str(torch.__version__)}
 
     def fill(file):

@@ -264,7 +264,7 @@ class Run:
         self.script, self.args, self.agent = script, args, agent
         self.step = self.done = self.updates = self.owed = self.reported = 0
         self.returns, self.latent = torch.zeros(()), None
-        self.parts, self.stop = {}, Stop()
+        self.stateful, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
             text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
@@ -290,23 +290,23 @@ class Run:
         finally:
             self.stop.__exit__()
             self.logger.close()
-            if "envs" in self.parts:
-                self.parts["envs"].close()
+            if "envs" in self.stateful:
+                self.stateful["envs"].close()
         if error is None and self.complete:
             print(f"all of it: {self.folder}")
         elif error is None or isinstance(error, EnvError):
             print(f"{'saved' if saved else 'stopped'}; the same command resumes")
 
-    def resume(self, latent: TensorDict | None = None, **parts) -> TensorDict | None:
+    def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
         """Continue from the checkpoint, if there is one; returns the latent to go on from.
 
-        parts: what else to save and load, each with a state_dict. latent: that of the beginning.
+        stateful: what else to save and load, each with a state_dict. latent: that of the beginning.
         """
-        self.parts = {"agent": self.agent, "logger": self.logger, **parts}
+        self.stateful = {"agent": self.agent, "logger": self.logger, **stateful}
         for name, module in getattr(self.agent, "modules", {}).items():
             print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
         if self.saved:
-            for name, part in self.parts.items():
+            for name, part in self.stateful.items():
                 part.load_state_dict(self.saved[name])
             for name in COUNTERS:
                 setattr(self, name, self.saved[name])
@@ -351,7 +351,7 @@ class Run:
         if self.interval_passed("log"):
             self.logger.write(self.step, updates=self.updates)
         save, self.reported = self.interval_passed("save"), self.step
-        if save or ("replay" in self.parts and self.parts["replay"].exhausted):
+        if save or ("replay" in self.stateful and self.stateful["replay"].exhausted):
             self.save()
 
     def interval_passed(self, name: str) -> bool:
@@ -396,7 +396,7 @@ class Run:
         """What the checkpoint holds."""
         latent = {} if self.latent is None else self.latent.to_dict()
         counters = {name: getattr(self, name) for name in COUNTERS}
-        return {**self.parts, **counters, "latent": latent, "rng": checkpoint.rng_state()}
+        return {**self.stateful, **counters, "latent": latent, "rng": checkpoint.rng_state()}
 
     def finish(self):
         """At the end of a run that is complete: play, film, draw the learning curve."""
