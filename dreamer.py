@@ -701,12 +701,12 @@ class Agent:
         self.value_loss = DreamerValueLoss(self.value)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         rates = (args.model_lr, args.actor_lr, args.value_lr)
-        self.saved, self.optimizers = {**self.modules}, {}
+        self.stateful, self.optimizers = {**self.modules}, {}
         for (name, module), lr in zip(self.modules.items(), rates, strict=True):
             module.apply(keras_init_)
             adam = dict(lr=lr, eps=1e-7, foreach=True, capturable=self.device.type == "cuda")
             self.optimizers[name] = torch.optim.Adam(module.parameters(), **adam)
-            self.saved[f"{name}_optimizer"] = self.optimizers[name]
+            self.stateful[f"{name}_optimizer"] = self.optimizers[name]
         if args.compile:  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
@@ -796,11 +796,11 @@ class Agent:
         return rows.copy().set("action", latent["action"].cpu())
 
     def state_dict(self) -> dict:
-        state = {name: part.state_dict() for name, part in self.saved.items()}
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
         return {**state, "spec": self.spec, "args": asdict(self.args)}
 
     def load_state_dict(self, state: dict):
-        for name, part in self.saved.items():
+        for name, part in self.stateful.items():
             for group in state[name].get("param_groups", ()):  # Adam's, saved on another device?
                 group["capturable"] = self.device.type == "cuda"
             part.load_state_dict(state[name])

@@ -931,7 +931,7 @@ class Agent:
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
-        self.saved = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
+        self.stateful = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
         if args.compile:  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
@@ -1002,12 +1002,12 @@ class Agent:
         return rows.copy().update({**stored, "action": latent["action"]}).cpu()
 
     def state_dict(self) -> dict:
-        state = {name: part.state_dict() for name, part in self.saved.items()}
+        state = {name: part.state_dict() for name, part in self.stateful.items()}
         state |= {"low": self.actor_loss.low, "high": self.actor_loss.high}
         return {**state, "spec": self.spec, "args": asdict(self.args)}
 
     def load_state_dict(self, state: dict):
-        for name, module in self.saved.items():
+        for name, module in self.stateful.items():
             module.load_state_dict(state[name])
         self.actor_loss.low.copy_(state["low"])
         self.actor_loss.high.copy_(state["high"])

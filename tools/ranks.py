@@ -140,7 +140,7 @@ class RanksRun(Run):
         share(args)  # what it refuses must not cost a run that --fresh would delete
         super().__init__(script, args, agent, **options)
         agent.update = getattr(agent.update, "module", agent.update)  # not a CUDA graph
-        for part in agent.saved.values():  # the networks of rank 0
+        for part in agent.stateful.values():  # the networks of rank 0
             for x in part.state_dict().values() if isinstance(part, nn.Module) else ():
                 dist.broadcast(x, 0)
         torch.manual_seed(own_seed(args.seed))
