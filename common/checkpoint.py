@@ -25,7 +25,7 @@ class EnvError(RunError):
     """The environment failed, not the run: what was learned is sound and worth saving."""
 
 
-def write(path, fill) -> Path:
+def atomic_write(path, fill) -> Path:
     """Call fill(file), so that a crash at any time leaves the old or the new content in `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -69,7 +69,7 @@ def save(folder, name="checkpoint.pt", /, **contents):
 
     Stop.saving = True
     try:
-        write(Path(folder, name), fill)
+        atomic_write(Path(folder, name), fill)
     finally:
         Stop.saving = False
 

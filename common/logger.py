@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common.checkpoint import RunError, write
+from common.checkpoint import RunError, atomic_write
 
 PNG = {"format": "png", "dpi": 150}
 LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train/loss_<each>*
@@ -88,7 +88,9 @@ class Logger:
         """Save uint8 frames [T, H, W, 3] as mp4, or as gif where there is no ffmpeg."""
         frames = np.asarray(frames)
         try:
-            return write(self.folder / f"{name}.mp4", lambda file: _mp4(file.name, frames, fps))
+            return atomic_write(
+                self.folder / f"{name}.mp4", lambda file: _mp4(file.name, frames, fps)
+            )
         except (ImportError, OSError, RuntimeError) as error:
             from PIL import Image
 
@@ -96,11 +98,11 @@ class Logger:
             first, *others = map(Image.fromarray, frames)
             options = dict(save_all=True, append_images=others, duration=1000 / fps, loop=0)
             path = self.folder / f"{name}.gif"
-            return write(path, lambda file: first.save(file, "GIF", **options))
+            return atomic_write(path, lambda file: first.save(file, "GIF", **options))
 
     def picture(self, name, figure) -> Path:
         """Save a matplotlib Figure as png and clear it."""
-        path = write(self.folder / f"{name}.png", partial(figure.savefig, **PNG))
+        path = atomic_write(self.folder / f"{name}.png", partial(figure.savefig, **PNG))
         figure.clear()
         return path
 
@@ -203,7 +205,7 @@ def plot_curve(folder) -> Path:
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    return write(Path(folder, "learning_curve.png"), partial(figure.savefig, **PNG))
+    return atomic_write(Path(folder, "learning_curve.png"), partial(figure.savefig, **PNG))
 
 
 def read_metrics(path, size=0):

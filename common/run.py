@@ -183,7 +183,7 @@ def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
     past, now = saved["origin"] if state else [], origin()
     asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
     text = json.dumps(asked, indent=2) + "\n"
-    checkpoint.write(folder / "args.json", lambda file: file.write(text.encode()))
+    checkpoint.atomic_write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
 
 

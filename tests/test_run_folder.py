@@ -293,7 +293,7 @@ def learning():
 
 
 def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, monkeypatch, capfd):
-    writes, write = [], checkpoint.write
+    writes, write = [], checkpoint.atomic_write
     run = learning(step=7)
 
     def interrupted(path, fill):
