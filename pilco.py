@@ -1134,7 +1134,7 @@ def main(argv: list[str] | None = None):
             run.done, run.step = run.done + 1, run.step + len(actions) * args.action_repeat
             metrics["seconds"] = run.step * args.dt
             report(metrics, args.horizon)
-            run.logger.write(run.step, **metrics)
+            run.logger.log(run.step, **metrics)
             run.save()
         run.finish()
 

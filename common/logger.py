@@ -20,7 +20,7 @@ LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train
 
 
 class Logger:
-    """Write the metrics of a run to `folder`, one JSON line per write; every step is an env step.
+    """Write the metrics of a run to `folder`, one JSON line per `log`; every step is an env step.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save.
     """
@@ -35,7 +35,7 @@ class Logger:
         self.paced = None  # time and updates at the first update of this process
 
     def add(self, metrics):
-        """Add to the means of the next write; a 0-dim tensor stays on its device until then."""
+        """Add to the means of the next line; a 0-dim tensor stays on its device until then."""
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not ()"
@@ -43,7 +43,7 @@ class Logger:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def write(self, step, **extra):
+    def log(self, step, **extra):
         """Append {"step": step, **means, **extra} to metrics.jsonl; nan and inf become null."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}

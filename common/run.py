@@ -347,9 +347,9 @@ class Run:
         if self.interval_passed("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
             returns, _ = evaluate(self.agent, 1, seed, side=0)
-            self.logger.write(self.step, **{"eval/return": returns[0]})
+            self.logger.log(self.step, **{"eval/return": returns[0]})
         if self.interval_passed("log"):
-            self.logger.write(self.step, updates=self.updates)
+            self.logger.log(self.step, updates=self.updates)
         save, self.reported = self.interval_passed("save"), self.step
         if save or ("replay" in self.stateful and self.stateful["replay"].exhausted):
             self.save()
@@ -365,7 +365,7 @@ class Run:
         self.done = self.step
         self.returns = self.returns * ~rows["is_first"] + rows["reward"]
         for value in self.ended(rows):
-            self.logger.write(self.step, **{"episode/return": value, "updates": self.updates})
+            self.logger.log(self.step, **{"episode/return": value, "updates": self.updates})
             self.logger.advance(self.step, **{"return": value})
 
     def ended(self, rows: TensorDict) -> list[float]:
@@ -401,7 +401,7 @@ class Run:
     def finish(self):
         """At the end of a run that is complete: play, film, draw the learning curve."""
         if self.complete:
-            self.logger.write(self.step, **show(self.agent, self.logger, "policy"))
+            self.logger.log(self.step, **show(self.agent, self.logger, "policy"))
             print(f"learning curve: {plot_curve(self.folder)}")
 
 

@@ -46,8 +46,8 @@ def test_means_extras_and_wall_clock(tmp_path, log):
     log.add({"loss": 1.0, "norm": torch.tensor(2.0, requires_grad=True)})
     log.add({"loss": 2.0, "norm": torch.tensor(5, dtype=torch.int32)})
     log.add({"loss": 6.0, "flag": torch.tensor(True)})
-    log.write(16, **{"episode/return": np.float32(0.5), "note": "x", "n": torch.tensor(3)})
-    log.write(32)
+    log.log(16, **{"episode/return": np.float32(0.5), "note": "x", "n": torch.tensor(3)})
+    log.log(32)
     first, second = rows(tmp_path)
     assert first.pop("time/wall") >= 0
     expected = {"step": 16, "loss": 3.0, "norm": 3.5, "flag": 1.0, "episode/return": 0.5}
@@ -61,14 +61,14 @@ def test_a_tensor_overwritten_after_add_does_not_change_the_mean(tmp_path, log):
     buffer.fill_(100.0)
     log.add({"loss": buffer})
     buffer.fill_(7.0)
-    log.write(1)
+    log.log(1)
     assert rows(tmp_path)[0]["loss"] == 50.5
 
 
 def test_low_precision_tensors_are_summed_in_float32(tmp_path, log):
     for _ in range(1000):
         log.add({"loss": torch.tensor(1.0, dtype=torch.bfloat16)})
-    log.write(1)
+    log.log(1)
     assert rows(tmp_path)[0]["loss"] == 1.0
 
 
@@ -79,7 +79,7 @@ def test_a_tensor_with_a_shape_is_named(log):
 
 def test_nan_and_inf_become_null(tmp_path, log):
     log.add({"a": float("nan"), "b": torch.tensor(math.inf), "c": 1.0})
-    log.write(1, d=np.float32("nan"))
+    log.log(1, d=np.float32("nan"))
     row = rows(tmp_path)[0]
     assert [row[name] for name in "abcd"] == [None, None, 1.0, None]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -87,16 +87,16 @@ def test_nan_and_inf_become_null(tmp_path, log):
 
 def test_every_write_is_in_the_file_at_once(tmp_path, log):
     for step in range(3):
-        log.write(step)
+        log.log(step)
         assert len(rows(tmp_path)) == step + 1
 
 
 def test_resume_cuts_what_came_after_the_save(tmp_path, log):
-    log.write(10, a=1)
+    log.log(10, a=1)
     log.add({"loss": torch.tensor(1.0), "plain": 1.0})
     save(tmp_path, logger=log)
     log.add({"loss": torch.tensor(100.0)})
-    log.write(20, a=2)
+    log.log(20, a=2)
     log.file.write(b'{"step": 30, "a"')  # killed in the middle of a line
     log.file.flush()
 
@@ -104,7 +104,7 @@ def test_resume_cuts_what_came_after_the_save(tmp_path, log):
     state = load(tmp_path)["logger"]
     again.load_state_dict(state)
     again.add({"loss": torch.tensor(3.0), "plain": 3.0})
-    again.write(20, a=3)
+    again.log(20, a=3)
     again.close()
     first, second = rows(tmp_path)
     assert (first["step"], first["a"]) == (10, 1)
@@ -121,13 +121,13 @@ def test_state_survives_later_changes(log):
 
 def test_wall_clock_adds_up_over_resumes(tmp_path, log):
     log.load_state_dict({**log.state_dict(), "wall": 5000.0})
-    log.write(1)
+    log.log(1)
     assert 5000 <= rows(tmp_path)[0]["time/wall"] < 5010
 
 
 def test_a_shortened_metrics_file_is_reported_and_kept(tmp_path, log):
-    log.write(10, a=1)
-    log.write(20, a=2)
+    log.log(10, a=1)
+    log.log(20, a=2)
     state = log.state_dict()
     text = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(text[:30])
@@ -141,9 +141,9 @@ def test_a_shortened_metrics_file_is_reported_and_kept(tmp_path, log):
 def test_without_a_terminal_one_plain_line_per_write(tmp_path, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.advance(100, loss=torch.tensor(0.123456), fps=math.inf)
-    log.write(250, **{"episode/return": 12.5, "model/kl": 3.0})
+    log.log(250, **{"episode/return": 12.5, "model/kl": 3.0})
     log.note("hello")
-    log.write(2000)
+    log.log(2000)
     log.close()
     out, err = capsys.readouterr()
     lines = err.splitlines()
@@ -163,7 +163,7 @@ def test_progress_shows_losses_and_rates(tmp_path, capsys, monkeypatch):
     log.advance(100, updates=50)
     monkeypatch.setattr(time, "monotonic", lambda: now + 4)
     log.advance(110, updates=60)
-    log.write(110)
+    log.log(110)
     log.close()
     line = capsys.readouterr().err
     assert line.endswith("updates 60, model 3.5, actor -4, value 1, updates/s 2.5\n")
@@ -175,7 +175,7 @@ def test_a_resumed_run_measures_its_own_speed(tmp_path, capsys, monkeypatch):
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.load_state_dict({"step": 500, "wall": 9e6, "bytes": 0, "sums": {}, "counts": {}})
     now[0] += 60
-    log.write(600)
+    log.log(600)
     assert "(60 %),  1.67 steps/s, 04:00 left" in capsys.readouterr().err
     log.close()
 
@@ -192,7 +192,7 @@ def test_the_bar_on_a_terminal(tmp_path, monkeypatch):
     for _ in range(1000):
         log.advance(411)  # a long burst of updates
     assert screen.text.count("411/1000") <= 1 and log.bar.n == 410
-    log.write(500, **{"episode/return": 1.0})
+    log.log(500, **{"episode/return": 1.0})
     log.close()
     assert "step 500 of" not in screen.text
     assert "500/1000" in screen.text.splitlines()[-1]
@@ -202,7 +202,7 @@ def test_quiet_prints_nothing(tmp_path, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
     log.advance(1, loss=1.0)
     log.note("hello")
-    log.write(2)
+    log.log(2)
     log.close()
     assert capsys.readouterr() == ("", "")
 
@@ -212,13 +212,13 @@ def test_tensorboard_mirrors_and_hides_what_a_killed_run_left(tmp_path):
         "tensorboard.backend.event_processing.event_accumulator"
     )
     log = Logger(tmp_path, 1000, quiet=True)
-    log.write(10, loss=1.0, note="x", bad=math.nan)
+    log.log(10, loss=1.0, note="x", bad=math.nan)
     state = log.state_dict()
-    log.write(20, loss=2.0)
+    log.log(20, loss=2.0)
     log.close()
     log = Logger(tmp_path, 1000, quiet=True)
     log.load_state_dict(state)
-    log.write(20, loss=3.0)
+    log.log(20, loss=3.0)
     log.close()
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, 1.0), (20, 3.0)]
@@ -228,8 +228,8 @@ def test_tensorboard_mirrors_and_hides_what_a_killed_run_left(tmp_path):
 def test_without_tensorboard_one_note(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = Logger(tmp_path, 1000)
-    log.write(10, loss=1.0)
-    log.write(20, loss=1.0)
+    log.log(10, loss=1.0)
+    log.log(20, loss=1.0)
     log.close()
     assert capsys.readouterr().err.count("pip install tensorboard") == 1
     assert len(rows(tmp_path)) == 2
@@ -293,9 +293,9 @@ def drawn(monkeypatch):
 
 def test_curve(tmp_path, log, drawn):
     for step in range(0, 1000, 10):
-        log.write(step, **{"episode/return": float(step)})
-    log.write(500, **{"eval/return": 450.0})
-    log.write(1000, **{"eval/return": math.nan})
+        log.log(step, **{"episode/return": float(step)})
+    log.log(500, **{"eval/return": 450.0})
+    log.log(1000, **{"eval/return": math.nan})
     log.file.write(b'{"step": 1010, "episode/ret')
     log.file.flush()
     path = plot_curve(tmp_path)
