@@ -198,7 +198,7 @@ def saved_args(folder: Path) -> dict:
     raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
 
 
-def plain(args) -> dict:
+def args_dict(args) -> dict:
     """A dataclass of arguments as args.json has them."""
     return json.loads(json.dumps(asdict(args), default=str))
 
@@ -276,7 +276,7 @@ class Run:
 
     def open(self) -> tuple[Path, dict | None]:
         """The run folder and what it holds."""
-        return open_folder(self.script, self.args, {"script": self.script, **plain(self.args)})
+        return open_folder(self.script, self.args, {"script": self.script, **args_dict(self.args)})
 
     def __enter__(self) -> "Run":
         self.stop.__enter__()

@@ -25,11 +25,11 @@ from common.run import (
     Count,
     MayChange,
     Run,
+    args_dict,
     check_finite,
     launch,
     may_change,
     open_folder,
-    plain,
     prepare,
 )
 
@@ -50,7 +50,7 @@ class Settings:
 
 def open_run(script, args):
     """open_folder as a script calls it."""
-    return open_folder(script, args, {"script": script, **plain(args)})
+    return open_folder(script, args, {"script": script, **args_dict(args)})
 
 
 @pytest.fixture(autouse=True)
@@ -197,14 +197,14 @@ def test_without_a_checkpoint_the_leftovers_go_and_the_notes_stay(tmp_path):
 HOLD = """
 import sys, time
 from dataclasses import dataclass
-from common.run import open_folder, plain
+from common.run import open_folder, args_dict
 @dataclass
 class Settings:
     run: str
     env_id: str = ""
     fresh: bool = False
 args = Settings(sys.argv[1])
-open_folder("dreamer", args, {"script": "dreamer", **plain(args)})
+open_folder("dreamer", args, {"script": "dreamer", **args_dict(args)})
 print("held", flush=True)
 time.sleep(60)
 """

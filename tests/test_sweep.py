@@ -14,7 +14,7 @@ from running import ENVIRONMENT, REPO, lines_of, until
 
 import dreamer_v3
 from common.checkpoint import RunError
-from common.run import plain
+from common.run import args_dict
 from tools import sweep
 
 COUNTING = REPO / "tests" / "counting.py"
@@ -274,7 +274,7 @@ def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path,
     script = str(REPO / "dreamer_v3.py")
     (job,) = plan(script, "--preset", "debug")
     job.folder.mkdir(parents=True)
-    saved = plain(dreamer_v3.parse_args(["--preset", "debug"]))
+    saved = args_dict(dreamer_v3.parse_args(["--preset", "debug"]))
     saved |= {"script": "dreamer_v3", "origin": []}
     (job.folder / "args.json").write_text(json.dumps(saved))
     (job.folder / "checkpoint.pt").touch()

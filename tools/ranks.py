@@ -26,7 +26,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import Logger
 from common.replay import make_replay
-from common.run import Run, launch, open_folder, plain, run_folder
+from common.run import Run, args_dict, launch, open_folder, run_folder
 
 DIVIDED = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
 OWN = ("replay", "envs", "latent", "returns", "rng")  # parts of a checkpoint that ranks differ in
@@ -149,7 +149,7 @@ class RanksRun(Run):
         """Rank 0 opens the folder, the others read what it holds."""
         if rank() == 0:
             # args.json names the number of ranks: another one cannot resume this run
-            asked = {"script": self.script, **plain(self.args), "ranks": size()}
+            asked = {"script": self.script, **args_dict(self.args), "ranks": size()}
             opened = open_folder(self.script, self.args, asked)
             dist.barrier()
             return opened
