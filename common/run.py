@@ -176,7 +176,7 @@ def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
         file.unlink(missing_ok=True)  # first: it refers to the others
     if file.exists():
         state = checkpoint.load(folder, script)
-        compare(folder, saved, asked, may_change(type(args)))
+        check_same_args(folder, saved, asked, may_change(type(args)))
     for path in folder.iterdir() if state is None else ():  # without args.json it would be foreign
         if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -203,7 +203,7 @@ def args_dict(args) -> dict:
     return json.loads(json.dumps(asdict(args), default=str))
 
 
-def compare(folder, saved: dict, asked: dict, free, ways: str = FRESH):
+def check_same_args(folder, saved: dict, asked: dict, free, ways: str = FRESH):
     """RunError that names the arguments in which a saved run is not the one asked for."""
     lines = [
         f"  {name}: {saved.get(name, '(none)')} -> {asked.get(name, '(none)')} (saved -> asked)"

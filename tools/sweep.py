@@ -25,7 +25,7 @@ import tyro
 from common import checkpoint
 from common.checkpoint import RunError, Stop
 from common.logger import read_metrics
-from common.run import args_dict, compare, launch, may_change, run_folder
+from common.run import args_dict, check_same_args, launch, may_change, run_folder
 
 OURS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -130,7 +130,9 @@ def check_same(folder: Path, parsed):
     if path.exists() and (folder / "checkpoint.pt").exists():
         ways = "Move it away, or sweep in another directory."
         saved = json.loads(path.read_text())
-        compare(folder, saved, args_dict(parsed), ("script", *may_change(type(parsed))), ways)
+        check_same_args(
+            folder, saved, args_dict(parsed), ("script", *may_change(type(parsed))), ways
+        )
 
 
 def work(args: Args, jobs: list[Job]) -> bool:
