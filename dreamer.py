@@ -38,7 +38,7 @@ from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
     Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, gather,
-    load_agent, mean, mean_, parse_flags, prepare, show_run, launch,
+    load_agent, mean, mean_, parse_flags, prepare, evaluate_run, launch,
 )  # fmt: skip
 
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
@@ -840,7 +840,7 @@ def main(argv: list[str] | None = None):
         per_row = args.train_steps * args.action_repeat / args.train_every  # updates
         return benchmark(Agent, args, device, per_row)
     if args.eval:
-        return show_run(load(args.eval, device), args)
+        return evaluate_run(load(args.eval, device), args)
 
     envs = make_envs(args)
     agent = Agent(envs.spec, args, device)

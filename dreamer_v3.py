@@ -39,7 +39,7 @@ from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
     Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, gather,
-    load_agent, mean_, parse_flags, prepare, show_run, launch,
+    load_agent, mean_, parse_flags, prepare, evaluate_run, launch,
 )  # fmt: skip
 
 BINS = 255  # of the two-hot reward and value
@@ -1030,7 +1030,7 @@ def main(argv: list[str] | None = None):
 
         return benchmark(Agent, args, device, per_row)
     if args.eval:
-        return show_run(load(args.eval, device), args)
+        return evaluate_run(load(args.eval, device), args)
 
     envs = make_envs(args)
     agent = Agent(envs.spec, args, device)

@@ -50,7 +50,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.imagination import ModelBasedEnvBase
 from common.run import (
-    Count, MayChange, Natural, Positive, Rule, Run, load_agent, parse_flags, prepare, show_run,
+    Count, MayChange, Natural, Positive, Rule, Run, load_agent, parse_flags, prepare, evaluate_run,
     launch,
 )  # fmt: skip
 
@@ -1115,7 +1115,7 @@ def main(argv: list[str] | None = None):
 
         return benchmark_policy(Agent, Args(restarts=1, centers=10))
     if args.eval:
-        return show_run(load(args.eval), args)
+        return evaluate_run(load(args.eval), args)
 
     envs = make_envs(args, num_envs=1)
     agent = Agent(envs.spec, args)

@@ -401,7 +401,7 @@ class Run:
     def finish(self):
         """At the end of a run that is complete: play, film, draw the learning curve."""
         if self.complete:
-            self.logger.log(self.step, **show(self.agent, self.logger, "policy"))
+            self.logger.log(self.step, **evaluate_and_film(self.agent, self.logger, "policy"))
             print(f"learning curve: {plot_curve(self.folder)}")
 
 
@@ -438,7 +438,7 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
     return returns, frames
 
 
-def show(agent, logger: Logger, name: str) -> dict:
+def evaluate_and_film(agent, logger: Logger, name: str) -> dict:
     """Play, film, and print where it all lies; returns the scores."""
     args = agent.args
     returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
@@ -453,7 +453,7 @@ def show(agent, logger: Logger, name: str) -> dict:
     return {"eval/return": mean, "eval/return_std": std}
 
 
-def show_run(agent, args):
+def evaluate_run(agent, args):
     """--eval: play that many episodes of a finished or interrupted run, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
-    show(agent, Logger(args.eval, 0, tensorboard=False), "eval")
+    evaluate_and_film(agent, Logger(args.eval, 0, tensorboard=False), "eval")
