@@ -29,7 +29,13 @@ from common.replay import make_replay
 from common.run import Run, args_dict, launch, open_folder, run_folder
 
 DIVIDED = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
-OWN = ("replay", "envs", "latent", "returns", "rng")  # parts of a checkpoint that ranks differ in
+PER_RANK = (
+    "replay",
+    "envs",
+    "latent",
+    "returns",
+    "rng",
+)  # parts of a checkpoint that ranks differ in
 
 
 def size() -> int:
@@ -179,7 +185,7 @@ class RanksRun(Run):
         state = self.state()
         name = file_name(state)
         if rank():
-            checkpoint.save(self.folder, name, **{key: state[key] for key in OWN})
+            checkpoint.save(self.folder, name, **{key: state[key] for key in PER_RANK})
         dist.barrier()
         if rank() == 0:
             checkpoint.save(self.folder, **state)
