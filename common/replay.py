@@ -104,7 +104,7 @@ class Replay:
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.finished = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
-        self.looked_at = None  # the total for which `long_episodes` knows its answer
+        self.long_known_at = None  # the total for which `long_episodes` knows its answer
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -180,11 +180,11 @@ class Replay:
 
     def long_episodes(self) -> Tensor:
         """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
-        if self.looked_at != self.total:
+        if self.long_known_at != self.total:
             episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
             _, first, rows = episodes.unbind(-1)
             self.long = episodes[(first >= self.oldest) & (rows >= self.length - self.last)]
-            self.looked_at = self.total
+            self.long_known_at = self.total
         return self.long
 
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
@@ -277,7 +277,7 @@ class Replay:
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
         self.finished = deque(map(tuple, state["finished"].tolist()))
-        self.begun, self.looked_at = list(state["begun"]), None
+        self.begun, self.long_known_at = list(state["begun"]), None
         self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)
         self.generator.set_state(state["generator"])
