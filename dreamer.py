@@ -37,8 +37,8 @@ from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
-    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, gather,
-    load_agent, mean, mean_, parse_flags, prepare, evaluate_run, launch,
+    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, evaluate_run,
+    gather, launch, load_agent, mean, mean_, parse_flags, prepare,
 )  # fmt: skip
 
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]

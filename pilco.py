@@ -50,8 +50,8 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.imagination import ModelBasedEnvBase
 from common.run import (
-    Count, MayChange, Natural, Positive, Rule, Run, load_agent, parse_flags, prepare, evaluate_run,
-    launch,
+    Count, MayChange, Natural, Positive, Rule, Run, evaluate_run, launch, load_agent, parse_flags,
+    prepare,
 )  # fmt: skip
 
 JITTER = 1e-6  # variance of a deterministic GP, as the authors', and ridge of inducing inputs

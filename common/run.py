@@ -158,12 +158,12 @@ def run_folder(script: str, args) -> Path:
     return Path(args.run or Path("runs", script, name, f"seed{args.seed}"))
 
 
-def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
+def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     """Create or reopen the run folder of `args`, lock it, and load what it holds, None at first.
 
-    `args.fresh` empties it. `asked` is what args.json will say. Raises RunError if fields that may
-    not change differ from the saved ones, another process runs there, or it is no run folder of
-    `script`.
+    `args.fresh` empties it. `requested` is what args.json will say. Raises RunError if the saved
+    arguments differ where they may not change, if another process runs there, or if it is not a run
+    folder of `script`.
     """
     folder = run_folder(script, args)
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,13 +176,13 @@ def open_folder(script: str, args, asked: dict) -> tuple[Path, dict | None]:
         file.unlink(missing_ok=True)  # first: it refers to the others
     if file.exists():
         state = checkpoint.load(folder, script)
-        check_same_args(folder, saved, asked, may_change(type(args)))
+        check_same_args(folder, saved, requested, may_change(type(args)))
     for path in folder.iterdir() if state is None else ():  # without args.json it would be foreign
         if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    past, now = saved["origin"] if state else [], origin()
-    asked["origin"] = past if now in past else [*past, now]  # more than one where it was resumed
-    text = json.dumps(asked, indent=2) + "\n"
+    origins, now = saved["origin"] if state else [], origin()
+    requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
+    text = json.dumps(requested, indent=2) + "\n"
     checkpoint.atomic_write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
 
@@ -203,12 +203,12 @@ def args_dict(args) -> dict:
     return json.loads(json.dumps(asdict(args), default=str))
 
 
-def check_same_args(folder, saved: dict, asked: dict, free, ways: str = FRESH):
-    """RunError that names the arguments in which a saved run is not the one asked for."""
+def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRESH):
+    """RunError that names the arguments in which a saved run is not the one requested."""
     lines = [
-        f"  {name}: {saved.get(name, '(none)')} -> {asked.get(name, '(none)')} (saved -> asked)"
-        for name in {**saved, **asked}
-        if name not in ("origin", *free) and saved.get(name, {}) != asked.get(name, {})
+        f"  {name}: {saved.get(name, '(none)')} -> {requested.get(name, '(none)')} (saved -> asked)"
+        for name in {**saved, **requested}
+        if name not in ("origin", *free) and saved.get(name, {}) != requested.get(name, {})
     ]
     if lines:
         raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))

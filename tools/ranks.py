@@ -155,8 +155,8 @@ class RanksRun(Run):
         """Rank 0 opens the folder, the others read what it holds."""
         if rank() == 0:
             # args.json names the number of ranks: another one cannot resume this run
-            asked = {"script": self.script, **args_dict(self.args), "ranks": size()}
-            opened = open_folder(self.script, self.args, asked)
+            requested = {"script": self.script, **args_dict(self.args), "ranks": size()}
+            opened = open_folder(self.script, self.args, requested)
             dist.barrier()
             return opened
         dist.barrier()

@@ -130,9 +130,8 @@ def check_same(folder: Path, parsed):
     if path.exists() and (folder / "checkpoint.pt").exists():
         ways = "Move it away, or sweep in another directory."
         saved = json.loads(path.read_text())
-        check_same_args(
-            folder, saved, args_dict(parsed), ("script", *may_change(type(parsed))), ways
-        )
+        free = "script", *may_change(type(parsed))
+        check_same_args(folder, saved, args_dict(parsed), free, ways)
 
 
 def work(args: Args, jobs: list[Job]) -> bool:
