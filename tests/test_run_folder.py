@@ -301,7 +301,7 @@ def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, mo
         os.kill(os.getpid(), signal.SIGINT)
         return write(path, fill)
 
-    monkeypatch.setattr(checkpoint, "write", interrupted)
+    monkeypatch.setattr(checkpoint, "atomic_write", interrupted)
     with pytest.raises(EnvError, match="fell over"), run:
         raise EnvError("the robot fell over")
     assert writes == ["checkpoint.pt"] and load(run.folder)["step"] == 7
