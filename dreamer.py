@@ -1,23 +1,23 @@
 """Dreamer (Hafner et al., 2020): learn a world model, improve the policy by gradients through it.
 
-    python dreamer.py                 # Pendulum-v1, 10,000 steps: about -190 (random: -1,233)
+    python dreamer.py                 # Pendulum-v1, 10,000 steps: return -190 (random: -1,233)
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
     python dreamer.py --preset debug                                 # everything tiny
     python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play and film
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 
-The same command again resumes the run; --fresh starts over.
+Repeat the command to resume the run; --fresh starts over.
 
 The algorithm is the authors' TF2 code (danijar/dreamer at 56d4d44); docs/dreamer.md lists where
-this file departs from it. Two departures matter to a reader: vectors are observations too (an MLP
-encodes them, another one decodes them), and a window may come from any finished episode at once,
-not from those of the last rescan.
+this file departs from it. Two departures matter to a reader: observations may be vectors, encoded
+and decoded by MLPs, and the replay can draw from an episode as soon as it ends. (The authors' code
+has to rescan its folder first.)
 
-Names: `belief` is the recurrent state (the authors' deter), `state` the Gaussian latent (stoch),
-`encoded_obs` the embedding of an observation. A TensorDict of belief and state is a latent.
-Shapes: B batch, T time, H horizon, N any batch (environments, B, or B * T dreams), A action,
-D belief, S state, F = S + D features, E encoded_obs. Batch first, time second, everywhere.
-Equations are numbered as in arXiv 1912.01603v3.
+Names: `belief` is the recurrent state (the authors' deter); `state` is the Gaussian state (stoch);
+`encoded_obs` is the embedding of an observation; a latent is a TensorDict of belief and state.
+Shapes: B batch, T time, H imagined steps, N any batch size, *B any batch shape, A action, D belief,
+S state, F = S + D features, E encoded_obs; td[B, T] is a TensorDict of that batch size. Batch
+first, time second, everywhere. Equations are numbered as in arXiv 1912.01603v3.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ from common.run import (
 )  # fmt: skip
 
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
-Steps = Annotated[int, Rule("at least 2: the last state has no return", lambda x: x >= 2)]
+Horizon = Annotated[int, Rule("at least 2: the last state has no return", lambda x: x >= 2)]
 Preset = Literal["default", "dmc_vision", "debug"]
 
 
 @dataclass
 class Args:
-    """Flags. What a preset does not set is the authors' setting for DM Control from pixels."""
+    """Flags. The defaults are the authors' for DM Control from pixels; presets change some."""
 
-    preset: Preset = "default"  # all that a benchmark fixes; other flags override it
-    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    steps: MayChange[Count] = 5_000_000  # environment steps, with action repeat and reset rows
-    seed: Natural = 0  # of networks, noise, replay and environments
+    preset: Preset = "default"  # a named set of settings; other flags override them
+    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
+    steps: MayChange[Count] = 5_000_000  # environment steps, counting repeats and reset rows
+    seed: Natural = 0  # seeds networks, noise, replay, environments
 
     # the run
 
@@ -62,11 +62,11 @@ class Args:
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
     eval_every: MayChange[Natural] = 10_000  # environment steps between single test episodes
-    benchmark: bool = False  # time the updates of these settings instead of training
+    benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Natural] = 0  # of torch and numpy on the CPU; 0: their choice
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
@@ -77,8 +77,8 @@ class Args:
     env_workers: MayChange[bool] = False  # a process for each environment
     action_repeat: Count = 2  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
-    sticky: bool = False  # Atari: 25 % repeated actions and all 18 actions
-    camera: int = -1  # of MuJoCo; -1: the usual one
+    sticky: bool = False  # Atari: sticky actions (25%) and all 18 actions
+    camera: int = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # replay and schedule
@@ -86,41 +86,41 @@ class Args:
     prefill: Natural = 5_000  # environment steps of random actions
     batch_size: Count = 50  # windows per update
     batch_length: Count = 50  # rows per window, all of one episode
-    train_every: Count = 1_000  # environment steps between bursts of updates, at its multiples
+    train_every: Count = 1_000  # environment steps between bursts of updates, at multiples of it
     train_steps: Count = 100  # updates in a burst
     pretrain: Count = 100  # updates in the first burst, instead of train_steps
-    replay_size: int = 5_000_000  # rows; no more than `steps` need is allocated
+    replay_size: int = 5_000_000  # rows; allocates only what --steps can fill
 
     # world model
 
     deter: Count = 200  # width of the belief
-    hidden: Count = 200  # width of the layers around it
+    hidden: Count = 200  # width of the RSSM's other layers
     stoch: Count = 30  # width of the Gaussian state
     depth: Count = 32  # channels of the convolutions, times 1, 2, 4, 8
     units: Count = 400  # width of heads, actor and value, and of the MLPs for vectors
     free_nats: NotNegative = 3.0  # a KL below this is not penalized
     kl_scale: NotNegative = 1.0  # of the KL in the model loss
-    pcont: bool = False  # predict whether the episode goes on; needed where it can end early
+    pcont: bool = False  # predict continuation; needed where an episode can terminate
     pcont_scale: NotNegative = 10.0  # of that prediction's loss
 
     # behavior
 
-    imagination_horizon: Steps = 15  # imagined steps
+    imagination_horizon: Horizon = 15  # imagined steps
     gamma: Discount = 0.99  # discount per action
-    lam: Fraction = 0.95  # of the lambda-returns
-    init_std: Positive = 5.0  # of the policy before its tanh, at first
-    expl_amount: NotNegative = 0.3  # deviation of the noise, or share of random discrete actions
+    lam: Fraction = 0.95  # lambda of the returns
+    init_std: Positive = 5.0  # initial std, before the policy's tanh
+    expl_amount: NotNegative = 0.3  # std of the noise, or rate of random discrete actions
 
     # optimizers
 
     model_lr: Positive = 6e-4
     actor_lr: Positive = 8e-5
     value_lr: Positive = 8e-5
-    clip: Positive = 100.0  # gradient norm of each of the three
+    clip: Positive = 100.0  # maximal gradient norm of each of the three networks
 
 
 PRESETS = {
-    "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
+    "default": dict(  # learns in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", steps=10_000, prefill=2000, batch_size=16, batch_length=25,
         train_every=20, train_steps=5, deter=128, hidden=128, units=128, free_nats=1.0,
         kl_scale=0.1, gamma=0.95, init_std=1.0, model_lr=1e-3, actor_lr=1e-4, value_lr=1e-3,
@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """Flags -> Args: a flag beats the preset, which beats the defaults."""
     args = parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
     if args.pcont and args.batch_length < 2:
-        raise RunError("--pcont needs a --batch-length of at least 2: no dream starts at the last")
+        raise RunError("--pcont needs --batch-length of at least 2: the last row starts no dream")
     return args
 
 
@@ -150,26 +150,26 @@ def gaussian_kl(p_mean: Tensor, p_std: Tensor, q_mean: Tensor, q_std: Tensor) ->
     return 0.5 * (ratio + ((p_mean - q_mean) / q_std).square() - 1 - ratio.log()).sum(-1)
 
 
-def distance(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Loss of each number: "normal" is -log N(target; predicted, 1) in nats, "l2" has no 1/2."""
+def elementwise_loss(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
+    """Elementwise loss: "normal" is -log N(target; predicted, 1) in nats, "l2" has no 1/2."""
     if kind == "normal":
         return 0.5 * (predicted - target).square() + 0.5 * math.log(2 * math.pi)
     losses = {"l2": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
     if kind not in losses:
-        raise ValueError(f"no loss {kind!r}: there are normal, {', '.join(losses)}")
+        raise ValueError(f"unknown loss {kind!r}: choose normal, {', '.join(losses)}")
     return losses[kind](predicted, target, reduction="none")
 
 
-def lambda_return(reward: Tensor, value: Tensor, pcont: Tensor, lam: float) -> Tensor:
-    """lambda-returns of eq. 6, all inputs (N, H), output (N, H - 1).
+def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -> Tensor:
+    """lambda-returns (N, H - 1) of eq. 6 from reward, value and discount (N, H).
 
-    V_t = r_t + pcont_t ((1 - lam) v_t+1 + lam V_t+1) with V_H-1 = v_H-1: unlike in DreamerV3 the
-    reward is that of the same state.
+    V_t = r_t + discount_t ((1 - lam) v_{t+1} + lam V_{t+1}), starting from V_{H-1} = v_{H-1}.
+    r_t is the reward of state t; DreamerV3 takes that of state t + 1.
     """
     returns = [value[:, -1]]
     for t in reversed(range(reward.shape[1] - 1)):
         mixed = (1 - lam) * value[:, t + 1] + lam * returns[-1]
-        returns.append(reward[:, t] + pcont[:, t] * mixed)
+        returns.append(reward[:, t] + discount[:, t] * mixed)
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -188,7 +188,7 @@ def keras_init_(module: nn.Module) -> None:
 
 
 def mlp(inputs: int | None, units: int, layers: int, outputs: int) -> nn.Sequential:
-    """`layers` x (Linear, ELU), then Linear; without `inputs` the first call finds them."""
+    """`layers` x (Linear, ELU), then Linear; with `inputs=None` the first call sets the width."""
     modules = [nn.Linear(inputs, units) if inputs else nn.LazyLinear(units), nn.ELU()]
     for _ in range(layers - 1):
         modules += [nn.Linear(units, units), nn.ELU()]
@@ -196,9 +196,9 @@ def mlp(inputs: int | None, units: int, layers: int, outputs: int) -> nn.Sequent
 
 
 def mean_std(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 2 S) -> mean and deviation (..., S) of a latent; the floor keeps the KL finite."""
-    mean, std = x.float().chunk(2, -1)
-    return mean, F.softplus(std) + 0.1
+    """(..., 2 S) -> mean and std (..., S) of a state; the floor of 0.1 keeps the KL finite."""
+    mean, raw_std = x.float().chunk(2, -1)
+    return mean, F.softplus(raw_std) + 0.1
 
 
 class RSSMPrior(nn.Module):
@@ -206,16 +206,16 @@ class RSSMPrior(nn.Module):
 
     def __init__(self, action_spec, hidden_dim=200, rnn_hidden_dim=200, state_dim=30):
         super().__init__()
-        self.sizes = state_dim, rnn_hidden_dim  # of the features' parts
-        inputs = nn.Linear(state_dim + action_width(action_spec), hidden_dim)
-        self.inputs = nn.Sequential(inputs, nn.ELU())
+        self.latent_sizes = state_dim, rnn_hidden_dim  # of state, belief
+        width = state_dim + action_width(action_spec)
+        self.inputs = nn.Sequential(nn.Linear(width, hidden_dim), nn.ELU())
         self.cell = nn.GRUCell(hidden_dim, rnn_hidden_dim)
         self.head = mlp(rnn_hidden_dim, hidden_dim, 1, 2 * state_dim)
 
     def recurrence(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
         """(N, S), (N, D), (N, A) -> next belief (N, D)."""
         x = self.inputs(torch.cat([state, action], -1))
-        with torch.autocast(x.device.type, enabled=False):  # the memory stays float32
+        with torch.autocast(x.device.type, enabled=False):  # the belief stays float32
             return self.cell(x.float(), belief)
 
     def moments(self, belief: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +224,7 @@ class RSSMPrior(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Standard normal numbers (*shape, S) for a sampled state."""
-        return torch.randn(*shape, self.sizes[0], device=self.cell.weight_hh.device)
+        return torch.randn(*shape, self.latent_sizes[0], device=self.cell.weight_hh.device)
 
     def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One imagined step: (N, S), (N, D), (N, A) -> prior mean, std, next state, belief."""
@@ -235,7 +235,7 @@ class RSSMPrior(nn.Module):
 
 
 class RSSMPosterior(nn.Module):
-    """Representation model q(state | belief, observation); finds a width that is left out."""
+    """Representation model q(state | belief, observation); input widths may be left out."""
 
     def __init__(self, hidden_dim=200, state_dim=30, *, rnn_hidden_dim=None, obs_dim=None):
         super().__init__()
@@ -261,29 +261,29 @@ def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise)
 
 
 class RSSMRollout(nn.Module):
-    """Filters a sequence: the posterior latents of every step, by a loop in Python.
+    """Filters a sequence in a Python loop: the posterior latents of every step.
 
-    `compile_step` compiles the step, which is fastest. `use_scan` takes torch's scan operator, one
-    graph whatever the length; Inductor of torch 2.13 cannot lower its gradient.
+    `compile_step` compiles the step; that is fastest. `use_scan` uses torch's scan operator: one
+    graph for any length, but Inductor (torch 2.13) cannot lower its gradient.
     """
 
     def __init__(self, rssm_prior, rssm_posterior, use_scan=False, compile_step=False):
         super().__init__()
-        self.prior = getattr(rssm_prior, "module", rssm_prior)  # out of a TensorDictModule
+        self.prior = getattr(rssm_prior, "module", rssm_prior)  # unwrap a TensorDictModule
         self.posterior = getattr(rssm_posterior, "module", rssm_posterior)
         self.loop = self.scan if use_scan else self.unroll
         self.step = torch.compile(rssm_step) if compile_step else rssm_step
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """td[B, T] with encoded_obs and action -> with state, belief, prior and posterior moments.
+        """Adds state, belief, prior and posterior moments to td[B, T] with encoded_obs and action.
 
-        Latents start from zeros, as at `is_first`. `previous` holds the action before each row;
-        without it the actions of td are shifted by a row.
+        Latents are zero at the start and at `is_first`. `previous` holds the action before each
+        row; without it, td's own actions are shifted by one row.
         """
         action, is_first = td.get(("previous", "action"), None), td.get("is_first", None)
         if action is None:
             action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
-        state, belief = (action.new_zeros(len(td), size) for size in self.prior.sizes)
+        state, belief = (action.new_zeros(len(td), size) for size in self.prior.latent_sizes)
         keep = torch.ones_like(action[..., 0]) if is_first is None else (~is_first).float()
         noise = self.prior.draw_noise(*td.shape) if noise is None else noise
         inputs = action, td["encoded_obs"], keep, noise
@@ -306,9 +306,9 @@ class RSSMRollout(nn.Module):
 
         def combine(carry, x):
             outputs = rssm_step(self.prior, self.posterior, *carry, *x)
-            return outputs[:2], tuple(x.clone() for x in outputs)
+            return outputs[:2], tuple(y.clone() for y in outputs)  # scan's outputs may not alias
 
-        # torch 2.11 wants the time first, and no gradient passes a start that does not need one
+        # scan wants time first; torch 2.11 also needs a start that requires grad
         inputs = tuple(x.transpose(0, 1) for x in inputs)
         start = state.clone().requires_grad_(), belief.clone().requires_grad_()
         return tuple(x.transpose(0, 1) for x in scan(combine, start, inputs)[1])
@@ -317,20 +317,20 @@ class RSSMRollout(nn.Module):
 class ObsEncoder(nn.Module):
     """Observations -> encoded_obs (..., E): convolutions for 64x64 images, an MLP for vectors.
 
-    `shapes` maps keys to shapes, (D,) for a vector and (64, 64, C) for a uint8 image.
+    `shapes` maps keys to shapes, (width,) for a vector and (64, 64, channels) for a uint8 image.
     """
 
     def __init__(self, shapes: dict, depth: int, units: int):
         super().__init__()
         self.vectors = {k: s[0] for k, s in sorted(shapes.items()) if len(s) == 1}  # widths
         self.images = {k: s[2] for k, s in sorted(shapes.items()) if len(s) == 3}  # channels
-        self.outputs = units * bool(self.vectors) + 32 * depth * bool(self.images)
+        self.encoded_size = units * bool(self.vectors) + 32 * depth * bool(self.images)
         if self.vectors:
             self.mlp = mlp(sum(self.vectors.values()), units, 2, units).append(nn.ELU())
         if self.images:
             channels = [sum(self.images.values()), *(depth * m for m in (1, 2, 4, 8))]
             self.convs = nn.Sequential()
-            for i in range(4):  # 64, 31, 14, 6, 2
+            for i in range(4):  # sides 64, 31, 14, 6, 2
                 self.convs.extend([nn.Conv2d(*channels[i : i + 2], 4, stride=2), nn.ReLU()])
 
     def embed(self, td: TensorDictBase) -> Tensor:
@@ -345,12 +345,12 @@ class ObsEncoder(nn.Module):
         return torch.cat(embeds, -1)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """td[*B] -> with `encoded_obs`."""
+        """Adds `encoded_obs` to td[*B]."""
         return td.set("encoded_obs", self.embed(td))
 
 
 class ObsDecoder(nn.Module):
-    """Features (..., F) -> one mean per key: vectors (..., D), images (..., 64, 64, C) around 0."""
+    """Features (..., F) -> mean of each key: (..., width) or (..., 64, 64, C), pixels in +-0.5."""
 
     def __init__(self, shapes: dict, inputs: int, depth: int, units: int):
         super().__init__()
@@ -362,38 +362,38 @@ class ObsDecoder(nn.Module):
             self.inputs = nn.Linear(inputs, 32 * depth)
             channels = [*(depth * m for m in (32, 4, 2, 1)), sum(self.images.values())]
             self.deconvs = nn.Sequential()
-            for i, kernel in enumerate((5, 5, 6, 6)):  # 1, 5, 13, 30, 64
+            for i, kernel in enumerate((5, 5, 6, 6)):  # sides 1, 5, 13, 30, 64
                 layer = nn.ConvTranspose2d(*channels[i : i + 2], kernel, stride=2)
                 self.deconvs.extend([layer, nn.ReLU()] if i < 3 else [layer])
 
     def forward(self, feat: Tensor) -> dict[str, Tensor]:
-        parts = []
+        means = []
         if self.vectors:
-            parts += self.mlp(feat).split([*self.vectors.values()], -1)
+            means += self.mlp(feat).split([*self.vectors.values()], -1)
         if self.images:
-            x = self.spread(self.inputs(feat.flatten(0, -2)))
+            x = self.first_deconv(self.inputs(feat.flatten(0, -2)))
             x = self.deconvs[1:](x).permute(0, 2, 3, 1).unflatten(0, feat.shape[:-1])
-            parts += x.split([*self.images.values()], -1)
-        return {k: x.float() for k, x in zip(self.vectors | self.images, parts, strict=True)}
+            means += x.split([*self.images.values()], -1)
+        return {k: x.float() for k, x in zip(self.vectors | self.images, means, strict=True)}
 
-    def spread(self, x: Tensor) -> Tensor:
+    def first_deconv(self, x: Tensor) -> Tensor:
         """The first transposed convolution, of 1x1 images: (N, C) -> (N, C', 5, 5)."""
-        layer = self.deconvs[0]  # as a product: nine times as fast on a CPU, and channels last
+        layer = self.deconvs[0]  # as a matrix product: nine times as fast on a CPU, channels last
         weight, bias = layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(25)
         return F.linear(x, weight, bias).unflatten(1, (5, 5, -1)).permute(0, 3, 1, 2)
 
 
 class DreamerActor(nn.Module):
-    """Policy on features (..., F): OneHots if `classes` has their sizes, otherwise TanhNormal."""
+    """Policy on features (..., F): OneHots of `classes` choices each, or TanhNormal if empty."""
 
     def __init__(self, inputs: int, action_spec, classes=(), units=400, init_std=5.0):
         super().__init__()
         self.classes, self.action_dim = tuple(classes), action_width(action_spec)
-        self.raw_std = math.log(math.expm1(init_std))
+        self.raw_init_std = math.log(math.expm1(init_std))  # softplus gives init_std
         self.mlp = mlp(inputs, units, 4, self.action_dim * (1 if classes else 2))
 
     def forward(self, feat: "Tensor | TensorDictBase"):
-        """Features (..., F) -> the action distribution; latents td[*B] -> with a sampled action."""
+        """Features (..., F) -> action distribution; latents td[*B] -> td with sampled `action`."""
         if isinstance(feat, TensorDictBase):
             distribution = self(features(feat))
             return feat.set("action", distribution.sample(self.draw_noise(*feat.batch_size)))
@@ -401,7 +401,7 @@ class DreamerActor(nn.Module):
         if self.classes:
             return OneHots(x.split(self.classes, -1))
         mean, std = x.chunk(2, -1)
-        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + self.raw_std) + 1e-4)
+        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + self.raw_init_std) + 1e-4)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, A) for the distribution's `sample`: normal or Gumbel."""
@@ -430,8 +430,8 @@ class TanhNormal:
     def mode(self) -> Tensor:
         """The likeliest of 100 samples, for each element of the batch."""
         noise = torch.randn(100, *self.mean.shape, device=self.mean.device)
-        best = self.log_prob(noise).argmax(0)[None, ..., None].expand_as(noise[:1])
-        return self.sample(noise.gather(0, best)[0])
+        best = self.log_prob(noise).argmax(0, keepdim=True)[..., None]  # (1, ..., 1)
+        return self.sample(noise.take_along_dim(best, 0)[0])
 
 
 class OneHots:
@@ -442,21 +442,22 @@ class OneHots:
         self.log_probs = [x.log_softmax(-1) for x in logits]
 
     def sample(self, noise: Tensor) -> Tensor:
-        """noise (..., A) ~ Gumbel -> one-hot actions with the gradient of the probabilities."""
-        parts = []
-        for log_prob, part in zip(self.log_probs, noise.split(self.sizes, -1), strict=True):
-            index = (log_prob + part).argmax(-1, keepdim=True)  # with Gumbel noise a draw
+        """noise (..., A) ~ Gumbel -> one-hot actions with straight-through gradients."""
+        actions = []
+        for log_prob, gumbel in zip(self.log_probs, noise.split(self.sizes, -1), strict=True):
+            index = (log_prob + gumbel).argmax(-1, keepdim=True)  # a draw: the Gumbel-max trick
             one_hot = torch.zeros_like(log_prob).scatter_(-1, index, 1.0)
-            parts.append(one_hot + (log_prob.exp() - log_prob.exp().detach()))
-        return torch.cat(parts, -1)
+            actions.append(one_hot + (log_prob.exp() - log_prob.exp().detach()))
+        return torch.cat(actions, -1)
 
     def log_prob(self, noise: Tensor) -> Tensor:
         """Log-probability (...) of sample(noise)."""
-        parts = zip(self.log_probs, self.sample(noise).split(self.sizes, -1), strict=True)
-        return sum((log_prob * action.detach()).sum(-1) for log_prob, action in parts)
+        pairs = zip(self.log_probs, self.sample(noise).split(self.sizes, -1), strict=True)
+        return sum((log_prob * action.detach()).sum(-1) for log_prob, action in pairs)
 
     @property
     def mode(self) -> Tensor:
+        """The likeliest action: without noise, a sample is the argmax."""
         return self.sample(torch.zeros(sum(self.sizes), device=self.log_probs[0].device))
 
 
@@ -474,18 +475,18 @@ class WorldModel(nn.Module):
         sizes = dict(hidden_dim=args.hidden, rnn_hidden_dim=args.deter, state_dim=args.stoch)
         self.encoder = ObsEncoder(shapes, args.depth, args.units)
         self.prior = RSSMPrior(action_spec, **sizes)
-        self.posterior = RSSMPosterior(obs_dim=self.encoder.outputs, **sizes)
+        self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
         self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units)
         self.reward = mlp(self.feat_size, args.units, 2, 1)
         self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """Rows td[B, T] -> with their latents and moments, see RSSMRollout."""
+        """Adds their latents and moments to rows td[B, T]; see RSSMRollout."""
         return self.rollout(self.encoder(td), noise)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
-        """Mode of the reward (...) at feat (..., F)."""
+        """Predicted reward (...) at feat (..., F)."""
         return self.reward(feat).float().squeeze(-1)
 
     def predict_continue(self, feat: Tensor) -> Tensor:
@@ -499,24 +500,24 @@ class WorldModel(nn.Module):
 
 
 def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor:
-    """KL(posterior || prior) of td[B, T], nats, a scalar that is at least `free_nats`."""
+    """KL(posterior || prior) of td[B, T] in nats: a scalar, at least `free_nats`."""
     kl = gaussian_kl(td["posterior_mean"], td["posterior_std"], td["prior_mean"], td["prior_std"])
-    kl = mean(kl.mean()) if delayed_clamp else kl
+    kl = mean(kl.mean()) if delayed_clamp else kl  # `mean` is over ranks
     return kl.clamp(min=free_nats).mean()
 
 
 def reconstruction_loss(decoder: nn.Module, feat: Tensor, td: TensorDictBase, kind: str) -> Tensor:
-    """-log p(observation | feat) (B, T), summed over numbers and keys; pixels in +-0.5."""
+    """Loss (B, T) of the decoded observations, summed over elements and keys; pixels in +-0.5."""
     loss = 0.0
     for key, predicted in decoder(feat).items():
         target = td[key].float() / 255 - 0.5 if td[key].dtype == torch.uint8 else td[key]
-        loss = loss + distance(predicted, target, kind).flatten(2).sum(-1)
+        loss = loss + elementwise_loss(predicted, target, kind).flatten(2).sum(-1)
     return loss
 
 
 def reward_loss(world_model: WorldModel, feat: Tensor, reward: Tensor, kind: str) -> Tensor:
-    """-log p(reward | feat) (B, T)."""
-    return distance(world_model.predict_reward(feat), reward, kind)
+    """Loss (B, T) of the predicted reward."""
+    return elementwise_loss(world_model.predict_reward(feat), reward, kind)
 
 
 def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, gamma: float) -> Tensor:
@@ -527,11 +528,11 @@ def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, gamma: flo
 
 
 class DreamerModelLoss(nn.Module):
-    """World model loss, eq. 10: reconstruction, reward, KL of posterior and prior, continuation.
+    """World model loss: eq. 10 (reconstruction, reward, KL of posterior and prior), continuation.
 
     `delayed_clamp` takes the mean of the KL before the free nats, as the authors' TF2 code does;
     otherwise every KL is clamped before the mean. `reco_loss` and `reward_loss` are kinds of
-    `distance`; "normal" is the authors'. Numbers of a row are summed, rows averaged.
+    `elementwise_loss`; "normal" is the authors'. Elements of a row are summed, rows averaged.
     """
 
     def __init__(self, world_model: WorldModel, *, lambda_kl=1.0, lambda_reco=1.0,
@@ -541,21 +542,21 @@ class DreamerModelLoss(nn.Module):
         self.world_model, self.free_nats, self.delayed_clamp = world_model, free_nats, delayed_clamp
         self.lambda_kl, self.lambda_reco = lambda_kl, lambda_reco
         self.lambda_reward, self.lambda_continue = lambda_reward, lambda_continue
-        self.reco_loss, self.reward_loss = reco_loss, reward_loss
+        self.reco_kind, self.reward_kind = reco_loss, reward_loss
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None):
-        """td[B, T]: rows of one episode each, or rows that already have their posteriors.
+        """td[B, T]: sequences of rows, or rows that already have their posteriors.
 
-        Returns scalar losses and td with `state`, `belief`, the posterior's and the prior's `_mean`
-        and `_std`, gradients attached.
+        Returns scalar losses, and td with `state`, `belief`, `posterior_mean`, `posterior_std`,
+        `prior_mean` and `prior_std`, not detached.
         """
         model = self.world_model
         td = td if "posterior_mean" in td.keys() else model(td, noise)
         feat, losses = features(td), TensorDict()
         losses["loss_model_kl"] = self.lambda_kl * kl_loss(td, self.free_nats, self.delayed_clamp)
-        reco = reconstruction_loss(model.decoder, feat, td, self.reco_loss)
+        reco = reconstruction_loss(model.decoder, feat, td, self.reco_kind)
         losses["loss_model_reco"] = self.lambda_reco * reco.mean()
-        reward = reward_loss(model, feat, td["reward"], self.reward_loss)
+        reward = reward_loss(model, feat, td["reward"], self.reward_kind)
         losses["loss_model_reward"] = self.lambda_reward * reward.mean()
         if model.cont is not None:
             cont = continue_loss(model.cont, feat, td["is_terminal"], model.gamma)
@@ -565,7 +566,7 @@ class DreamerModelLoss(nn.Module):
 
 @contextlib.contextmanager
 def frozen(*modules: nn.Module):
-    """Through what is computed inside, no gradient reaches the parameters of `modules`."""
+    """Gives the parameters of `modules` no gradient; gradients still flow through the modules."""
     params = nn.ParameterList(p for m in modules for p in m.parameters() if p.requires_grad)
     params.requires_grad_(False)
     try:
@@ -575,16 +576,16 @@ def frozen(*modules: nn.Module):
 
 
 def dream_step(actor, prior, state, belief, action_noise, state_noise) -> tuple[Tensor, Tensor]:
-    """Act at (N, S), (N, D) and let the model answer: next state, belief."""
+    """Act at (N, S), (N, D) and imagine the next state (N, S), belief (N, D)."""
     action = actor(torch.cat([state, belief], -1).detach()).sample(action_noise)
     return prior(state, belief, action, state_noise)[2:]
 
 
 class DreamerActorLoss(nn.Module):
-    """Imagines, and ascends the lambda-returns by their gradient through the dynamics, eq. 7.
+    """Actor loss, eq. 7: maximizes imagined lambda-returns by gradients through the dynamics.
 
-    The policy's input is detached; its action is not. Of all parameters only the actor's get a
-    gradient: world model and value are frozen while it dreams.
+    The policy's input is detached; its action is not. World model and value are frozen in dreams.
+    `discount_loss` weights each state by the product of the discounts before it.
     """
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module, model_based_env, *,
@@ -605,15 +606,15 @@ class DreamerActorLoss(nn.Module):
         state, belief = (td[key].flatten(0, -2).detach() for key in ("state", "belief"))
         noise = self.draw_noise(len(state)) if noise is None else noise
         with frozen(model, self.value):
-            for step in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
-                state, belief = dream_step(self.actor, model.prior, state, belief, *step)
+            for step_noise in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
+                state, belief = dream_step(self.actor, model.prior, state, belief, *step_noise)
                 feats.append(torch.cat([state, belief], -1))
             dream = TensorDict(feat=torch.stack(feats, 1), batch_size=noise.batch_size)
             dream["reward"] = model.predict_reward(dream["feat"])
             dream["continue"] = model.predict_continue(dream["feat"])
             dream["value"] = self.value(dream["feat"]).float().squeeze(-1)
         returns = lambda_return(dream["reward"], dream["value"], dream["continue"], self.lam)
-        weight = F.pad(dream["continue"][:, :-2].detach().cumprod(1), (1, 0), value=1.0)
+        weight = F.pad(dream["continue"][:, :-2].detach().cumprod(1), (1, 0), value=1.0)  # (N, H-1)
         dream["lambda_target"], dream["weight"] = F.pad(returns, (0, 1)), F.pad(weight, (0, 1))
         objective = weight * returns if self.discount_loss else returns
         return TensorDict(loss_actor=-objective.mean()), dream
@@ -626,27 +627,27 @@ class DreamerActorLoss(nn.Module):
 
 
 class DreamerValueLoss(nn.Module):
-    """Regression of the value on the lambda-returns, eq. 8; "normal" has a 1/2 and a constant."""
+    """Value loss, eq. 8: regression on the lambda-returns; "normal" adds a constant."""
 
     def __init__(self, value_model: nn.Module, *, value_loss="normal", discount_loss=True):
         super().__init__()
         self.value, self.value_loss, self.discount_loss = value_model, value_loss, discount_loss
 
     def forward(self, dream: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
-        """dream[N, H] of DreamerActorLoss; its last state, without target, does not count."""
+        """dream[N, H] of DreamerActorLoss; its last state has no target and does not count."""
         value = self.value(dream["feat"][:, :-1].detach()).float().squeeze(-1)
-        error = distance(value, dream["lambda_target"][:, :-1].detach(), self.value_loss)
+        error = elementwise_loss(value, dream["lambda_target"][:, :-1].detach(), self.value_loss)
         weight = dream["weight"][:, :-1] if self.discount_loss else 1.0
         return TensorDict(loss_value=(weight * error).mean()), dream
 
 
-COMPILED = reconstruction_loss, reward_loss, continue_loss, dream_step
+COMPILED = reconstruction_loss, reward_loss, continue_loss, dream_step  # by --compile
 
 # --- imagination environment --------------------------------------------------------------------
 
 
 class DreamerEnv(ModelBasedEnvBase):
-    """Steps inside the world model: latents in, latents, reward and discount out."""
+    """Steps inside the world model: latents and action -> next latents, reward and discount."""
 
     def __init__(self, world_model, prior_shape, belief_shape, device=None, batch_size=()):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
@@ -669,7 +670,7 @@ class DreamerDecoder(nn.Module):
         self.world_model = world_model
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """Vectors float32 (*B, D), images uint8 (*B, 64, 64, C); under "next" as well."""
+        """Vectors float32 (*B, width), images uint8 (*B, 64, 64, C); under "next" as well."""
         decoder = self.world_model.decoder
         for key, value in decoder(features(td)).items():
             image = key in decoder.images
@@ -690,27 +691,27 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            sizes = spec["action_dim"], spec["classes"], args.units, args.init_std
-            self.actor = DreamerActor(model.feat_size, *sizes)
+            options = spec["action_dim"], spec["classes"], args.units, args.init_std
+            self.actor = DreamerActor(model.feat_size, *options)
             self.value = mlp(model.feat_size, args.units, 3, 1)
         self.env = DreamerEnv(model, prior_shape=(args.stoch,), belief_shape=(args.deter,))
         scales = dict(lambda_kl=args.kl_scale, lambda_continue=args.pcont_scale)
         self.model_loss = DreamerModelLoss(model, free_nats=args.free_nats, **scales)
-        dream = dict(imagination_horizon=args.imagination_horizon, lam=args.lam)
-        self.actor_loss = DreamerActorLoss(self.actor, self.value, self.env, **dream)
+        options = dict(imagination_horizon=args.imagination_horizon, lam=args.lam)
+        self.actor_loss = DreamerActorLoss(self.actor, self.value, self.env, **options)
         self.value_loss = DreamerValueLoss(self.value)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         rates = (args.model_lr, args.actor_lr, args.value_lr)
-        self.stateful, self.optimizers = {**self.modules}, {}
+        self.optimizers, self.stateful = {}, dict(self.modules)  # stateful: in a checkpoint
         for (name, module), lr in zip(self.modules.items(), rates, strict=True):
             module.apply(keras_init_)
             adam = dict(lr=lr, eps=1e-7, foreach=True, capturable=self.device.type == "cuda")
             self.optimizers[name] = torch.optim.Adam(module.parameters(), **adam)
             self.stateful[f"{name}_optimizer"] = self.optimizers[name]
-        if args.compile:  # for the whole process; RSSMRollout compiles its own step
+        if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
-            self.update = CudaGraphModule(self.update, warmup=3)  # it never waits for the GPU
+            self.update = CudaGraphModule(self.update, warmup=3)  # update never waits for the GPU
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -720,18 +721,18 @@ class Agent:
 
     @torch.no_grad()
     def act(self, rows: TensorDict, latent: TensorDict | None = None, training=False, random=False):
-        """Rows[N] and the latent[N] of the rows before -> latent[N] with its `action` (N, A).
+        """Rows[N] and the previous latent[N] -> latent[N] with its `action` (N, A).
 
-        The mode of the policy; with `training` a sample with exploration noise, which is part of
-        the latent and so of the model's next input; with `random` a uniform action.
+        The action is the policy's mode; with `training`, a sample plus exploration noise; with
+        `random`, uniform. The model's next input is this action, noise included.
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
         keep = (~rows["is_first"]).float()
         with autocast(self):
-            last = latent["state"], latent["belief"], latent["action"]
+            before = latent["state"], latent["belief"], latent["action"]
             inputs = model.encoder.embed(rows), keep, model.prior.draw_noise(len(rows))
-            state, belief, *_ = rssm_step(model.prior, model.posterior, *last, *inputs)
+            state, belief, *_ = rssm_step(model.prior, model.posterior, *before, *inputs)
             latent = TensorDict(belief=belief, state=state, batch_size=rows.batch_size)
             policy = self.actor(features(latent))
         if random:
@@ -740,24 +741,24 @@ class Agent:
             action = self.explore(policy.sample(self.actor.draw_noise(len(rows))))
         else:
             action = policy.mode
-        return latent.set("action", action * (~rows["is_last"]).float()[:, None])
+        return latent.set("action", action * (~rows["is_last"]).float()[:, None])  # 0 at the end
 
     def explore(self, action: Tensor) -> Tensor:
-        """(N, A) -> with Gaussian noise; if discrete, random with probability --expl-amount."""
+        """Adds Gaussian noise to (N, A); if discrete, random with probability --expl-amount."""
         if not self.actor.classes:
             return (action + self.args.expl_amount * torch.randn_like(action)).clamp(-1, 1)
         swap = torch.rand(len(action), 1, device=self.device) < self.args.expl_amount
         return torch.where(swap, self.random_action(len(action)), action)
 
     def random_action(self, n: int) -> Tensor:
-        """Uniform actions (n, A), or one-hots."""
+        """Uniformly random actions (n, A), one-hot if discrete."""
         if not self.actor.classes:
             return torch.rand(n, self.actor.action_dim, device=self.device) * 2 - 1
         draws = [torch.randint(size, (n,), device=self.device) for size in self.actor.classes]
         return torch.cat(list(map(F.one_hot, draws, self.actor.classes)), -1).float()
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> dict:
-        """One step of every network on a batch [B, T] of the replay, on the agent's device.
+        """One gradient step of every network on a replay batch [B, T], on the agent's device.
 
         Returns metrics (0-dim tensors). `noise` replaces that of posteriors and dreams, for tests.
         """
@@ -770,8 +771,8 @@ class Agent:
         params = {name: list(module.parameters()) for name, module in self.modules.items()}
         grads = {k: torch.autograd.grad(sum(losses[k].values()), params[k]) for k in losses}
         metrics = {k: loss for part in losses.values() for k, loss in part.items()}
-        for name, optimizer in self.optimizers.items():  # no step before all have their gradients
-            mean_(grads[name])
+        for name, optimizer in self.optimizers.items():  # step only once all gradients are computed
+            mean_(grads[name])  # over all ranks
             for p, grad in zip(params[name], grads[name], strict=True):
                 p.grad = grad
             metrics[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(params[name], self.args.clip)
@@ -779,12 +780,12 @@ class Agent:
         return self.metrics(metrics, td, dream)
 
     @torch.no_grad()
-    def metrics(self, losses: dict, td: TensorDict, dream: TensorDict) -> dict:
-        """What the README's glossary explains, as 0-dim tensors: no host synchronization."""
+    def metrics(self, scalars: dict, td: TensorDict, dream: TensorDict) -> dict:
+        """Metrics as 0-dim tensors (no host synchronization), explained in docs/dreamer.md."""
         entropy = (td["prior_std"].log() + 0.5 * math.log(2 * math.pi * math.e)).sum(-1).mean()
         policy, noise = self.actor(features(td)), self.actor.draw_noise(*td.shape)
         return {
-            **{f"train/{name}": value.detach() for name, value in losses.items()},
+            **{f"train/{name}": value.detach() for name, value in scalars.items()},
             **{f"dream/{k}": dream[k].mean() for k in ("reward", "value", "continue")},
             "dream/return": dream["lambda_target"][:, :-1].mean(),
             "train/policy_entropy": -policy.log_prob(noise).mean(),  # one sample for each row
@@ -792,7 +793,7 @@ class Agent:
         }
 
     def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
-        """Rows[N] as the replay stores them: with the action chosen there."""
+        """Rows[N] as the replay stores them: with the chosen action."""
         return rows.copy().set("action", latent["action"].cpu())
 
     def state_dict(self) -> dict:
@@ -801,12 +802,12 @@ class Agent:
 
     def load_state_dict(self, state: dict):
         for name, part in self.stateful.items():
-            for group in state[name].get("param_groups", ()):  # Adam's, saved on another device?
+            for group in state[name].get("param_groups", ()):  # of Adam, maybe from another device
                 group["capturable"] = self.device.type == "cuda"
             part.load_state_dict(state[name])
 
 
-def load(run: str | Path, device: str = "cpu") -> Agent:
+def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
     return load_agent(run, "dreamer", Args, Agent, device)
 
@@ -814,31 +815,33 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 # --- main ---------------------------------------------------------------------------------------
 
 
-def burst(args: Args, run: Run, replay) -> int:
+def updates_owed(args: Args, run: Run, replay) -> int:
     """Updates owed at this step: a burst at each multiple of --train-every, after the prefill.
 
-    None before an episode has ended; if all that have ended are too short, the replay says so.
+    0 until the replay is ready. If all finished episodes are too short, its `sample` says so.
     """
-    last = run.step - args.num_envs * args.action_repeat
-    multiples = run.step // args.train_every - last // args.train_every
+    previous_step = run.step - args.num_envs * args.action_repeat
+    multiples = run.step // args.train_every - previous_step // args.train_every
     if run.step < args.prefill or not multiples:
         return 0
     ready = gather(torch.tensor([float(replay.ready)]))  # of every device
-    if not (ready.all() or (replay.finished and not (run.updates or ready.any()))):
-        if run.step - args.prefill < args.train_every:
+    all_too_short = replay.finished and not ready.any() and not run.updates  # `sample` says so
+    if not ready.all() and not all_too_short:
+        if run.step - args.prefill < args.train_every:  # say it once
             run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0
-    return multiples * args.train_steps + (0 if run.updates else args.pretrain - args.train_steps)
+    updates = multiples * args.train_steps
+    return updates if run.updates else updates + args.pretrain - args.train_steps
 
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     device = prepare(args)
     if args.benchmark:
-        from tools.benchmark import benchmark  # no training needs it
+        from tools.benchmark import benchmark  # only --benchmark needs it
 
-        per_row = args.train_steps * args.action_repeat / args.train_every  # updates
-        return benchmark(Agent, args, device, per_row)
+        updates_per_row = args.train_steps * args.action_repeat / args.train_every
+        return benchmark(Agent, args, device, updates_per_row)
     if args.eval:
         return evaluate_run(load(args.eval, device), args)
 
@@ -846,20 +849,20 @@ def main(argv: list[str] | None = None):
     agent = Agent(envs.spec, args, device)
     with Run("dreamer", args, agent) as run:
         example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
-        replay = make_replay(args, example, run.folder, episodes=True, last=args.pcont)
+        replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
 
         while run.training(latent):
-            if not run.owed:  # else a stop has interrupted the burst
+            if not run.owed:  # after a stop, finish its updates first
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
                 replay.append(agent.row(rows, latent))
                 run.count(rows)
-                run.owe(burst(args, run, replay))
+                run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):
                 run.add(agent.update(batch))
         if run.complete and not run.updates:
-            print("no updates: no episode of --batch-length rows or more has ended since --prefill")
+            print("no updates: raise --steps, or lower --prefill, --train-every or --batch-length")
         run.finish()
 
 

@@ -1,23 +1,23 @@
 """DreamerV3 (Hafner et al., 2023, 2025): learn a world model, improve the policy inside it.
 
-    python dreamer_v3.py              # Pendulum-v1, 10,000 steps: -130 to -760 (random: -1,233)
+    python dreamer_v3.py              # Pendulum-v1, 10k steps: return -760 to -130 (random -1,233)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
     python dreamer_v3.py --preset debug                          # everything tiny
     python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play and film
     python dreamer_v3.py --preset dmc_proprio --benchmark        # how long would it take here?
 
-The same command again resumes the run; --fresh starts over.
+Repeat the command to resume the run; --fresh starts over.
 
-The algorithm is the authors' current code (danijar/dreamerv3 at e3f0224), which differs from the
-paper's text in places; docs/dreamer_v3.md lists these, and where this file departs from the code.
-Two departures matter to a reader: updates follow a step of all environments, not of each, and on
-CUDA matrix products are bfloat16 (autocast), while beliefs and losses stay float32.
+This file follows the authors' current code (danijar/dreamerv3 at e3f0224). docs/dreamer_v3.md lists
+where that code differs from the paper's text, and where this file departs from that code. Two
+departures matter: updates run after all environments have stepped, not after each one, and on CUDA
+only matrix products are bfloat16 (autocast); beliefs and losses stay float32.
 
-Names: `belief` is the recurrent state (the authors' deter), `state` the S categorical latents of C
-classes as flat one-hots (stoch), `encoded_obs` the embedding of an observation; a TensorDict of
-belief and state is a latent. Shapes: B batch, T time, H horizon, N any batch (environments, B, or
-B * T dreams), A action, D belief, F = D + S * C features, E encoded_obs. Batch first, time second,
-everywhere. Equations are numbered as in arXiv 2301.04104v2.
+Names: `belief` is the recurrent state (the authors' deter); `state` is S categoricals of C classes
+as flat one-hots (stoch); `encoded_obs` is the embedding of an observation; a latent is a TensorDict
+of belief and state. Shapes: B batch, T time, H imagined steps, N any batch size, *B any batch
+shape, A action, D belief, F = D + S * C features, E encoded_obs; td[B, T] is a TensorDict of that
+batch size. Batch first, time second, everywhere. Equations are numbered as in arXiv 2301.04104v2.
 """
 
 import copy
@@ -52,13 +52,13 @@ Size = Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 
 @dataclass
 class Args:
-    """Flags. The defaults are the authors' for DM Control proprio, except num_envs."""
+    """Flags. These are the authors' values for DM Control proprio, except num_envs."""
 
-    preset: Preset = "default"  # all that a benchmark fixes; other flags override it
-    size: Size = ""  # number of parameters; empty: 1m, or the preset's
-    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, also my_module:MyEnv-v0
-    steps: MayChange[Count] = 1_100_000  # environment steps, with action repeat and reset rows
-    seed: Natural = 0  # of networks, noise, replay and environments
+    preset: Preset = "default"  # a named set of settings; other flags override them
+    size: Size = ""  # parameter count; empty: the preset's, else 1m
+    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
+    steps: MayChange[Count] = 1_100_000  # environment steps, counting repeats and reset rows
+    seed: Natural = 0  # seeds networks, noise, replay, environments
 
     # the run
 
@@ -66,11 +66,11 @@ class Args:
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
-    benchmark: bool = False  # time the updates of these settings instead of training
+    benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
-    threads: MayChange[Natural] = 0  # on the CPU; 0: torch's choice. Small networks need one
+    threads: MayChange[Natural] = 0  # on the CPU; 0: the libraries' choice. Small networks: use 1
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; bf16 on CUDA
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 2_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
@@ -82,8 +82,8 @@ class Args:
     action_repeat: Count = 1  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     image_size: Side = 64  # images are resized to this square
-    sticky: bool = False  # Atari: 25 % repeated actions and all 18 actions
-    camera: int = -1  # of MuJoCo; -1: the usual one
+    sticky: bool = False  # Atari: sticky actions (25%) and all 18 actions
+    camera: int = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # replay
@@ -91,42 +91,42 @@ class Args:
     batch_size: Count = 16  # windows per update
     batch_length: Count = 64  # rows per window, plus one of context
     train_ratio: NotNegative = 1024.0  # replayed rows per row of experience
-    replay_size: int = 5_000_000  # rows; no more than `steps` need is allocated
+    replay_size: int = 5_000_000  # rows; allocates only what --steps can fill
 
     # world model
 
     deter: Count = 512  # width of the belief
-    hidden: Count = 64  # width of the layers around it
-    classes: Count = 4  # per latent
+    hidden: Count = 64  # width of the RSSM's other layers
+    classes: Count = 4  # per categorical
     depth: Count = 4  # channels of the convolutions, times 2, 3, 4, 4
     units: Count = 64  # width of encoder, decoder, heads, actor and critic
-    stoch: Count = 32  # number of latents
+    stoch: Count = 32  # categoricals in the state
     blocks: Count = 8  # of the block-diagonal recurrent weights
-    unimix: Unimix = 0.01  # uniform share in the latents' distributions
+    unimix: Unimix = 0.01  # uniform share in the state's categoricals
     free_nats: float = 1.0  # KL below this is not penalized
 
     # behavior
 
     imagination_horizon: Count = 15  # imagined steps
     horizon: Count = 333  # discount 1 - 1/horizon per action
-    lam: Fraction = 0.95  # of the lambda-returns
+    lam: Fraction = 0.95  # lambda of the returns
     entropy_bonus: float = 3e-4  # per nat of the policy's entropy
-    slow_rate: Fraction = 0.02  # of the slow critic, per update
+    slow_rate: Fraction = 0.02  # EMA rate of the slow critic
 
     # optimizer
 
     lr: Positive = 4e-5  # after the warm-up
     warmup: Natural = 1000  # updates
-    clip: Positive = 0.3  # gradient norm per weight norm, each tensor on its own
+    clip: Positive = 0.3  # largest gradient norm / weight norm, per tensor
 
 
-WIDTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
-SIZES = {"": {}} | {
+DEPTHS = {"1m": 4, "12m": 16, "25m": 24, "50m": 32, "100m": 48, "200m": 64, "400m": 96}
+SIZES = {
     name: dict(deter=128 * n, hidden=16 * n, classes=n, depth=n, units=16 * n)
-    for name, n in WIDTHS.items()
+    for name, n in DEPTHS.items()
 }
 PRESETS = {
-    "default": dict(  # teaches in one sitting on two cores; not the authors' recipe
+    "default": dict(  # learns in one sitting on two cores; not the authors' recipe
         env_id="Pendulum-v1", action_repeat=2, steps=10_000, batch_length=16, train_ratio=128.0,
         deter=256, lr=1e-3, warmup=200, log_every=1000, save_every=2000, eval_episodes=10,
         threads=1),
@@ -146,7 +146,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
     def defaults(chosen: Args) -> dict:
         preset = {"size": "1m", **PRESETS[chosen.preset]}
-        return SIZES[preset["size"]] | preset | SIZES[chosen.size]
+        return SIZES[preset["size"]] | preset | SIZES.get(chosen.size, {})
 
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
@@ -155,9 +155,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
     training = args.train_ratio and not (args.benchmark or args.eval)
     if training and windows < args.batch_size * args.batch_length:
-        text = "the first update waits for --batch-size x --batch-length windows: with "
         raise RunError(
-            f"{text}{max(0, windows):,} of these --steps and --replay-size it never comes"
+            "training would never start: it needs --batch-size x --batch-length windows, but "
+            f"--steps and --replay-size allow only {max(0, windows):,}"
         )
     return args
 
@@ -192,13 +192,13 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
     above = torch.bucketize(x.contiguous(), bins, right=True)
     index = torch.stack([above - 1, above], -1).clamp(0, len(bins) - 1)
     low, high = bins[index].unbind(-1)
-    upper = torch.where(low < high, (x - low) / (high - low), 0.0 * x)  # 0 x: NaN stays NaN
+    upper = torch.where(low < high, (x - low) / (high - low), 0.0 * x)  # 0.0 * x keeps NaN
     weight = torch.stack([1 - upper, upper], -1)
     return torch.zeros(*x.shape, len(bins), device=x.device).scatter_add_(-1, index, weight)
 
 
 def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
-    """Expectation (...) over bins of softmax(logits), logits (..., num_bins)."""
+    """Expectation (...) over bins of softmax(logits), eq. 10, logits (..., num_bins)."""
     probs = logits.float().softmax(-1)
     middle = len(bins) // 2
     # Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
@@ -207,7 +207,7 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Cross entropy (...) of softmax(logits) with the two-hot code of target (...)."""
+    """Cross entropy (...) of softmax(logits) with the two-hot target (...), eq. 11."""
     return -(two_hot_encode(target, bins) * logits.float().log_softmax(-1)).sum(-1)
 
 
@@ -216,8 +216,8 @@ def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
 
 
-def race_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
-    """Exponential(1) numbers: argmax(probs / noise) is a draw from probs, ones give the mode."""
+def exponential_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
+    """Exponential(1) noise: argmax(probs / noise) samples from probs; all ones give the mode."""
     return torch.rand(shape, device=device).log_().neg_()
 
 
@@ -230,29 +230,29 @@ def sample_one_hot(probs: Tensor, noise: Tensor) -> Tensor:
 
 def sample_state(logits: Tensor, unimix: float, noise: Tensor | None = None) -> Tensor:
     """Flat one-hots (..., S * C) drawn from logits (..., S, C) by `sample_one_hot`."""
-    noise = race_noise(*logits.shape, device=logits.device) if noise is None else noise
+    noise = exponential_noise(*logits.shape, device=logits.device) if noise is None else noise
     return sample_one_hot(unimix_probs(logits, unimix), noise).flatten(-2)
 
 
 def categorical_kl(p_logits: Tensor, q_logits: Tensor, unimix: float) -> Tensor:
-    """KL(p || q) in nats, summed over the S latents: logits (..., S, C) -> (...)."""
+    """KL(p || q) in nats, summed over the S categoricals: logits (..., S, C) -> (...)."""
     p, q = unimix_probs(p_logits, unimix), unimix_probs(q_logits, unimix)
     return (p * (p.log() - q.log())).sum((-2, -1))
 
 
 def lambda_return(reward, boot, last, terminal, discount: float, lam: float) -> Tensor:
-    """lambda-returns of eq. 5, all inputs (N, T), output (N, T - 1).
+    """lambda-returns of eq. 5, all tensors (N, T), output (N, T - 1).
 
-    R_t = r_t+1 + live_t+1 ((1 - trace_t+1) v_t+1 + trace_t+1 R_t+1) and R_T-1 = v_T-1, with
-    live = discount (1 - terminal) and trace = lam (1 - last). reward[:, 0] is never read.
+    R[t] = r[t+1] + live[t+1] ((1 - trace[t+1]) v[t+1] + trace[t+1] R[t+1]), R[T-1] = v[T-1], with
+    v = boot, live = discount (1 - terminal), trace = lam (1 - last). Nothing at t = 0 is read.
     The paper prints v_t for v_t+1 (danijar/dreamerv3#181).
     """
     live = (1 - terminal.float()) * discount
     trace = (1 - last.float()) * lam
-    step = reward + live * (1 - trace) * boot
+    one_step = reward + live * (1 - trace) * boot
     returns = [boot[:, -1]]
     for t in reversed(range(1, reward.shape[1])):
-        returns.append(step[:, t] + live[:, t] * trace[:, t] * returns[-1])
+        returns.append(one_step[:, t] + live[:, t] * trace[:, t] * returns[-1])
     return torch.stack(returns[:0:-1], 1)
 
 
@@ -275,7 +275,7 @@ class Linear(nn.Linear):
         initialize(self, inputs, outscale)
 
     def forward(self, x: Tensor) -> Tensor:
-        # A product with bias copies the bias first; torch.compile adds it in the next operation.
+        # F.linear with a bias first copies the bias; torch.compile fuses a separate addition.
         x = F.linear(x, self.weight)
         return x + self.bias.to(x.dtype)
 
@@ -310,18 +310,18 @@ class BlockLinear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
-        width = inputs // blocks + shared  # of a block's input, its slice first
-        self.blocks, self.slice = blocks, inputs // blocks
+        self.blocks, self.slice_width = blocks, inputs // blocks
+        width = self.slice_width + shared  # of a block's input: its slice, then `shared`
         self.weight = nn.Parameter(torch.empty(width, blocks, outputs // blocks))
         self.bias = nn.Parameter(torch.empty(outputs))
-        initialize(self, blocks * width)  # the fan-in of all blocks together, as the authors' code
+        initialize(self, blocks * width)  # fan-in of all blocks together, as in the authors' code
 
     def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
         """(N, inputs), (N, shared) -> (N, blocks, outputs / blocks)."""
-        x = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)
-        x = torch.bmm(x, self.weight[: self.slice].transpose(0, 1)).transpose(0, 1)
+        x = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (blocks, N, inputs / blocks)
+        x = torch.bmm(x, self.weight[: self.slice_width].transpose(0, 1)).transpose(0, 1)
         if shared is not None:
-            dense = shared @ self.weight[self.slice :].flatten(1)
+            dense = shared @ self.weight[self.slice_width :].flatten(1)
             x = x + dense.unflatten(-1, (self.blocks, -1))
         return x + self.bias.view(self.blocks, -1).to(x.dtype)
 
@@ -337,7 +337,7 @@ class RSSMPrior(nn.Module):
                  blocks=8, unimix=0.01):  # fmt: skip
         super().__init__()
         self.state_dim, self.classes, self.blocks, self.unimix = state_dim, classes, blocks, unimix
-        self.sizes = rnn_hidden_dim, state_dim * classes  # of the features' parts
+        self.latent_sizes = rnn_hidden_dim, state_dim * classes  # of belief, state
         self.belief_in = mlp(rnn_hidden_dim, hidden_dim, 1)
         self.state_in = mlp(state_dim * classes, hidden_dim, 1)
         self.action_in = mlp(action_width(action_spec), hidden_dim, 1)
@@ -348,15 +348,15 @@ class RSSMPrior(nn.Module):
 
     def recurrence(self, state: Tensor, belief: Tensor, action: Tensor) -> Tensor:
         """(N, S * C), (N, D), (N, A) -> next belief (N, D)."""
-        action = action / action.detach().abs().clamp(min=1)  # back to the border of [-1, 1]
+        action = action / action.detach().abs().clamp(min=1)  # clips to [-1, 1], keeps a gradient
         shared = [self.belief_in(belief), self.state_in(state), self.action_in(action)]
         x = self.hidden(belief, torch.cat(shared, -1)).flatten(-2)
         gates = self.gates(self.hidden_norm(x)).float()  # (N, blocks, 3 D / blocks)
         reset, candidate, update = gates.chunk(3, -1)  # split inside each block
         candidate = torch.tanh(torch.sigmoid(reset) * candidate)
-        update = torch.sigmoid(update - 1)  # the offset keeps the memory at first
-        blocks = belief.unflatten(-1, (self.blocks, -1))
-        return torch.lerp(blocks, candidate, update).flatten(-2)
+        update = torch.sigmoid(update - 1)  # at first, -1 favors the old belief
+        belief = belief.unflatten(-1, (self.blocks, -1))
+        return torch.lerp(belief, candidate, update).flatten(-2)
 
     def logits(self, belief: Tensor) -> Tensor:
         """(..., D) -> logits (..., S, C) of p(z | h)."""
@@ -364,7 +364,8 @@ class RSSMPrior(nn.Module):
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, S, C) for `sample_state`."""
-        return race_noise(*shape, self.state_dim, self.classes, device=self.gates.bias.device)
+        device = self.gates.bias.device
+        return exponential_noise(*shape, self.state_dim, self.classes, device=device)
 
     def forward(self, state, belief, action, noise=None) -> tuple[Tensor, Tensor, Tensor]:
         """(N, S * C), (N, D), (N, A) -> prior logits (N, S, C), next state and belief."""
@@ -389,7 +390,7 @@ class RSSMPosterior(nn.Module):
 
 
 def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise=None):
-    """One step of the filter; where `keep` is 0 an episode begins.
+    """One filtering step; an episode begins where `keep` is 0.
 
     (N, S * C), (N, D), (N, A), (N, E), (N), (N, S, C) -> state, belief, posterior logits.
     """
@@ -400,24 +401,24 @@ def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise=
 
 
 class RSSMRollout(nn.Module):
-    """Filters a sequence: the posterior latents of every step, resets inside it included."""
+    """Filters a sequence: posterior latents of every step, with resets at `is_first`."""
 
     def __init__(self, rssm_prior, rssm_posterior, compile_step=False):
         super().__init__()
-        self.prior = getattr(rssm_prior, "module", rssm_prior)  # out of a TensorDictModule
+        self.prior = getattr(rssm_prior, "module", rssm_prior)  # unwrap a TensorDictModule
         self.posterior = getattr(rssm_posterior, "module", rssm_posterior)
         self.step = torch.compile(rssm_step) if compile_step else rssm_step
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """td[B, T] with encoded_obs and action -> with state, belief and both logits.
+        """Adds state, belief and both logits to td[B, T] with encoded_obs and action.
 
-        `previous` holds the action before each row and the latents before the first one; without
-        it the actions of td are shifted by a row and latents start from zeros, as at `is_first`.
+        `previous` holds the action before each row and the latents before the first row. Without
+        it the actions of td shift by one row and the latents start at zero, as at `is_first`.
         """
         previous, is_first = td.get("previous", None), td.get("is_first", None)
         if previous is None:
             action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
-            belief, state = (action.new_zeros(len(td), size) for size in self.prior.sizes)
+            belief, state = (action.new_zeros(len(td), size) for size in self.prior.latent_sizes)
         else:
             action = previous["action"]
             belief, state = (previous[k][:, 0].float() for k in ("belief", "state"))
@@ -437,22 +438,22 @@ class RSSMRollout(nn.Module):
 
 
 class ObsEncoder(nn.Module):
-    """Observations -> encoded_obs: an MLP for vectors (D,), convolutions for uint8 (H, W, C)."""
+    """Observations -> encoded_obs: an MLP for vectors, convolutions for uint8 images (h, w, c)."""
 
     def __init__(self, shapes: dict, depth: int, units: int):
         super().__init__()
         self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
         self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
-        self.outputs = units * bool(self.vectors)
+        self.encoded_size = units if self.vectors else 0
         if self.vectors:
             self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, 3)
         if self.images:
             depths = [depth * m for m in DEPTH_MULTIPLIERS]
             channels = sum(shapes[k][2] for k in self.images)
-            self.convs = nn.ModuleList(map(conv, [channels, *depths], depths))
+            self.convs = nn.ModuleList(map(conv, [channels, *depths[:-1]], depths))
             self.norms = nn.ModuleList(RMSNorm(d) for d in depths)
             height, width = shapes[self.images[0]][:2]
-            self.outputs += (height // 16) * (width // 16) * depths[-1]
+            self.encoded_size += (height // 16) * (width // 16) * depths[-1]
 
     def embed(self, td: TensorDictBase) -> Tensor:
         """Observations td[*B] -> (*B, E)."""
@@ -460,8 +461,8 @@ class ObsEncoder(nn.Module):
         if self.vectors:
             parts.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
         if self.images:
-            x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, H, W, C)
-            x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # (N, C, H, W), channels last in memory
+            x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, h, w, c)
+            x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # (N, c, h, w), channels last in memory
             for layer, norm in zip(self.convs, self.norms, strict=True):
                 x = F.max_pool2d(layer(x), 2)
                 x = F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
@@ -469,12 +470,12 @@ class ObsEncoder(nn.Module):
         return torch.cat(parts, -1)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """td[*B] -> with `encoded_obs`."""
+        """Adds `encoded_obs` to td[*B]."""
         return td.set("encoded_obs", self.embed(td))
 
 
 class ObsDecoder(nn.Module):
-    """Latents -> one prediction per observation key: symlog vectors (..., D), images in [0, 1]."""
+    """Latents -> one prediction per observation key: symlog vectors (..., n), images in [0, 1]."""
 
     def __init__(self, shapes, belief_dim, state_size, depth, units, blocks=8):
         super().__init__()
@@ -501,20 +502,20 @@ class ObsDecoder(nn.Module):
             outputs |= {k: head(x) for k, head in zip(self.vectors, self.heads, strict=True)}
         if self.images:
             x = self.belief_in(belief.flatten(0, -2)).unflatten(-1, (*self.grid[:2], -1))
-            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, blocks, h, w, c) -> (N, h, w, C)
+            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # from (N, blocks, h, w, c)
             x = x + self.state_in(state.flatten(0, -2)).unflatten(-1, self.grid)
             for norm, layer in zip(self.norms, self.convs, strict=True):
                 x = F.silu(norm(x)).permute(0, 3, 1, 2)
                 x = layer(F.interpolate(x, scale_factor=2, mode="nearest")).permute(0, 2, 3, 1)
             x = torch.sigmoid(x.float()).unflatten(0, belief.shape[:-1])
-            outputs |= zip(self.images, x.split(self.channels, -1), strict=True)
+            outputs.update(zip(self.images, x.split(self.channels, -1), strict=True))
         return outputs
 
 
 class DreamerActor(nn.Module):
     """Policy on features (..., F): a normal, or one categorical per entry of `classes`.
 
-    Samples are not squashed, the environment clips them. `unimix` is the share of the uniform
+    Samples are not squashed; the environment clips them. `unimix` is the share of the uniform
     distribution in the categoricals (the paper has 0.01, the authors' current code none).
     """
 
@@ -528,7 +529,7 @@ class DreamerActor(nn.Module):
             self.std_head = Linear(units, self.action_dim, outscale=0.01)
 
     def forward(self, feat: "Tensor | TensorDictBase"):
-        """Features (..., F) -> the action distribution; latents td[*B] -> with a sampled action."""
+        """Features (..., F) -> action distribution; latents td[*B] -> td with sampled `action`."""
         if isinstance(feat, TensorDictBase):
             distribution = self(features(feat))
             return feat.set("action", distribution.sample(self.draw_noise(*feat.batch_size)))
@@ -536,30 +537,30 @@ class DreamerActor(nn.Module):
         if self.classes:
             logits = self.head(x).float().split(self.classes, -1)
             if self.unimix:
-                logits = [unimix_probs(part, self.unimix).log() for part in logits]
+                logits = tuple(unimix_probs(x, self.unimix).log() for x in logits)
             return Categoricals(logits)
-        std = (1.0 - 0.1) * torch.sigmoid(self.std_head(x).float() + 2.0) + 0.1
+        std = 0.1 + 0.9 * torch.sigmoid(self.std_head(x).float() + 2.0)  # between 0.1 and 1
         return BoundedNormal(torch.tanh(self.head(x).float()), std)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, A) for the distribution's `sample`."""
-        draw = race_noise if self.classes else torch.randn
+        draw = exponential_noise if self.classes else torch.randn
         return draw(*shape, self.action_dim, device=self.head.weight.device)
 
 
 class BoundedNormal(Independent):
-    """Diagonal normal over actions (..., A)."""
+    """Diagonal normal (..., A) whose mean and std are bounded."""
 
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__(Normal(mean, std, validate_args=False), 1, validate_args=False)
 
     def sample(self, noise: Tensor) -> Tensor:
-        """noise (..., A) ~ N(0, 1) -> actions, beyond [-1, 1] now and then."""
+        """noise (..., A) ~ N(0, 1) -> actions, which may leave [-1, 1]."""
         return (self.base_dist.mean + self.base_dist.stddev * noise).detach()
 
 
 class Categoricals:
-    """One categorical per discrete action; an action is their one-hots side by side, (..., A)."""
+    """One categorical per discrete action; an action (..., A) concatenates their one-hots."""
 
     def __init__(self, logits: tuple[Tensor, ...]):
         self.sizes = [x.shape[-1] for x in logits]
@@ -570,7 +571,7 @@ class Categoricals:
         return self.sample(torch.ones_like(self.log_probs))
 
     def sample(self, noise: Tensor) -> Tensor:
-        """noise (..., A) from `race_noise` -> one-hot actions."""
+        """noise (..., A) from `exponential_noise` -> one-hot actions."""
         probs = self.log_probs.detach().exp().split(self.sizes, -1)
         pairs = zip(probs, noise.split(self.sizes, -1), strict=True)
         return torch.cat([sample_one_hot(*pair) for pair in pairs], -1)
@@ -583,7 +584,7 @@ class Categoricals:
 
 
 def features(latent: TensorDictBase) -> Tensor:
-    """(..., D) and (..., S * C) -> (..., F): what heads, actor and critic see."""
+    """Latents td[*B] -> (*B, F), the input of heads, actor and critic."""
     return torch.cat([latent["belief"], latent["state"]], -1)
 
 
@@ -596,16 +597,17 @@ class WorldModel(nn.Module):
         sizes |= dict(classes=args.classes, unimix=args.unimix)
         self.encoder = ObsEncoder(shapes, args.depth, args.units)
         self.prior = RSSMPrior(action_spec, blocks=args.blocks, **sizes)
-        self.posterior = RSSMPosterior(obs_dim=self.encoder.outputs, **sizes)
+        self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        self.decoder = ObsDecoder(shapes, *self.prior.sizes, args.depth, args.units, args.blocks)
-        self.feat_size = sum(self.prior.sizes)
+        widths = *self.prior.latent_sizes, args.depth, args.units
+        self.decoder = ObsDecoder(shapes, *widths, args.blocks)
+        self.feat_size = sum(self.prior.latent_sizes)
         self.reward = mlp(self.feat_size, args.units, 1, BINS, outscale=0.0)
         self.cont = mlp(self.feat_size, args.units, 1, outputs=1)
         self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """Rows td[B, T] -> with their latents and logits, see RSSMRollout."""
+        """Adds their latents and logits to rows td[B, T]; see RSSMRollout."""
         return self.rollout(self.encoder(td), noise)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
@@ -621,14 +623,14 @@ class WorldModel(nn.Module):
 
 
 def kl_losses(posterior_logits, prior_logits, unimix: float, free_nats: float):
-    """Dynamics and representation loss (B, T) in nats, eq. 3: free nats after the sum over S."""
+    """Dynamics and representation losses (B, T), eq. 3: free_nats clamp the sum over S."""
     dynamic = categorical_kl(posterior_logits.detach(), prior_logits, unimix)
     representation = categorical_kl(posterior_logits, prior_logits.detach(), unimix)
     return dynamic.clamp(min=free_nats), representation.clamp(min=free_nats)
 
 
 def reconstruction_loss(decoder: ObsDecoder, td: TensorDictBase) -> Tensor:
-    """Squared error (B, T), no 1/2, summed over numbers and keys: symlog or pixels / 255."""
+    """Squared error (B, T) of symlog vectors or pixels / 255: eq. 8 without its 1/2, summed."""
     loss = 0.0
     for key, predicted in decoder(td["state"], td["belief"]).items():
         target = td[key].float() / 255 if td[key].dtype == torch.uint8 else symlog(td[key])
@@ -642,7 +644,7 @@ def reward_loss(head: nn.Module, feat: Tensor, reward: Tensor, bins: Tensor) -> 
 
 
 def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, horizon: int) -> Tensor:
-    """Binary cross entropy (B, T), target 1 - 1/horizon, the discount, or 0 at a terminal row."""
+    """Binary cross entropy (B, T); the target is the discount 1 - 1/horizon, 0 at terminals."""
     target = (~is_terminal).float() * (1 - 1 / horizon)
     logits = head(feat).float().squeeze(-1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -661,14 +663,14 @@ class DreamerV3ModelLoss(nn.Module):
         self.lambda_representation = lambda_representation
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None):
-        """Rows td[B, T], filtered or not yet -> scalar losses, td with its latents and logits."""
+        """Rows td[B, T], with or without latents -> scalar losses, td with latents and logits."""
         model = self.world_model
         td = td if "posterior_logits" in td.keys() else model(td, noise)
-        feat, logits = features(td), (td["posterior_logits"], td["prior_logits"])
+        feat, posterior, prior = features(td), td["posterior_logits"], td["prior_logits"]
         reco = reconstruction_loss(model.decoder, td)
         reward = reward_loss(model.reward, feat, td["reward"], model.bins)
         cont = continue_loss(model.cont, feat, td["is_terminal"], self.horizon)
-        dynamic, representation = kl_losses(*logits, model.prior.unimix, self.free_nats)
+        dynamic, representation = kl_losses(posterior, prior, model.prior.unimix, self.free_nats)
         losses = TensorDict(
             loss_model_reco=self.lambda_reco * reco.mean(),
             loss_model_reward=self.lambda_reward * reward.mean(),
@@ -680,8 +682,8 @@ class DreamerV3ModelLoss(nn.Module):
 
 
 def dream_step(actor, prior, feat, action_noise, state_noise) -> tuple[Tensor, Tensor]:
-    """Act at feat (N, F) and let the model answer: action (N, A), next feat (N, F)."""
-    belief, state = feat.split(prior.sizes, -1)
+    """One imagined step from feat (N, F): action (N, A), next feat (N, F)."""
+    belief, state = feat.split(prior.latent_sizes, -1)
     action = actor(feat).sample(action_noise)
     _, state, belief = prior(state, belief, action, state_noise)
     return action, torch.cat([belief, state], -1)
@@ -705,10 +707,10 @@ def log_prob_and_entropy(actor, feat: Tensor, action: Tensor) -> tuple[Tensor, T
 
 
 class DreamerV3ActorLoss(nn.Module):
-    """Imagines, scores with lambda-returns, and improves the actor by REINFORCE, eq. 6-7.
+    """Imagines, scores with lambda-returns, and trains the actor by REINFORCE, eq. 6-7.
 
-    Advantages are divided by max(1, S): S is a slow average of the returns' 5-95 % range, whose
-    bounds `low` and `high` are buffers, updated before use in training mode.
+    Advantages are divided by max(1, high - low). These buffers are moving averages of the returns'
+    5th and 95th percentiles, updated before use in training mode.
     """
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
@@ -723,10 +725,10 @@ class DreamerV3ActorLoss(nn.Module):
         self.register_buffer("quantiles", torch.tensor([0.05, 0.95]))
 
     def forward(self, td: TensorDictBase, noise: TensorDictBase | None = None):
-        """N latents td[*B], without gradient -> loss_actor, the dream[N, H + 1] that starts there.
+        """Latents td[*B], N in all -> loss_actor, and dream[N, H + 1] from them; no gradient to td.
 
-        It has `feat`, `action`, `reward`, `continue`, `weight`, `value_logits`, `value`, `entropy`,
-        `lambda_target`. The last state has no action and no target: zeros.
+        The dream has `feat`, `action`, `reward`, `continue`, `weight`, `value_logits`, `value`,
+        `entropy`, `lambda_target`. At its last step, action and target are zeros.
         """
         model = self.env.world_model
         with torch.no_grad():
@@ -735,7 +737,7 @@ class DreamerV3ActorLoss(nn.Module):
             weight = dream["continue"].cumprod(1)
             dream["weight"] = weight if self.discount_loss else torch.ones_like(weight)
         dream["value_logits"], value = predict_value(self.value, dream["feat"], model.bins)
-        last, terminal = torch.zeros_like(value), 1 - dream["continue"]  # which has the discount
+        last, terminal = torch.zeros_like(value), 1 - dream["continue"]  # discount is in continue
         returns = lambda_return(dream["reward"], value, last, terminal, 1.0, self.lam)
         advantage = (returns - value[:, :-1]) / self.return_scale(returns)
         log_prob, entropy = log_prob_and_entropy(self.actor, dream["feat"], dream["action"])
@@ -745,11 +747,11 @@ class DreamerV3ActorLoss(nn.Module):
         return TensorDict(loss_actor=-(dream["weight"][:, :-1] * objective).mean()), dream
 
     def imagine(self, feat: Tensor, noise: TensorDictBase | None = None) -> TensorDict:
-        """Start (N, F) -> [N, H + 1] with `feat` and `action`, stepped by the world model."""
+        """Start feat (N, F) -> dream[N, H + 1] with `feat` and `action`."""
         noise = self.draw_noise(len(feat)) if noise is None else noise
         feats, actions, prior = [feat], [], self.env.world_model.prior
-        for step in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
-            action, feat = dream_step(self.actor, prior, feat, *step)
+        for step_noise in zip(noise["action"].unbind(1), noise["state"].unbind(1), strict=True):
+            action, feat = dream_step(self.actor, prior, feat, *step_noise)
             feats.append(feat)
             actions.append(action)
         action = F.pad(torch.stack(actions, 1), (0, 0, 0, 1))
@@ -762,54 +764,54 @@ class DreamerV3ActorLoss(nn.Module):
         return TensorDict(action=action, state=state, batch_size=size)
 
     def return_scale(self, returns: Tensor) -> Tensor:
-        """max(1, S) after one step of the average (only in training mode)."""
+        """max(1, high - low); training mode first updates both averages."""
         if self.training:
-            low, high = torch.quantile(gather(returns.flatten()), self.quantiles)
+            low, high = torch.quantile(gather(returns.flatten()), self.quantiles)  # of all ranks
             self.low.lerp_(low, 0.01)
             self.high.lerp_(high, 0.01)
         return (self.high - self.low).clamp(min=1.0)
 
 
-def value_error(logits, target, feat, slow_value: nn.Module, bins: Tensor) -> Tensor:
-    """Cross entropy (...) of logits with the target (...), and with the slow critic's value."""
-    with torch.no_grad():  # a moving average of the critic, which thus stays near it
+def critic_loss(logits, target, feat, slow_value: nn.Module, bins: Tensor) -> Tensor:
+    """Cross entropy (...) of logits with the target (...), plus with the slow critic's value."""
+    with torch.no_grad():  # keeps the critic near its own moving average
         slow = two_hot_decode(slow_value(feat), bins)
     return two_hot_loss(logits, target.detach(), bins) + two_hot_loss(logits, slow, bins)
 
 
 class DreamerV3ValueLoss(nn.Module):
-    """Two-hot critic on imagined returns and, through `replay`, on returns along real rows."""
+    """Critic loss, eq. 5, on imagined returns and, in `replay`, on returns of replayed rows."""
 
     def __init__(self, value_model, slow_value_model, *, lam=0.95, lambda_replay=0.3, horizon=333):
         super().__init__()
         self.value, self.slow_value = value_model, slow_value_model
         self.lam, self.horizon, self.lambda_replay = lam, horizon, lambda_replay
-        self.register_buffer("bins", two_hot_bins(BINS))
+        self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
 
     def forward(self, dream: TensorDictBase) -> tuple[TensorDict, TensorDictBase]:
         """dream[N, H + 1] of DreamerV3ActorLoss; its last state, without target, does not count."""
         logits, target = dream["value_logits"], dream["lambda_target"]
-        error = value_error(logits, target, dream["feat"], self.slow_value, self.bins)
+        error = critic_loss(logits, target, dream["feat"], self.slow_value, self.bins)
         return TensorDict(loss_value=(dream["weight"] * error)[:, :-1].mean()), dream
 
     def replay(self, td: TensorDictBase, boot: Tensor) -> tuple[TensorDict, TensorDictBase]:
         """td[B, T] of DreamerV3ModelLoss, boot (B, T) the imagined return from each row."""
         last, terminal, discount = td["is_last"], td["is_terminal"], 1 - 1 / self.horizon
         returns = lambda_return(td["reward"], boot, last, terminal, discount, self.lam)
-        feat = features(td)[:, :-1]  # through which the gradient reaches the world model
+        feat = features(td)[:, :-1]  # its gradient reaches the world model
         weight = (~last[:, :-1]).float()
-        error = value_error(self.value(feat), returns, feat.detach(), self.slow_value, self.bins)
+        error = critic_loss(self.value(feat), returns, feat.detach(), self.slow_value, self.bins)
         return TensorDict(loss_replay_value=self.lambda_replay * (weight * error).mean()), td
 
 
 COMPILED = (kl_losses, reconstruction_loss, reward_loss, continue_loss, dream_step,
-            predict_outcome, predict_value, log_prob_and_entropy, value_error)  # fmt: skip
+            predict_outcome, predict_value, log_prob_and_entropy, critic_loss)  # fmt: skip
 
 # --- imagination environment --------------------------------------------------------------------
 
 
 class DreamerEnv(ModelBasedEnvBase):
-    """Steps inside the world model: latents in, latents, reward and continuation out."""
+    """Steps inside the world model: latents and action -> next latents, reward, continuation."""
 
     def __init__(self, world_model, prior_shape, belief_shape, device=None, batch_size=()):
         shapes = {"belief": tuple(belief_shape), "state": tuple(prior_shape)}
@@ -831,7 +833,7 @@ class DreamerDecoder(nn.Module):
         self.world_model = world_model
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """Vectors float32 (*B, D), images uint8 (*B, H, W, C); under "next" as well."""
+        """Vectors float32 (*B, n), images uint8 (*B, h, w, c); under "next" as well."""
         decoder = self.world_model.decoder
         for key, value in decoder(td["state"], td["belief"]).items():
             image = key in decoder.images
@@ -843,9 +845,9 @@ class DreamerDecoder(nn.Module):
 
 
 class LaProp(torch.optim.Optimizer):
-    """Adaptive gradient clipping, RMS normalization, then momentum; linear warm-up from 0.
+    """Adaptive gradient clipping (AGC), RMS normalization, then momentum; linear warm-up from 0.
 
-    AGC limits each tensor's gradient norm to `clip` times its weight norm. Unlike Adam, momentum
+    AGC limits each tensor's gradient norm to `clip` times its weight norm. Unlike in Adam, momentum
     averages gradients that are already normalized (LaProp, Ziyin et al., 2020).
     """
 
@@ -860,12 +862,14 @@ class LaProp(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        params, updates = group["params"], self.state[group["params"][0]]["updates"]
+        params, lr = group["params"], group["lr"]
+        updates = self.state[params[0]]["updates"]
         rms = [self.state[p]["rms"] for p in params]
         momentum = [self.state[p]["momentum"] for p in params]
-        lr = group["lr"] * (updates / self.warmup).clamp(max=1.0) if self.warmup else group["lr"]
+        if self.warmup:
+            lr = lr * (updates / self.warmup).clamp(max=1.0)
         updates.add_(1)
-        grads = self.clipped(params)
+        grads = self.clipped_grads(params)
         torch._foreach_mul_(rms, self.beta2)
         torch._foreach_addcmul_(rms, grads, grads, 1 - self.beta2)
         scale = torch._foreach_div(rms, 1 - self.beta2**updates)
@@ -876,12 +880,13 @@ class LaProp(torch.optim.Optimizer):
         update = torch._foreach_mul(momentum, -lr / (1 - self.beta1**updates))
         torch._foreach_add_(params, update)
 
-    def clipped(self, params: list[Tensor]) -> list[Tensor]:
+    def clipped_grads(self, params: list[Tensor]) -> list[Tensor]:
         """Gradients after AGC."""
         grads = [p.grad for p in params]
-        limit = torch._foreach_clamp_min(torch._foreach_norm(params), 1e-3)
-        ratio = torch._foreach_div(torch._foreach_norm(grads), torch._foreach_mul(limit, self.clip))
-        return torch._foreach_div(grads, torch._foreach_clamp_min(ratio, 1.0))
+        weight_norms = torch._foreach_clamp_min(torch._foreach_norm(params), 1e-3)
+        limits = torch._foreach_mul(weight_norms, self.clip)
+        ratios = torch._foreach_div(torch._foreach_norm(grads), limits)
+        return torch._foreach_div(grads, torch._foreach_clamp_min(ratios, 1.0))
 
 
 class Ratio:
@@ -915,27 +920,28 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            sizes = spec["action_dim"], spec["classes"], args.units
-            self.actor = DreamerActor(model.feat_size, *sizes)
+            action = spec["action_dim"], spec["classes"]
+            self.actor = DreamerActor(model.feat_size, *action, args.units)
             self.value = mlp(model.feat_size, args.units, 3, BINS, outscale=0.0)
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
-            belief_dim, state_dim = model.prior.sizes
-            self.env = DreamerEnv(model, prior_shape=(state_dim,), belief_shape=(belief_dim,))
+            belief_dim, state_size = model.prior.latent_sizes
+            self.env = DreamerEnv(model, prior_shape=(state_size,), belief_shape=(belief_dim,))
             self.actor_loss = DreamerV3ActorLoss(
                 self.actor, self.value, self.env, imagination_horizon=args.imagination_horizon,
                 lam=args.lam, entropy_bonus=args.entropy_bonus,
             )  # fmt: skip
-            values = self.value, self.slow_value
-            self.value_loss = DreamerV3ValueLoss(*values, lam=args.lam, horizon=args.horizon)
+            self.value_loss = DreamerV3ValueLoss(
+                self.value, self.slow_value, lam=args.lam, horizon=args.horizon
+            )
         self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, horizon=args.horizon)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
         self.stateful = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
-        if args.compile:  # for the whole process; RSSMRollout compiles its own step
+        if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
-            self.update = CudaGraphModule(self.update, warmup=3)  # it never waits for the GPU
+            self.update = CudaGraphModule(self.update, warmup=3)  # update never waits for the GPU
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -945,7 +951,7 @@ class Agent:
 
     @torch.no_grad()
     def act(self, rows: TensorDict, latent: TensorDict | None = None, sample: bool = True):
-        """Rows[N] and the latent[N] of the rows before -> latent[N] with its `action` (N, A).
+        """Rows[N] and the previous latent[N] -> latent[N] with its `action` (N, A).
 
         `sample=False` takes the policy's mode; the published scores are of the sampling policy.
         """
@@ -961,14 +967,14 @@ class Agent:
         return latent.set("action", action * (~rows["is_last"]).float()[:, None])
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> tuple[dict, TensorDict]:
-        """One step of every network: batch [B, T] -> 0-dim metrics, latents [B, T] for the replay.
+        """One update of all networks: batch [B, T] -> 0-dim metrics, latents [B, T] for the replay.
 
         `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
         """
         noise = noise or {}
         with autocast(self):
             losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
-            actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # from every row
+            actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # starts at every row
             value_losses, _ = self.value_loss(dream)
             boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
             replay_losses, _ = self.value_loss.replay(td, boot)
@@ -976,7 +982,7 @@ class Agent:
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         grads = [p.grad for p in self.optimizer.param_groups[0]["params"]]
-        mean_(grads)
+        mean_(grads)  # over all ranks
         losses["grad_norm"] = nn.utils.get_total_norm(grads)
         self.optimizer.step()
         with torch.no_grad():
@@ -986,7 +992,7 @@ class Agent:
 
     @torch.no_grad()
     def metrics(self, losses: TensorDict, td: TensorDict, dream: TensorDict) -> dict:
-        """What the README's glossary explains, as 0-dim tensors: no host synchronization."""
+        """Metrics as 0-dim tensors (no host synchronization), explained in docs/dreamer_v3.md."""
         prior = unimix_probs(td["prior_logits"], self.args.unimix)
         return {
             **{f"train/{name}": value.detach() for name, value in losses.items()},
@@ -1007,13 +1013,13 @@ class Agent:
         return {**state, "spec": self.spec, "args": asdict(self.args)}
 
     def load_state_dict(self, state: dict):
-        for name, module in self.stateful.items():
-            module.load_state_dict(state[name])
+        for name, part in self.stateful.items():
+            part.load_state_dict(state[name])
         self.actor_loss.low.copy_(state["low"])
         self.actor_loss.high.copy_(state["high"])
 
 
-def load(run: str | Path, device: str = "cpu") -> Agent:
+def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
     return load_agent(run, "dreamer_v3", Args, Agent, device)
 
@@ -1024,11 +1030,11 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     device = prepare(args)
-    per_row = args.train_ratio / (args.batch_size * args.batch_length)  # updates
+    updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
     if args.benchmark:
-        from tools.benchmark import benchmark  # no training needs it
+        from tools.benchmark import benchmark  # only --benchmark needs it
 
-        return benchmark(Agent, args, device, per_row)
+        return benchmark(Agent, args, device, updates_per_row)
     if args.eval:
         return evaluate_run(load(args.eval, device), args)
 
@@ -1036,16 +1042,17 @@ def main(argv: list[str] | None = None):
     agent = Agent(envs.spec, args, device)
     with Run("dreamer_v3", args, agent) as run:
         example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
-        replay, ratio = make_replay(args, example, run.folder, online=True), Ratio(per_row)
-        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
+        replay = make_replay(args, example, run.folder, online=True)
+        updates = Ratio(updates_per_row)
+        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=updates)
 
         while run.training(latent):
-            if not run.owed:  # else a stop has interrupted the updates
+            if not run.owed:  # after a stop, finish its updates first
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent)
                 replay.append(agent.row(rows, latent))
                 run.count(rows)
-                run.owe(ratio(run.step // args.action_repeat) if replay.ready else 0)
+                run.owe(updates(run.step // args.action_repeat) if replay.ready else 0)
             for batch in run.batches(replay):
                 metrics, latents = agent.update(batch)
                 replay.write_back(batch, latents)

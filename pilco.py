@@ -68,9 +68,9 @@ class Args:
     """Flags: the authors' settings, but for fewer trials and evaluations, and for --restarts."""
 
     preset: Preset = "cart_pole"  # a scenario; other flags override it
-    env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, also my_module:MyEnv-v0
+    env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
     trials: MayChange[Count] = 8  # rollouts of a policy, each improved before it
-    seed: Natural = 0  # of networks, noise and environments
+    seed: Natural = 0  # seeds networks, noise, environments
 
     # the run
 
@@ -88,7 +88,7 @@ class Args:
     random_rollouts: Count = 1  # before the first trial
     action_repeat: Count = 1  # environment steps per action
     dt: Positive = 0.1  # seconds that an environment step lasts, for the log
-    camera: int = -1  # of MuJoCo; -1: the usual one
+    camera: int = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # belief
@@ -1111,7 +1111,7 @@ def main(argv: list[str] | None = None):
     args = parse_args(argv)
     prepare(args)
     if args.benchmark:
-        from tools.benchmark import benchmark_policy  # no training needs it
+        from tools.benchmark import benchmark_policy  # only --benchmark needs it
 
         return benchmark_policy(Agent, Args(restarts=1, centers=10))
     if args.eval:

@@ -66,14 +66,15 @@ class Replay:
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
     episodes: draw a finished episode, then a window inside of it; the one at its end only with
-    `last`. RunError if a window of `length` rows does not fit the ring or the disk is too full.
+    `last_window`. RunError if a window of `length` rows does not fit the ring or if the disk is too
+    full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
                  *, batch_size=16, updatable=LATENTS, slack=0, seed=0,
-                 online=False, episodes=False, last=False):  # fmt: skip
+                 online=False, episodes=False, last_window=False):  # fmt: skip
         self.num_envs, self.length, self.batch_size = num_envs, length, batch_size
-        self.online, self.episodes, self.last = online, episodes, last
+        self.online, self.episodes, self.last_window = online, episodes, last_window
         self.capacity = capacity // num_envs  # rows of one environment
         self.physical = self.capacity + slack
         if self.capacity < length:
@@ -183,7 +184,7 @@ class Replay:
         if self.long_known_at != self.total:
             episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
             _, first, rows = episodes.unbind(-1)
-            self.long = episodes[(first >= self.oldest) & (rows >= self.length - self.last)]
+            self.long = episodes[(first >= self.oldest) & (rows >= self.length - self.last_window)]
             self.long_known_at = self.total
         return self.long
 
@@ -195,12 +196,13 @@ class Replay:
         """
         episodes = self.long_episodes()
         if not len(episodes):
-            text = f"the replay holds no whole episode of {self.length - self.last} rows or more"
+            least = self.length - self.last_window
+            text = f"the replay holds no whole episode of {least} rows or more"
             ways = "a larger --prefill or --replay-size, or a smaller --batch-length (with --fresh)"
             raise RunError(f"{text}: try {ways}")
         draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
         env, first, rows = episodes[draw].unbind(-1)
-        starts = rows - (self.length - 1) + self.last
+        starts = rows - (self.length - 1) + self.last_window
         offset = (torch.rand(batch_size, generator=self.generator) * starts).long()
         return self.windows(torch.stack([env, first + offset - 1], -1))
 

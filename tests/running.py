@@ -271,7 +271,7 @@ def two(request, start):
 def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
-    monkeypatch.setattr(common.run, "show", lambda *_: {})
+    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: {})
     monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
     monkeypatch.setattr(pilco, "prediction_plot", lambda *_: None)
     monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)

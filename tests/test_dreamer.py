@@ -36,7 +36,7 @@ from dreamer import (
     RSSMPrior,
     RSSMRollout,
     TanhNormal,
-    distance,
+    elementwise_loss,
     features,
     gaussian_kl,
     kl_loss,
@@ -113,11 +113,11 @@ def test_gaussian_kl_is_that_of_torch():
 
 def test_60_likelihoods():
     zero, one = torch.zeros(()), torch.ones(())
-    near(-distance(zero, one, "normal"), -0.5 - 0.918939)
-    near(-distance(zero, 3 * one, "normal"), Normal(0.0, 1.0).log_prob(3 * one))
+    near(-elementwise_loss(zero, one, "normal"), -0.5 - 0.918939)
+    near(-elementwise_loss(zero, 3 * one, "normal"), Normal(0.0, 1.0).log_prob(3 * one))
     for kind, values in (("l2", (1, 9)), ("l1", (1, 3)), ("smooth_l1", (0.5, 2.5))):
-        near(distance(zero, one, kind), values[0])
-        near(distance(zero, 3 * one, kind), values[1])
+        near(elementwise_loss(zero, one, kind), values[0])
+        near(elementwise_loss(zero, 3 * one, kind), values[1])
 
 
 def test_61_lambda_return():
@@ -218,7 +218,7 @@ def test_first_transposed_convolution_is_a_product():
     decoder = make_agent(SPEC | {"shapes": {"eye": (64, 64, 3)}}).world_model.decoder
     nn.init.normal_(decoder.deconvs[0].bias)
     x = torch.randn(3, 32 * TINY["depth"])
-    near(decoder.spread(x), decoder.deconvs[0](x[..., None, None]), 1e-5, 1e-6)
+    near(decoder.first_deconv(x), decoder.deconvs[0](x[..., None, None]), 1e-5, 1e-6)
 
 
 def test_65_initialization():
@@ -320,7 +320,7 @@ def test_several_images_and_vectors():
     shapes = {"eye": (64, 64, 3), "place": (3,), "depth": (64, 64, 1)}
     spec = SPEC | {"shapes": shapes}
     agent = make_agent(spec)
-    assert agent.world_model.encoder.outputs == 16 + 64
+    assert agent.world_model.encoder.encoded_size == 16 + 64
     metrics = agent.update(make_batch(spec, 2, 3))
     assert all(torch.isfinite(value) for value in metrics.values())
     td = TensorDict(belief=torch.randn(2, 12), state=torch.randn(2, 4), batch_size=[2])

@@ -88,7 +88,7 @@ def test_stopped_within_the_last_burst(inside, monkeypatch, tmp_path):
     argv = [*SMALL, "--env-id", "running:Long-v0", "--prefill", 60, "--steps", 60, "--seed", 4]
     argv += ["--train-every", 60, "--train-steps", 7, "--pretrain", 90]
     ended, updates, update = [], [], Agent.update
-    monkeypatch.setattr(common.run, "show", lambda *_: ended.append(0) or {})
+    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: ended.append(0) or {})
 
     def stopping(agent, batch):
         updates.append(0)
@@ -140,7 +140,7 @@ def test_the_last_window_is_drawn_with_pcont(inside, monkeypatch, pcont):
     seen, draw = [], Replay.draw_in_episodes
 
     def spy(replay, batch_size):
-        seen.append(replay.last)
+        seen.append(replay.last_window)
         return draw(replay, batch_size)
 
     monkeypatch.setattr(Replay, "draw_in_episodes", spy)
@@ -355,7 +355,7 @@ def test_a_run_without_updates_says_so(start, tmp_path):
         *argv, "--steps", 15, "--run", tmp_path / "run"
     ).done()  # its first episode ends with row 21
     assert text.count("no update before an episode of --batch-length rows has ended") == 1
-    assert "no updates: no episode of --batch-length rows or more has ended" in text
+    assert "no updates: raise --steps, or lower --prefill" in text
 
 
 def test_two_ranks_resume_exactly(two, tmp_path):

@@ -22,10 +22,10 @@ from dreamer_v3 import (
     LaProp,
     categorical_kl,
     continue_loss,
+    exponential_noise,
     kl_losses,
     lambda_return,
     parse_args,
-    race_noise,
     reconstruction_loss,
     reward_loss,
     sample_one_hot,
@@ -340,7 +340,7 @@ def test_12_kl_stop_gradients():
 def test_13_straight_through():
     torch.manual_seed(0)
     logits = torch.randn(6, dtype=torch.float64)
-    noise = race_noise(6).double()
+    noise = exponential_noise(6).double()
 
     def draw(x):
         return sample_one_hot(unimix_probs(x, 0.01), noise)
@@ -350,7 +350,7 @@ def test_13_straight_through():
     p = softmax(logits.numpy())
     expected = 0.99 * (np.diag(p) - np.outer(p, p))
     near(torch.autograd.functional.jacobian(draw, logits), expected, 1e-10, 1e-14)
-    batch = sample_one_hot(unimix_probs(torch.randn(500, 8, 4), 0.01), race_noise(500, 8, 4))
+    batch = sample_one_hot(unimix_probs(torch.randn(500, 8, 4), 0.01), exponential_noise(500, 8, 4))
     assert batch.sum(-1).eq(1).all() and ((batch == 0) | (batch == 1)).all()
 
 
@@ -360,15 +360,15 @@ def test_13_frequency_of_draws():
     n = 200_000
     for logits in (torch.tensor([1.0, -1.0, 0.0, 2.5, -4.0]), torch.zeros(5)):
         probs = unimix_probs(logits, 0.01)
-        count = sample_one_hot(probs.expand(n, 5), race_noise(n, 5)).sum(0)
+        count = sample_one_hot(probs.expand(n, 5), exponential_noise(n, 5)).sum(0)
         assert count.sum() == n
         assert ((count - n * probs) ** 2 / (n * probs)).sum() < 23.5
 
 
-def test_race_noise_is_exponential():
+def test_exponential_noise_is_exponential():
     """Moments and distribution function of Exponential(1); all ones give the mode."""
     torch.manual_seed(0)
-    x = race_noise(1000, 200).flatten().sort().values
+    x = exponential_noise(1000, 200).flatten().sort().values
     assert (x > 0).all()
     agree(x.mean(), 1.0, 0.01)
     distance = (1 - (-x.double()).exp() - torch.arange(len(x)) / len(x)).abs().max()
@@ -721,7 +721,7 @@ def test_43_adaptive_gradient_clipping():
         parameter([3.0, 4.0], [0.6, -0.8]),  # below the limit of 1.5: untouched
         parameter([-2.0], [100.0]),  # a bias is limited like any other tensor
     ]
-    found = LaProp(params).clipped(params)
+    found = LaProp(params).clipped_grads(params)
     expected = [[0.9, 1.2], [3e-4 * 0.6, -3e-4 * 0.8], [0.6, -0.8], [0.6]]
     for grad, numbers in zip(found, expected, strict=True):
         agree(grad, numbers, 1e-9)

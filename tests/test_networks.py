@@ -37,10 +37,10 @@ from dreamer_v3 import (
     RSSMPrior,
     RSSMRollout,
     continue_loss,
+    exponential_noise,
     features,
     kl_losses,
     mlp,
-    race_noise,
     reconstruction_loss,
     reward_loss,
     symexp,
@@ -346,7 +346,7 @@ def test_24_reset_ignores_carry_and_action():
     """is_first anywhere: outputs equal a fresh start, whatever came before."""
     agent = v3_agent()
     td = with_previous(make_batch(agent))
-    noise = race_noise(*td.shape, 4, 4)
+    noise = exponential_noise(*td.shape, 4, 4)
     td["is_first"][:] = False
     td["is_first"][0, 0] = td["is_first"][1, 3] = True
     whole = observe(agent, td, noise)
@@ -374,7 +374,7 @@ def test_50_reset_inside_a_window_equals_a_fresh_run():
     """Rows after a reset, run on their own from zero latents, give the same latents."""
     agent = v3_agent()
     td = with_previous(make_batch(agent))
-    noise = race_noise(*td.shape, 4, 4)
+    noise = exponential_noise(*td.shape, 4, 4)
     whole = observe(agent, td, noise)
     where = td["is_first"][0].nonzero().item()
     part = td[:1, where:].clone()
@@ -393,7 +393,7 @@ def test_causality():
     td["is_first"][:] = False
     td["position"].requires_grad_()
     td["previous", "action"].requires_grad_()
-    noise = race_noise(*td.shape, 4, 4)
+    noise = exponential_noise(*td.shape, 4, 4)
     _, belief, logits = observe(agent, td, noise)
     for t in range(6):
         for name, x in (("belief", belief[:, t]), ("logits", logits[:, t])):
@@ -409,7 +409,7 @@ def test_causality_of_values():
     agent = v3_agent()
     td = with_previous(make_batch(agent, batch=20, length=6))
     td["is_first"][:] = False
-    noise = race_noise(*td.shape, 4, 4)
+    noise = exponential_noise(*td.shape, 4, 4)
     before = observe(agent, td, noise)
     td["velocity"] = td["velocity"].clone()
     td["velocity"][:, 2] += 50
@@ -445,8 +445,8 @@ def test_13_posterior_and_prior_samples_mix_in_the_uniform():
         layer.bias.data = torch.tensor([1e3, 0, 0, 0]).repeat(4)
     latents, action = v3_latents(agent.args, n), torch.zeros(n, 2)
     state, belief = latents["state"], latents["belief"]
-    imagined = prior(state, belief, action, race_noise(n, 4, 4))[1]
-    inputs = action[:, None], torch.zeros(n, 1, 16), torch.ones(n, 1), race_noise(n, 1, 4, 4)
+    imagined = prior(state, belief, action, exponential_noise(n, 4, 4))[1]
+    inputs = action[:, None], torch.zeros(n, 1, 16), torch.ones(n, 1), exponential_noise(n, 1, 4, 4)
     filtered = agent.world_model.rollout.unroll(state, belief, inputs)[0]
     inferred = posterior(belief, torch.zeros(n, 16))[1]
     for draws in (imagined, filtered, inferred):
@@ -482,7 +482,7 @@ def test_rollout_of_a_tensordict():
     """Rows get the latents and both logits; `previous` and `is_first` may be left out."""
     agent = v3_agent()
     model, td = agent.world_model, with_previous(make_batch(agent))
-    noise = race_noise(*td.shape, 4, 4)
+    noise = exponential_noise(*td.shape, 4, 4)
     state, belief, logits = observe(agent, td, noise)
     found = model(td.clone(), noise)
     for key, expected in (("state", state), ("belief", belief), ("posterior_logits", logits)):
@@ -526,7 +526,7 @@ def test_rollout_modes_agree(mode, monkeypatch):
     latents = v3_latents(SimpleNamespace(deter=16, stoch=4, classes=4), 3)
     action, keep = torch.randn(3, 6, 2), (~is_first).float()
     noise, weights = (
-        race_noise(3, 6, 4, 4),
+        exponential_noise(3, 6, 4, 4),
         [torch.randn(3, 6, *s) for s in ((16,), (16,), (4, 4))],
     )
     encoded_obs = torch.randn(3, 6, 5)
@@ -620,13 +620,13 @@ def test_26_28_image_encoder():
     assert x.shape == (6, 2, 3, 8)
     td["v"] = td["v"].float()
     found = encoder.float().embed(td)
-    assert found.shape == (2, 3, encoder.outputs) == (2, 3, 16 + 2 * 3 * 8)
+    assert found.shape == (2, 3, encoder.encoded_size) == (2, 3, 16 + 2 * 3 * 8)
     near(found[..., 16:], x.reshape(2, 3, -1), 1e-3, 1e-4)
 
 
 def test_28_encoder_size():
     encoder = ObsEncoder({"pixels": (64, 64, 3)}, 4, 16)
-    assert encoder.outputs == 4 * 4 * 16
+    assert encoder.encoded_size == 4 * 4 * 16
     assert [c.weight.shape[0] for c in encoder.convs] == [8, 12, 16, 16]
     td = TensorDict(pixels=torch.zeros(1, 2, 64, 64, 3).byte(), batch_size=[1, 2])
     assert encoder.embed(td).shape == (1, 2, 256)
@@ -808,7 +808,7 @@ def test_imagination_by_hand():
 def fixed_noise(agent, batch, length, seed=5):
     torch.manual_seed(seed)
     return {
-        "posterior": race_noise(batch, length, agent.args.stoch, agent.args.classes),
+        "posterior": exponential_noise(batch, length, agent.args.stoch, agent.args.classes),
         "dream": agent.actor_loss.draw_noise(batch * length),
     }
 
@@ -1058,7 +1058,7 @@ def test_an_update_never_waits_for_the_device(spec):
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE])
 def test_acting_filters_as_training_does(spec, monkeypatch):
     """Row by row with `act`, or at once with the model loss: the same latents."""
-    monkeypatch.setattr(dreamer_v3, "race_noise", lambda *s, device="cpu": torch.ones(s))
+    monkeypatch.setattr(dreamer_v3, "exponential_noise", lambda *s, device="cpu": torch.ones(s))
     agent = v3_agent(spec)
     batch, latent, latents = make_batch(agent), None, []
     batch["is_first"][:, 0] = True
@@ -1126,7 +1126,7 @@ def test_dreamer_env_rollout_equals_manual_steps():
             near(found["belief"][:, t], belief)
             near(found["state"][:, t], state)
             near(found["action"][:, t], action)
-            noise = race_noise(3, 4, 4)
+            noise = exponential_noise(3, 4, 4)
             _, state, belief = agent.world_model.prior(state, belief, action, noise)
             after = torch.cat([belief, state], -1)
             near(found["next", "belief"][:, t], belief)

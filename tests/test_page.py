@@ -328,7 +328,7 @@ def test_the_rssm_is_the_pages(names):
     assert (
         latent["prior_mean"].shape == latent["prior_std"].shape == latent["state"].shape == (3, 30)
     )
-    latent["encoded_obs"] = torch.randn(3, names["world_model"].encoder.outputs)
+    latent["encoded_obs"] = torch.randn(3, names["world_model"].encoder.encoded_size)
     before = latent["state"].clone()
     names["rssm_posterior"](latent)
     assert latent["posterior_mean"].shape == (3, 30) and not torch.equal(latent["state"], before)

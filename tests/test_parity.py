@@ -18,12 +18,12 @@ from dreamer_v3 import (
     Agent,
     Args,
     continue_loss,
+    critic_loss,
     features,
     kl_losses,
     reconstruction_loss,
     reward_loss,
     two_hot_decode,
-    value_error,
 )
 
 SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
@@ -184,7 +184,7 @@ def test_losses_per_row(reference, forward):
     close("reconstruction", reconstruction_loss(model.decoder, td), both)
     dream = dream[:, :-1]
     inputs = dream["value_logits"], dream["lambda_target"], dream["feat"]
-    error = value_error(*inputs, agent.slow_value, model.bins)
+    error = critic_loss(*inputs, agent.slow_value, model.bins)
     value = (dream["weight"] * error).mean(1).reshape(4, 9)
     close("value", value, reference["out/losses/value"])
 

@@ -287,7 +287,7 @@ def test_windows_of_episodes(tmp_path, reopened):
     )
     assert abs(chi - len(found)) < 4 * (2 * len(found)) ** 0.5
     ends = {(env, first + n - 1) for env, first, n in replay.long_episodes().tolist()}
-    options = dict(slack=4, seed=5, last=True)
+    options = dict(slack=4, seed=5, last_window=True)
     with_ends = Replay(PLAIN, 80, 2, length, tmp_path, **options)
     with_ends.load_state_dict(replay.state_dict())
     index = with_ends.draw_in_episodes(4000)["index"]
@@ -302,11 +302,11 @@ def test_shortest_episodes_and_abandoned_ones(tmp_path):
     replay = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, online=False)
     episodes_of([[4, 3]], replay)
     assert not len(replay.long_episodes())
-    with_ends = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, last=True)
+    with_ends = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, last_window=True)
     with_ends.load_state_dict(replay.state_dict())
     index = with_ends.draw_in_episodes(20)["index"]
     assert (index[:, 1:, 1] == torch.arange(4)).all()
-    replay = Replay(PLAIN, 80, 1, 5, tmp_path / "crash", seed=5, last=True)
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path / "crash", seed=5, last_window=True)
     for first, last in [(1, 0)] + [(0, 0)] * 7 + [(1, 0)] + [(0, 0)] * 5 + [(0, 1)]:
         row = make_row(replay.total, 1)  # eight rows, a crash, an episode of seven
         row["is_first"], row["is_last"] = torch.tensor([[first], [last]]).bool()
@@ -323,7 +323,7 @@ def test_no_episode_to_draw(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"online": True}, {"episodes": True}, {"episodes": True, "last": True}]
+    "options", [{}, {"online": True}, {"episodes": True}, {"episodes": True, "last_window": True}]
 )
 def test_a_sample_is_rows_and_what_came_before_them(tmp_path, options):
     """Of the same draws: rows 1, 2, ..., and `previous` with action and latents of 0, 1, ..."""
@@ -361,7 +361,7 @@ def test_a_sample_is_rows_and_what_came_before_them(tmp_path, options):
 @pytest.mark.parametrize(("last", "rows"), [(False, 5), (True, 4)])
 def test_ready_for_episodes(tmp_path, last, rows):
     """Ready once an episode that holds a window is over, however few windows there are."""
-    replay = Replay(PLAIN, 80, 1, 5, tmp_path, batch_size=16, episodes=True, last=last)
+    replay = Replay(PLAIN, 80, 1, 5, tmp_path, batch_size=16, episodes=True, last_window=last)
     episodes_of([[rows - 1]], replay)
     assert not replay.ready
     fill(replay, 1, first=True)
@@ -378,10 +378,10 @@ def test_the_replay_of_a_run(tmp_path, capsys):
     """No larger than its steps can fill, else with room for a save interval."""
     flags = dict(num_envs=2, action_repeat=2, steps=90, batch_length=4, batch_size=3, seed=5)
     flags |= dict(replay_size=1000, save_every=10)
-    replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "a", last=True)
+    replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "a", last_window=True)
     # 23 rows of each environment hold 90 steps, 5 are a window
     assert (replay.capacity, replay.physical, replay.length) == (28, 28, 5)
-    assert (replay.batch_size, replay.online, replay.episodes, replay.last) == (
+    assert (replay.batch_size, replay.online, replay.episodes, replay.last_window) == (
         3,
         False,
         False,

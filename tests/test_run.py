@@ -115,7 +115,7 @@ def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
     """
     argv = [*TINY, "--env-id", "running:Walk-v0", "--train-ratio", 400, "--steps", 28]
     updates, ended, update = [], [], Agent.update
-    monkeypatch.setattr(common.run, "show", lambda *_: ended.append(0) or {})
+    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: ended.append(0) or {})
 
     def stopping(agent, batch):
         updates.append(0)
