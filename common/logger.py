@@ -86,19 +86,20 @@ class Logger:
 
     def video(self, name, frames, fps=30) -> Path:
         """Save uint8 frames [T, H, W, 3] as mp4, or as gif where there is no ffmpeg."""
-        frames = np.asarray(frames)
+        from imageio.v3 import imwrite
+
+        frames, path = np.asarray(frames), self.folder / f"{name}.mp4"
+        # H.264 halves the color planes, so both sides must be even. The file is called .tmp.
+        output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
+        mp4 = dict(plugin="FFMPEG", extension=".mp4", macro_block_size=1, output_params=output)
         try:
             return atomic_write(
-                self.folder / f"{name}.mp4", lambda file: _mp4(file.name, frames, fps)
+                path, lambda file: imwrite(file.name, frames, fps=fps, quality=5, **mp4)
             )
         except (ImportError, OSError, RuntimeError) as error:
-            from PIL import Image
-
             self.note(f"a gif, as mp4 failed (pip install imageio-ffmpeg): {error}")
-            first, *others = map(Image.fromarray, frames)
-            options = dict(save_all=True, append_images=others, duration=1000 / fps, loop=0)
-            path = self.folder / f"{name}.gif"
-            return atomic_write(path, lambda file: first.save(file, "GIF", **options))
+            gif = partial(imwrite, image=frames, extension=".gif", duration=1000 / fps, loop=0)
+            return atomic_write(self.folder / f"{name}.gif", gif)
 
     def picture(self, name, figure) -> Path:
         """Save a matplotlib Figure as png and clear it."""
@@ -160,19 +161,6 @@ def _plain(value):
     """A python value that JSON can hold."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _mp4(path, frames, fps):
-    import imageio_ffmpeg
-
-    _, height, width, _ = frames.shape
-    # H.264 halves the color planes, so both sides must be even. The path ends in .tmp, not .mp4.
-    output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
-    options = dict(fps=fps, codec="libx264", macro_block_size=1, output_params=output)
-    writer = imageio_ffmpeg.write_frames(path, (width, height), **options)
-    writer.send(None)
-    writer.send(np.ascontiguousarray(frames))
-    writer.close()
 
 
 def plot_curve(folder) -> Path:

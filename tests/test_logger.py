@@ -257,6 +257,7 @@ def test_video_reads_back(tmp_path, log):
 def test_video_without_ffmpeg_is_a_gif(tmp_path, monkeypatch, capsys):
     Image = pytest.importorskip("PIL.Image")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    monkeypatch.delitem(sys.modules, "imageio.plugins.ffmpeg", raising=False)
     log = Logger(tmp_path, 1000, tensorboard=False)
     path = log.video("eval.10", clip(), fps=10)
     log.close()

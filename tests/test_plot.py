@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -19,7 +20,7 @@ import pilco
 from common.checkpoint import RunError
 from common.run import may_change
 from tools import collect, plot, success
-from tools.plot import Args, bin_returns, bin_width, curve, find_runs, group, interval, task_name
+from tools.plot import Args, bin_returns, bin_width, curve, find_runs, interval, join, task_name
 
 REPO = Path(__file__).parents[1]
 
@@ -52,7 +53,13 @@ def score_file(path, runs):
 
 
 def seed_run(steps, returns, seed="0", method="m", task="t"):
-    return plot.make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}")
+    return plot.make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}")[1]
+
+
+def key(run):
+    """Method, task and seed, the same in all rows of a run."""
+    ((method, task, seed),) = set(zip(run["method"], run["task"], run["seed"], strict=True))
+    return method, task, seed
 
 
 def runs_of(spec):
@@ -102,16 +109,15 @@ def test_task_names():
 
 
 def test_a_bin_ends_at_its_right_edge_and_an_empty_one_keeps_the_last_value():
-    steps, returns = np.array([5, 10, 11, 35]), np.array([1.0, 3.0, 10.0, 7.0])
-    x, y = bin_returns(steps, returns, 10)
-    assert x.tolist() == [10, 20, 30, 40]  # 10 belongs to (0, 10], 11 to (10, 20]
-    assert y.tolist() == [2.0, 10.0, 10.0, 7.0]
+    bins = bin_returns(join([seed_run([5, 10, 11, 35], [1, 3, 10, 7])]), 10)[0]
+    assert bins.index.tolist() == [10, 20, 30, 40]  # 10 belongs to (0, 10], 11 to (10, 20]
+    assert bins.tolist() == [2.0, 10.0, 10.0, 7.0]
 
 
 def test_bins_begin_with_the_first_episode():
-    x, y = bin_returns(np.array([205, 205, 400]), np.array([1.0, 2.0, 5.0]), 100)
-    assert x.tolist() == [300, 400]
-    assert y.tolist() == [1.5, 5.0]
+    bins = bin_returns(join([seed_run([205, 205, 400], [1, 2, 5])]), 100)[0]
+    assert bins.index.tolist() == [300, 400]
+    assert bins.tolist() == [1.5, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -124,48 +130,48 @@ def test_bins_begin_with_the_first_episode():
     ],
 )
 def test_bins_hold_whole_episodes(steps, width):
-    assert bin_width([seed_run(steps, [0.0] * len(steps))]) == width
+    assert bin_width(join([seed_run(steps, [0.0] * len(steps))])) == width
 
 
 def test_bin_width_is_that_of_the_longest_episodes():
     one = seed_run(range(100, 1001, 100), [0.0] * 10)
     many = seed_run([400, 400, 800, 800], [0.0] * 4, "1")
-    assert bin_width([one, many]) == 400
+    assert bin_width(join([one, many])) == 400
 
 
 def test_a_curve_is_drawn_where_all_seeds_have_data():
     args = Args(())
-    runs = [seed_run([10, 20, 30, 40], [1, 2, 3, 4], "0"), seed_run([20, 30], [4, 9], "1")]
+    runs = join([seed_run([10, 20, 30, 40], [1, 2, 3, 4], "0"), seed_run([20, 30], [4, 9], "1")])
     line = curve(runs, 10, args)
-    assert line.x.tolist() == [20, 30]
-    assert line.y.tolist() == [3.0, 6.0]
-    assert line.seeds.tolist() == [2, 2]
+    assert line["step"].tolist() == [20, 30]
+    assert line["return"].tolist() == [3.0, 6.0]
+    assert line["seeds"].tolist() == [2, 2]
     # The mean of two draws from {2, 4} is 2, 3 or 4, with 1/4, 1/2, 1/4.
-    assert line.low.tolist() == [2.0, 3.0]
-    assert line.high.tolist() == [4.0, 9.0]
-    notes = plot.make_panels({"t": {"m": runs}}, {}, Args((), bin=10))[1]
+    assert line["low"].tolist() == [2.0, 3.0]
+    assert line["high"].tolist() == [4.0, 9.0]
+    notes = plot.make_curves(runs, {}, Args((), bin=10))[1]
     assert len(notes) == 1 and "step 30" in notes[0] and "30 and 40" in notes[0]
 
 
 def test_seeds_without_a_common_bin_give_no_curve():
-    runs = [seed_run([10], [1], "0"), seed_run([90], [4], "1")]
-    panels, notes = plot.make_panels({"t": {"m": runs}}, {}, Args((), bin=10))
-    assert not panels["t"][0].x.size
+    runs = join([seed_run([10], [1], "0"), seed_run([90], [4], "1")])
+    curves, notes = plot.make_curves(runs, {}, Args((), bin=10))
+    assert curves.empty
     assert "m on t is drawn to step 0" in notes[0] and "10 and 90" in notes[0]
-    figure = plot.draw_curves(panels, {"m": plot.STYLES[0]}, Args(()))
-    assert figure.axes[0].lines[0].get_xdata().size == 0
+    (axes,) = plot.draw_curves(curves, ["t"], {"m": plot.STYLES[0]}, Args(())).axes
+    assert axes.get_title() == "t" and not axes.lines
 
 
 def test_one_seed_has_no_interval():
-    line = curve([seed_run([10, 20], [1, 2])], 10, Args(()))
-    assert line.y.tolist() == [1, 2]
-    assert np.isnan(line.low).all() and np.isnan(line.high).all()
+    line = curve(join([seed_run([10, 20], [1, 2])]), 10, Args(()))
+    assert line["return"].tolist() == [1, 2]
+    assert np.isnan(line["low"]).all() and np.isnan(line["high"]).all()
 
 
 def test_a_curve_of_interquartile_means():
-    runs = [seed_run([10], [value], str(value)) for value in (1, 2, 4, 1000)]
-    assert curve(runs, 10, Args((), statistic="iqm")).y.tolist() == [3.0]
-    assert curve(runs, 10, Args(())).y.tolist() == [1007 / 4]
+    runs = join([seed_run([10], [value], str(value)) for value in (1, 2, 4, 1000)])
+    assert curve(runs, 10, Args((), statistic="iqm"))["return"].tolist() == [3.0]
+    assert curve(runs, 10, Args(()))["return"].tolist() == [1007 / 4]
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -257,14 +263,15 @@ def test_no_score_where_a_run_has_no_episode(at):
 
 
 def test_the_published_score_is_that_of_the_line_drawn():
-    rows = np.array([[100, 10, 5, 20, 3], [200, 30, 25, 50, 4], [205, 40, 20, 45, 5]], float)
-    assert plot.published_score(rows, 205) == (35.0, 20.0, 50.0, 5)
-    assert plot.published_score(rows, 150) == (20.0, 15.0, 35.0, 3)
-    assert plot.published_score(rows, 100) == (10.0, 5.0, 20.0, 3)
-    assert plot.published_score(rows, 99) is None
-    assert plot.published_score(rows, 228) is None
-    rows[:2, 0] = 180, 200
-    assert plot.published_score(rows[:2], 200) == (30.0, 25.0, 50.0, 4)  # 180 is not in (180, 200]
+    rows = [[100, 10, 5, 20, 3], [200, 30, 25, 50, 4], [205, 40, 20, 45, 5]]
+    points = pd.DataFrame(rows, columns=plot.POINT)
+    assert plot.published_score(points, 205).tolist() == [35.0, 20.0, 50.0, 5]
+    assert plot.published_score(points, 150).tolist() == [20.0, 15.0, 35.0, 3]
+    assert plot.published_score(points, 100).tolist() == [10.0, 5.0, 20.0, 3]
+    assert plot.published_score(points, 99).isna().all()
+    assert plot.published_score(points, 228).isna().all()
+    points = points[:2].assign(step=[180, 200])  # 180 is not in (180, 200]
+    assert plot.published_score(points, 200).tolist() == [30.0, 25.0, 50.0, 4]
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -272,28 +279,27 @@ def test_the_published_score_is_that_of_the_line_drawn():
 
 def test_a_file_of_results():
     runs = runs_of(REPO / "results" / "dreamer_v3" / "Pendulum-v1.csv")
-    assert [run.seed for run in runs] == ["0", "1", "2"]
-    assert {run.method for run in runs} == {"dreamer_v3"}
-    assert runs[0].steps[:2].tolist() == [202, 404]
-    assert runs[0].returns[:2].tolist() == [-880.119, -904.61]
+    assert [key(run) for run in runs] == [("dreamer_v3", "Pendulum-v1", seed) for seed in "012"]
+    assert runs[0]["step"].tolist()[:2] == [202, 404]
+    assert runs[0]["return"].tolist()[:2] == [-880.119, -904.61]
 
 
 def test_folders_are_searched_and_named(tmp_path):
     run_folder(tmp_path / "a" / "seed0", episodes=[(10, 1.5), (20, 2.5)])
     run_folder(tmp_path / "a" / "seed1", seed=1)
     runs = runs_of(tmp_path)
-    assert [(run.method, run.task, run.seed) for run in runs] == [
+    assert [key(run) for run in runs] == [
         ("dreamer_v3", "walker_walk", "0"),
         ("dreamer_v3", "walker_walk", "1"),
     ]
-    assert runs[0].steps.tolist() == [10, 20]
-    assert runs[0].returns.tolist() == [1.5, 2.5]
-    assert {run.method for run in runs_of(f"mine={tmp_path}")} == {"mine"}
+    assert runs[0]["step"].tolist() == [10, 20]
+    assert runs[0]["return"].tolist() == [1.5, 2.5]
+    assert {key(run)[0] for run in runs_of(f"mine={tmp_path}")} == {"mine"}
 
 
 def test_a_path_may_hold_an_equals_sign(tmp_path):
     run_folder(tmp_path / "lr=1")
-    assert runs_of(tmp_path / "lr=1")[0].method == "dreamer_v3"
+    assert key(runs_of(tmp_path / "lr=1")[0])[0] == "dreamer_v3"
 
 
 def test_a_collected_run_reads_as_its_folder_does(tmp_path):
@@ -302,12 +308,13 @@ def test_a_collected_run_reads_as_its_folder_does(tmp_path):
     collect.collect(folder, tmp_path / "out", "pixels")
     before = runs_of(folder)[0]
     plain, tagged = runs_of(tmp_path / "out")
-    assert (plain.method, tagged.method) == ("dreamer_v3", "dreamer_v3-pixels")
-    for after in (plain, tagged):
-        assert (after.task, after.seed, after.env_id) == (before.task, "3", WALKER)
-        assert after.steps.tolist() == before.steps.tolist()
-        assert after.returns.tolist() == before.returns.tolist()
-        assert after.args["lr"] == 0.1 and after.args["action_repeat"] == 2
+    for after, method in ((plain, "dreamer_v3"), (tagged, "dreamer_v3-pixels")):
+        assert key(after) == (method, key(before)[1], "3")
+        assert set(after["env_id"]) == {WALKER}
+        assert after["step"].tolist() == before["step"].tolist()
+        assert after["return"].tolist() == before["return"].tolist()
+        args = after["args"].iloc[0]
+        assert args["lr"] == 0.1 and args["action_repeat"] == 2
 
 
 @pytest.mark.parametrize("ending", ["json", "json.gz"])
@@ -315,16 +322,20 @@ def test_the_authors_score_files(tmp_path, ending):
     rows = [("dmc_walker_walk", "dreamerv3", 0, [10000.0, 20000.0], [3, 4.5]),
             ("atari_pong", "dreamerv3", "1", [5], [-21])]  # fmt: skip
     walker, pong = runs_of(score_file(tmp_path / f"scores.{ending}", rows))
-    assert (walker.method, walker.task, walker.seed) == ("dreamerv3", "walker_walk", "0")
-    assert walker.steps.tolist() == [10000, 20000] and walker.returns.tolist() == [3, 4.5]
-    assert (pong.task, pong.seed) == ("atari_pong", "1")
+    assert key(walker) == ("dreamerv3", "walker_walk", "0")
+    assert walker["step"].tolist() == [10000, 20000] and walker["return"].tolist() == [3, 4.5]
+    assert key(pong)[1:] == ("atari_pong", "1")
 
 
 def test_the_committed_results_can_be_read():
-    table = group(runs_of(REPO / "results"))
-    assert set(table["Pendulum-v1"]) >= {"dreamer_v3", "dreamer", "dreamer-pixels"}
-    assert len(table["PILCO/CartPole-v0"]["pilco"]) >= 10
-    assert all(run.args["action_repeat"] == 2 for run in table["Pendulum-v1"]["dreamer"])
+    runs = join(runs_of(REPO / "results")).drop_duplicates("run")
+    pendulum, cartpole = (
+        runs[runs["task"] == task] for task in ("Pendulum-v1", "PILCO/CartPole-v0")
+    )
+    assert set(pendulum["method"]) >= {"dreamer_v3", "dreamer", "dreamer-pixels"}
+    assert (cartpole["method"] == "pilco").sum() >= 10
+    args = pendulum.loc[pendulum["method"] == "dreamer", "args"]
+    assert [run["action_repeat"] for run in args] == [2] * 3
 
 
 # --- a whole comparison -------------------------------------------------------------------------
@@ -373,12 +384,13 @@ def test_pictures(plots, name):
 
 
 def test_the_curves_are_drawn_where_the_numbers_are():
-    runs = [seed_run([10, 20, 27], [1, 2, 3], "0"), seed_run([10, 20, 30], [3, 6, 9], "1")]
-    published = {"paper": np.array([[10, 2, 1, 3, 5], [40, 8, 7, 9, 5]], float)}
+    runs = join([seed_run([10, 20, 27], [1, 2, 3], "0"), seed_run([10, 20, 30], [3, 6, 9], "1")])
+    points = pd.DataFrame([[10, 2, 1, 3, 5], [40, 8, 7, 9, 5]], columns=plot.POINT)
+    points = points.assign(task="t", method="paper", band="min-max")
     args = Args((), bin=10)
-    panels, _ = plot.make_panels({"t": {"m": runs}}, {"paper": {"t": published["paper"]}}, args)
+    curves, _ = plot.make_curves(runs, {"paper": points}, args)
     styles = {"m": plot.STYLES[0], "paper": plot.PUBLISHED[0]}
-    (axes,) = plot.draw_curves(panels, styles, args).axes
+    (axes,) = plot.draw_curves(curves, ["t"], styles, args).axes
     own, paper = axes.lines
     assert own.get_xydata().tolist() == [[10, 2], [20, 4], [27, 6]]  # 27: where the first one ends
     assert paper.get_xydata().tolist() == [[10, 2], [40, 8]]
@@ -399,7 +411,8 @@ def test_the_bars_are_as_long_as_the_intervals():
         for metric in plot.METRICS
         for name, low, high in (("a", 0.4, 0.6), ("b", 0.1, 0.9))
     ]
-    figure = plot.draw_aggregates(rows, dict(a=plot.STYLES[0], b=plot.STYLES[1]), 0.95)
+    styles = {"a": plot.STYLES[0], "b": plot.STYLES[1]}
+    figure = plot.draw_aggregates(pd.DataFrame(rows), styles, 0.95)
     assert len(figure.axes) == 4
     for axes in figure.axes:
         first, at, second, _ = axes.lines
@@ -410,9 +423,10 @@ def test_the_bars_are_as_long_as_the_intervals():
 
 
 def test_the_profile_has_its_band():
-    taus, share = np.linspace(0, 1, 3), np.array([1.0, 0.5, 0.0])
-    band = np.array([[0.9, 0.2, 0.0], [1.0, 0.7, 0.1]])
-    (axes,) = plot.draw_profiles({"m": (share, band)}, taus, {"m": plot.STYLES[0]}, 0.95).axes
+    columns = {"tau": [0, 0.5, 1], "share": [1.0, 0.5, 0.0]}
+    band = {"low": [0.9, 0.2, 0.0], "high": [1.0, 0.7, 0.1]}
+    rows = pd.DataFrame({"method": "m", **columns, **band})
+    (axes,) = plot.draw_profiles(rows, {"m": plot.STYLES[0]}, 0.95).axes
     assert axes.lines[0].get_ydata().tolist() == [100, 50, 0]
     vertices = axes.collections[0].get_paths()[0].vertices
     middle = vertices[vertices[:, 0] == 0.5, 1]
@@ -502,9 +516,11 @@ def test_table_tex(plots):
 
 
 def test_latex_escapes():
-    rows = plot.latex([["a_b & 50 %", r"c\d~e^f#g$h{i}"]]).splitlines()
+    table = pd.DataFrame([["x_y", ""]], columns=["a_b & 50 %", r"c\d~e^f#g$h{i}"])
+    rows = plot.latex(table).splitlines()
     escaped = r"c\textbackslash{}d\textasciitilde{}e\textasciicircum{}f\#g\$h\{i\}"
     assert rows[2] == rf"a\_b \& 50 \% & {escaped} \\"
+    assert rows[4] == r"x\_y &  \\"
 
 
 def test_without_ranges_there_are_curves_but_no_aggregates(tmp_path):
@@ -594,7 +610,7 @@ def test_links_are_followed_once(tmp_path, run):
     linked.mkdir()
     for name, target in {"a": run, "b": tmp_path / "far", "c": run, "round": linked}.items():
         (linked / name).symlink_to(target)
-    assert sorted(run.seed for run in runs_of(linked)) == ["0", "1"]
+    assert sorted(key(run)[2] for run in runs_of(linked)) == ["0", "1"]
 
 
 def test_returns_that_are_no_numbers(tmp_path, run):
@@ -614,15 +630,15 @@ def test_runs_that_do_not_go_together(tmp_path, run, field):
     message = refuse(run, other)
     assert f"runs of dreamer_v3 on walker_walk do not go together: {field} " in message
     assert "and 4" in message and str(other) in message and "NAME=PATH" in message
-    assert len(group([*runs_of(f"a={run}"), *runs_of(f"b={other}")])["walker_walk"]) == 2
+    assert join([*runs_of(f"a={run}"), *runs_of(f"b={other}")])["method"].nunique() == 2
 
 
 def test_arguments_that_may_differ(tmp_path, run):
     more = {"steps": 9, "device": "cuda", "log_every": 3, "run": "elsewhere"}
     other = run_folder(tmp_path / "other", seed=1, **more)
-    assert len(group([*runs_of(run), *runs_of(other)])["walker_walk"]["dreamer_v3"]) == 2
+    assert join([*runs_of(run), *runs_of(other)])["run"].nunique() == 2
     for script in (dreamer, dreamer_v3, pilco):
-        assert set(may_change(script.Args)) <= set(plot.FREE)
+        assert set(may_change(script.Args)) <= set(collect.FREE)
 
 
 def test_other_action_repeats_are_told(tmp_path):
@@ -657,7 +673,8 @@ def test_references(tmp_path, run):
 def test_a_reference_in_any_order(tmp_path):
     path, points = tmp_path / "paper.json", {"300": [3, 3, 3, 5], "100": [1, 1, 1, 5]}
     path.write_text(json.dumps({"notes": "", "curves": {"t": points}}))
-    assert plot.read_reference(str(path))[1]["t"][:, :2].tolist() == [[100, 1], [300, 3]]
+    curves = plot.read_reference(str(path))[1]
+    assert curves[["step", "return"]].to_numpy().tolist() == [[100, 1], [300, 3]]
 
 
 def test_a_reference_that_has_some_of_the_tasks(tmp_path, run):

@@ -23,9 +23,14 @@ import tyro
 from common.checkpoint import RunError
 from common.logger import read_metrics
 from common.run import launch
-from tools.plot import CONTROL, differences
 
 RESULTS = Path(__file__).parents[1] / "results"
+# Runs of one method may differ in these: they do not change what is learned, or only how long, or
+# other flags say the same (preset, size).
+CONTROL = ("script", "origin", "run", "fresh", "eval")  # what args.json says of no algorithm
+FREE = (*CONTROL, "seed", "preset", "size", "steps", "trials", "benchmark", "device",
+        "threads", "compile", "env_workers", "tensorboard", "log_every", "save_every", "eval_every",
+        "dream_every", "eval_episodes")  # fmt: skip
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
 RETURNS = {  # what a reader has to know before comparing them: (returns, evaluations)
     "dreamer_v3": ("training episodes, sampling policy", "sampling policy"),
@@ -77,6 +82,12 @@ def entry_of(args: dict, metrics: list[dict]) -> dict:
 
 def _round(value):
     return None if value is None else round(value, 3)
+
+
+def differences(one: dict, two: dict) -> list[str]:
+    """What keeps runs with these arguments from being seeds of one thing, as far as both know."""
+    shared = [key for key in one if key in two and key not in FREE]
+    return [f"{key} {one[key]} and {two[key]}" for key in shared if one[key] != two[key]]
 
 
 def collect(run: Path, folder: Path, tag: str = "") -> Path:
