@@ -1,4 +1,4 @@
-"""What keeps a run safe: errors for the user, atomic checkpoints, locks, generators, signals."""
+"""What keeps a run safe: readable errors, atomic checkpoints, locks, random states, signals."""
 
 import errno
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT = 2  # of checkpoint.pt
+FORMAT = 3  # of checkpoint.pt
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-LOCKS = {}  # inode -> open lock file, held until the process ends
+LOCKS = {}  # (device, inode) -> open lock file, held until the process ends
 
 
-class RunError(RuntimeError, ValueError):
+class RunError(Exception):
     """A message for the user; scripts print it without a traceback and exit with code 1."""
 
 
@@ -25,25 +25,25 @@ class EnvError(RunError):
     """The environment failed, not the run: what was learned is sound and worth saving."""
 
 
-def atomic_write(path, fill) -> Path:
-    """Call fill(file), so that a crash at any time leaves the old or the new content in `path`."""
+def atomic_write(path, write) -> Path:
+    """Write `path` with write(file); a crash at any time leaves the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            fill(file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         while error and getattr(error, "errno", None) not in DISK_FULL:
-            error = error.__context__  # torch.save covers the first error with one of its own
+            error = error.__context__  # torch.save raises an error of its own on top of it
         if error:
-            text = f"disk full: {path} was not written, the last good one is kept if there was one"
+            text = f"disk full: {path} was not written; the last good one is kept, if there is one"
             raise RunError(text) from None
         raise
     temporary.replace(path)
-    if os.name == "posix":  # only this makes the new name durable
+    if os.name == "posix":  # else a power failure may undo the rename
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -51,25 +51,25 @@ def atomic_write(path, fill) -> Path:
 
 
 def save(folder, name="checkpoint.pt", /, **contents):
-    """Write that file atomically: its contents, or their state_dict() where they have one.
+    """Write folder/name atomically: each of `contents`, or its state_dict() if it has one.
 
-    Contents are tensors, numbers, strings, lists, tuples and dicts; others raise TypeError, since
-    `load` would refuse them. A full disk raises RunError and the old file stays.
+    Tensors, numbers, strings, lists, tuples and dicts are allowed; others raise TypeError, since
+    `load` would refuse them. On a full disk it raises RunError; the old file stays.
     """
     args = Path(folder, "args.json")
     script = json.loads(args.read_text())["script"] if args.exists() else None
     state = {k: v.state_dict() if hasattr(v, "state_dict") else v for k, v in contents.items()}
     state["header"] = {"format": FORMAT, "script": script, "torch": str(torch.__version__)}
 
-    def fill(file):
+    def write(file):
         torch.save(state, file)
         file.flush()
         if refused := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
             raise TypeError(f"a checkpoint cannot hold {', '.join(refused)}")
 
-    Stop.saving = True
+    Stop.saving = True  # a second Ctrl-C waits for the file
     try:
-        atomic_write(Path(folder, name), fill)
+        atomic_write(Path(folder, name), write)
     finally:
         Stop.saving = False
 
@@ -77,7 +77,7 @@ def save(folder, name="checkpoint.pt", /, **contents):
 def load(folder, script=None, name="checkpoint.pt") -> dict:
     """Read a checkpoint in a run folder onto the CPU.
 
-    Raises RunError where there is none, it is damaged, too old, or `script` did not write it.
+    RunError if it is missing, damaged, of another format, or not written by `script`.
     """
     file = Path(folder, name)
     if not file.is_file():
@@ -90,7 +90,7 @@ def load(folder, script=None, name="checkpoint.pt") -> dict:
         assert not damaged, damaged
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         version, owner = state["header"]["format"], state["header"]["script"]
-    except Exception as error:  # of many kinds, whichever bytes are wrong
+    except Exception as error:  # which kind depends on the bytes that are wrong
         text = f"{file} is damaged, or not a checkpoint of this project"
         raise RunError(f"{text}: restore a copy, or start with --fresh ({error!r})") from None
     if version != FORMAT:
@@ -102,9 +102,10 @@ def load(folder, script=None, name="checkpoint.pt") -> dict:
 
 
 def lock_folder(folder: Path):
-    """Lock the folder for this process, until it ends; RunError if another one has it."""
+    """Lock the folder until this process ends; RunError if another process holds it."""
     file = (folder / "lock").open("a")
-    inode = os.fstat(file.fileno()).st_ino
+    status = os.fstat(file.fileno())
+    inode = status.st_dev, status.st_ino
     if inode not in LOCKS and not lock(file):
         raise RunError(f"another process is running in {folder}: wait for it or stop it")
     LOCKS.setdefault(inode, file)
@@ -119,7 +120,7 @@ def lock(file) -> bool:
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        pass  # nor on some network file systems: better no lock than no run
+        pass  # some network file systems cannot lock: better no lock than no run
     return True
 
 
@@ -131,12 +132,12 @@ def seed_all(seed: int):
 
 
 def rng_state() -> dict:
-    """The generators that `seed_all` seeds, as numbers, lists and tensors."""
+    """The states of the generators that `seed_all` seeds, as numbers, lists and tensors."""
     name, keys, *rest = np.random.get_state()
-    # A GPU not used so far has no generator yet, and asking for it would start CUDA.
+    # Before its first use CUDA has no generators, and asking for them would start it.
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    numbers = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return {**numbers, "torch": torch.get_rng_state(), "cuda": cuda}
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    return state | {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_rng_state(state: dict):
@@ -165,12 +166,12 @@ class Stop:
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
         self.previous = {}
 
     def _handle(self, number, frame):
         if self.requested and number == signal.SIGINT and not self.saving:
             raise KeyboardInterrupt
         if not self.requested:  # os.write, because print is not safe inside a signal handler
-            os.write(2, b"\nwill save and stop soon (Ctrl-C again: stop now, without saving)\n")
+            os.write(2, b"\nwill stop soon, to be resumed (Ctrl-C again: now, without saving)\n")
         self.requested = True

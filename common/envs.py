@@ -1,13 +1,13 @@
 """Environments: any gymnasium id -> rows of TensorDict.
 
-    envs = Envs("dm_control/walker-walk-v0", num_envs=4, seed=1)  # "ALE/Pong-v5", "CartPole-v1",
-    row = envs.step(None)                                         # "my_module:MyEnv-v0"
+    envs = Envs("dm_control/walker-walk-v0", num_envs=4, seed=1)  # or "ALE/Pong-v5", "CartPole-v1"
+    row = envs.step(None)
     row = envs.step(policy(row))
 
 A row is one time step: the observation, the reward that arrived with it, is_first, is_last and
 is_terminal. An episode of n steps gives n + 1 rows, the first one being the reset.
-Your own environment is a gymnasium.Env in a module that calls gymnasium.register. It observes a Box
-or a (nested) Dict of them: uint8 with 2 or 3 dimensions, channels last, is an image, all else a
+Your own is "my_module:MyEnv-v0", a gymnasium.Env that my_module registers. It observes a Box or a
+(nested) Dict of them: uint8 [H, W, C], or [H, W] of at least 16 x 16, is an image, anything else a
 vector. Its actions are Box, Discrete, MultiDiscrete or MultiBinary.
 """
 
@@ -33,6 +33,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from common.checkpoint import EnvError, RunError
+from common.replay import LATENTS
 
 if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:  # read when mujoco is imported
     devices = ctypes.c_int()
@@ -43,12 +44,11 @@ if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:  # read when mujoc
             query(0, None, ctypes.byref(devices))
     os.environ["MUJOCO_GL"] = "egl" if devices.value else "disable"  # vectors need no OpenGL
 if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame looks for one, and complains
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains about the display
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
 FLAGS = ("is_first", "is_last", "is_terminal")
 RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
-LATENT = ("state", "belief")  # an observation of that name becomes observation.NAME
 PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
     "dm_control": (("dm_control", "shimmy"), "shimmy dm-control"),
     "ALE": (("ale_py",), "ale-py opencv-python"),
@@ -60,22 +60,22 @@ class Options:
     """Keyword arguments of `Envs`, named like the flags of the scripts."""
 
     action_repeat: int = 1  # inner steps per action, rewards are summed (Atari: frame skip)
-    obs: str = "auto"  # auto; vector: no images; pixels: only its image, or a rendered one; both
+    obs: str = "auto"  # auto: all; vector: no image; pixels: one, or rendered; both: all + rendered
     image_size: int = 64  # images are resized to this square, MuJoCo renders at it
     env_workers: bool = False  # a process for each environment
     sticky: bool = False  # Atari: 25 % repeated actions and the full action set
-    camera: int = -1  # of MuJoCo; -1: the usual one (dm_control: quadruped 2, rodent 4, else 0)
+    camera: int = -1  # of MuJoCo; -1: the default (dm_control: quadruped 2, rodent 4, else 0)
     render_quality: str = "fast"  # fast: MuJoCo without shadows and anti-aliasing; full: with them
-    frames: int = 0  # side of the pictures for videos, 0 for none
+    video_size: int = 0  # pixels per side of a video; 0: no video
 
 
 class Envs:
-    """`num_envs` environments stepped together; each of their episodes has its own seed.
+    """`num_envs` environments stepped together; every episode has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to finite bounds) or one-hots of `action_classes` choices. `spec` is what a network has to know,
-    `options` are the fields of Options. Raises RunError for an unknown id, a missing package, an
-    unsupported space, or if it cannot render, EnvError if an environment raises or gives NaN.
+    to finite bounds) or one-hots of `action_classes` choices. `spec` is what the networks need to
+    know, `options` are the fields of Options. RunError: unknown id, missing package, unsupported
+    space, or no rendering. EnvError: an environment raised, or returned NaN or infinity.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
@@ -89,18 +89,18 @@ class Envs:
             context = "forkserver" if hasattr(os, "fork") else "spawn"
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
-            # gymnasium shows a worker's traceback as a warning; the error itself is raised here.
+            # gymnasium shows a worker's traceback as a (red) warning; the error is raised here.
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
         self._vector = make(makers)  # its autoreset is not used: `play` resets
         self.spec = self._vector.get_attr("row_spec")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
-        self._episodes = [0] * num_envs
-        self._actions = [bytearray() for _ in makers]  # of the episode, float32
+        self._episodes = [0] * num_envs  # as of _row: a dead worker cannot be asked
+        self._actions = [bytearray() for _ in makers]  # float32, since the episode began
         self._row = None
 
     def step(self, action: Tensor | None) -> TensorDict:
-        """The next rows [N] for actions [N, A]; before the first row they are ignored, or None.
+        """Actions [N, A] -> the next rows [N]. The first call ignores them; they may be None.
 
         After an is_last row the action is ignored and a new episode begins.
         """
@@ -120,21 +120,21 @@ class Envs:
         return self._row.clone()
 
     def _play(self, actions):
-        """Take actions [N][K, A]; the rows after the last of them are the new ones."""
+        """Step environment i through actions[i] [K, A]; the rows after the last ones are kept."""
         try:
             rows = self._vector.call("play", actions)
         except (EOFError, ConnectionError) as error:
-            raise EnvError(f"a worker of {self.env_id} was killed: memory?") from error
+            raise EnvError(f"a worker of {self.env_id} was killed (out of memory?)") from error
         batch = {key: np.stack([row[key] for row in rows]) for key in sorted(rows[0])}
         self._row = TensorDict(batch, [self.num_envs])
         self._episodes = self._row.pop("_episode").tolist()
 
     def frame(self) -> np.ndarray:
-        """A picture of environment 0, uint8 [frames, frames, 3]; needs `can_render`."""
-        return self._vector.call("picture", self.options.frames)[0]
+        """A picture of environment 0, uint8 [video_size, video_size, 3]; needs `can_render`."""
+        return self._vector.call("picture", self.options.video_size)[0]
 
     def state_dict(self) -> dict:
-        """Where every environment is: its episode and the actions since that began."""
+        """The episode of each environment, its actions so far, and the last rows."""
         past = [np.frombuffer(past, np.float32) for past in self._actions]
         return {
             "episodes": self._episodes,
@@ -143,7 +143,7 @@ class Envs:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Bring every environment back by repeating its episode; warns where that fails."""
+        """Replay each environment's episode up to the saved row; warn where that fails."""
         if len(state["actions"]) != self.num_envs:
             raise RunError(f"saved with num_envs={len(state['actions'])}, not {self.num_envs}")
         if state["row"] is None:
@@ -152,7 +152,7 @@ class Envs:
         self._vector.set_attr("episode", [episode - 1 for episode in state["episodes"]])
         self._vector.set_attr("done", True)
         self._play([[None, *actions] for actions in past])  # None begins the episode
-        over = self._row["is_last"] | state["row"]["is_last"]
+        over = self._row["is_last"] | state["row"]["is_last"]  # differ if not deterministic
         self._vector.set_attr("done", over.tolist())
         self._actions = [bytearray(actions.tobytes()) for actions in past]
         for i, row in enumerate(self._row):
@@ -167,7 +167,7 @@ class Envs:
 
 
 def example_rows(spec: dict) -> TensorDict:
-    """Rows [1] of zeros as environments of this spec give them, without making one."""
+    """A row [1] of zeros, with the keys, shapes and dtypes that this spec describes."""
     shapes = spec["shapes"].items()
     rows = {k: torch.zeros(1, *s, dtype=torch.uint8 if len(s) == 3 else None) for k, s in shapes}
     rows |= {key: torch.zeros(1).bool() for key in FLAGS}
@@ -175,10 +175,10 @@ def example_rows(spec: dict) -> TensorDict:
 
 
 def make_envs(args, **changes) -> Envs:
-    """The environments that a script's Args describe, with the changes: arguments of `Envs`."""
+    """The environments that a script's Args describe; `changes` override arguments of `Envs`."""
     known = ["num_envs", "seed", *(field.name for field in fields(Options))]
     options = {name: getattr(args, name) for name in known if hasattr(args, name)}
-    return Envs(args.env_id, **{"obs": "vector"} | options | changes)
+    return Envs(args.env_id, **{"obs": "vector"} | options | changes)  # pilco.py has no --obs
 
 
 class _Rows(gymnasium.Wrapper):
@@ -195,28 +195,29 @@ class _Rows(gymnasium.Wrapper):
         obs, size = options.obs, options.image_size
         leaves = _flatten(self.observation_space)
         images = [key for key in leaves if _is_image(leaves[key])]
-        self.names = {key: f"observation.{key}" if key in LATENT else key for key in leaves}
+        self.names = {key: f"observation.{key}" if key in LATENTS else key for key in leaves}
         if obs == "vector":
             self.names = {key: self.names[key] for key in leaves if key not in images}
-        elif obs == "pixels":  # the only observation, or a rendered picture
+        elif obs == "pixels":  # the observation, if it is just one image, else a rendered one
             self.names = dict.fromkeys(images, "pixels") if len(leaves) == 1 else {}
-        self.drawn = obs == "both" or (obs == "pixels" and not self.names)
+        self.renders_pixels = obs == "both" or (obs == "pixels" and not self.names)
         shapes = {name: _shape(key, leaves[key], size, env_id) for key, name in self.names.items()}
         names = [*self.names.values(), *FLAGS, "reward", "_episode", *RESERVED]
+        names += ["pixels"] if self.renders_pixels else []
         if taken := [name for name in shapes if names.count(name) > 1]:
             raise RunError(f"{env_id} has an observation named {taken[0]!r}: rename it")
-        if self.drawn:
+        if self.renders_pixels:
             shapes["pixels"] = [size, size, 3]
         if not shapes:
-            raise RunError(f"{env_id} observes {list(leaves)}: no use for obs={obs!r}")
+            raise RunError(f"{env_id} observes {list(leaves)}: nothing left with obs={obs!r}")
         self.shapes = dict(sorted(shapes.items()))
-        width, classes, self.decode = _actions(self.action_space, env_id)
+        width, classes, self.decode = _action_decoder(self.action_space, env_id)
         self.row_spec = dict(shapes=self.shapes, action_dim=width, classes=list(classes))
         self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
-        self.can_render = (self.drawn or options.frames > 0) and self._probe()
+        self.can_render = (self.renders_pixels or options.video_size > 0) and self._probe()
 
     def _probe(self):
-        """Render once, so that a missing library shows now; without a video one can live."""
+        """Render once, so that a missing library shows now; a video is optional."""
         try:
             self.env.reset(seed=0)
             self.picture(self.options.image_size)
@@ -224,9 +225,9 @@ class _Rows(gymnasium.Wrapper):
         except Exception as error:
             fix = GL_HELP if "mujoco" in sys.modules else ""
             text = f"{self.env_id} cannot be rendered: {error}{fix}"
-            if self.drawn:
+            if self.renders_pixels:
                 raise RunError(text) from error
-            if not isinstance(error, RunError):  # it has no pictures at all
+            if not isinstance(error, RunError):  # which only says that it never renders
                 warnings.warn(text, stacklevel=2)
             return False
 
@@ -234,15 +235,15 @@ class _Rows(gymnasium.Wrapper):
         """The present state as uint8 [size, size, 3]."""
         options, base, camera = self.options, self.env.unwrapped, self.options.camera
         model = getattr(getattr(base, "physics", base), "model", None)
-        if hasattr(model, "vis"):  # MuJoCo's, read by the first picture, which makes the context
-            side = max(options.frames, options.image_size, model.vis.global_.offwidth)
+        if hasattr(model, "vis"):  # MuJoCo reads these when the first picture makes its context
+            side = max(options.video_size, options.image_size, model.vis.global_.offwidth)
             model.vis.global_.offwidth = model.vis.global_.offheight = side
             if options.render_quality == "fast":
                 model.vis.quality.offsamples = model.vis.quality.shadowsize = 0
         if hasattr(getattr(base, "physics", None), "render"):  # dm_control
             name = self.env_id.lower()  # the cameras of the authors' code
-            usual = 2 if "quadruped" in name else 4 if "rodent" in name else 0
-            camera = camera if camera >= 0 else min(usual, model.ncam - 1)
+            default = 2 if "quadruped" in name else 4 if "rodent" in name else 0
+            camera = camera if camera >= 0 else min(default, model.ncam - 1)
             return base.physics.render(size, size, camera_id=camera)
         if (renderer := getattr(base, "mujoco_renderer", None)) is not None:
             renderer.width = renderer.height = size
@@ -254,11 +255,11 @@ class _Rows(gymnasium.Wrapper):
         return _resize(np.asarray(self.env.render()), size)
 
     def play(self, actions):
-        """The row after the last of this environment's actions; EnvError if it fails.
+        """Take this environment's actions; the row after the last one. EnvError if one fails.
 
-        When an episode is over, the next action is ignored and begins a new one.
+        After the end of an episode the next action is ignored: it begins a new episode.
         """
-        repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat
+        repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat  # AtariPreprocessing's
         try:
             for action in actions[self.index]:
                 first, total, terminated, truncated = self.done, 0.0, False, False
@@ -267,7 +268,7 @@ class _Rows(gymnasium.Wrapper):
                 place = f"step {self.count} of environment {self.index} (episode {self.episode})"
                 if first:
                     seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
-                    obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # an int32
+                    obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # 31 bits
                 for _ in range(0 if first else repeat):
                     obs, reward, terminated, truncated, _ = self.env.step(self.decode(action))
                     total += float(reward)
@@ -289,13 +290,13 @@ class _Rows(gymnasium.Wrapper):
         for key, name in self.names.items():
             image, value = len(self.shapes[name]) == 3, np.asarray(found[key])
             row[name] = _resize(value, size) if image else value.astype(np.float32).ravel()
-        if self.drawn:
+        if self.renders_pixels:
             row["pixels"] = self.picture(size)
         return row
 
 
 def _make(env_id, options):
-    """gymnasium.make; errors name the missing package, or ids that are like an unknown one."""
+    """gymnasium.make; errors name the missing package, or ids similar to an unknown one."""
     name, kwargs = env_id.split(":")[-1], {}
     modules, packages = PACKAGES.get(name.split("/")[0], ((), ""))
     if atari := name.startswith("ALE/"):
@@ -303,13 +304,13 @@ def _make(env_id, options):
         kwargs["repeat_action_probability"] = 0.25 if options.sticky else 0.0
     make = partial(gymnasium.make, env_id, disable_env_checker=True, **kwargs)
     try:
-        with warnings.catch_warnings():  # dm_control's import shows all deprecations
+        with warnings.catch_warnings():  # importing dm_control turns on deprecation warnings
             for module in modules:
                 importlib.import_module(module)
         env = make()
-        drawn = options.frames > 0 or options.obs in ("pixels", "both")
+        pictures = options.video_size > 0 or options.obs in ("pixels", "both")
         direct = hasattr(getattr(env.unwrapped, "physics", None), "render")  # see `picture`
-        if drawn and not direct and "rgb_array" in (env.metadata.get("render_modes") or ()):
+        if pictures and not direct and "rgb_array" in (env.metadata.get("render_modes") or ()):
             env.close()
             env = make(render_mode="rgb_array")
         if atari:
@@ -319,7 +320,7 @@ def _make(env_id, options):
     except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
         fix = f"; pip install {packages}" if packages else ""
         raise RunError(f"{env_id} needs a package: {error}{fix}") from error
-    except (AttributeError, OSError, ImportError) as error:  # of MuJoCo without its library
+    except (AttributeError, OSError, ImportError) as error:  # MuJoCo finds no OpenGL
         if "gl" in str(error).lower():
             raise RunError(f"{env_id} cannot be made: {error}{GL_HELP}") from error
         raise
@@ -333,7 +334,7 @@ def _make(env_id, options):
 
 
 def _flatten(tree, prefix=""):
-    """The leaves of nested dicts; "." joins their keys, and stands for "/": they name files."""
+    """The leaves of nested dicts; "." joins their keys and replaces "/": keys become file names."""
     if not isinstance(tree, (dict, spaces.Dict)):
         return {prefix or "observation": tree}
     leaves = {}
@@ -357,7 +358,7 @@ def _shape(key, space, size, env_id):
         return [int(np.prod(space.shape))]
     height, width, channels = (*space.shape, 1)[:3]
     if channels > min(height, width):
-        raise RunError(f"{name} has to have its channels last")
+        raise RunError(f"{name} must have its channels last")
     return [size, size, channels]
 
 
@@ -369,14 +370,14 @@ def _resize(image, size):
 
 
 def action_width(spec) -> int:
-    """Width of the action vector of an action space, of anything with a shape, or the number."""
+    """The width of an action: of a space, of anything whose shape ends in it, or the int itself."""
     if isinstance(spec, spaces.Space):
-        return _actions(spec, "the environment")[0]
+        return _action_decoder(spec, "the environment")[0]
     return spec if isinstance(spec, int) else spec.shape[-1]
 
 
-def _actions(space, env_id):
-    """Width of the action vector, sizes of its one-hots, function to the environment's action."""
+def _action_decoder(space, env_id):
+    """Width of an action, sizes of its one-hots, and a function to the environment's action."""
     match space:
         case spaces.Box():
             low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()

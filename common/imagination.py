@@ -14,9 +14,9 @@ from torch import nn
 
 
 def spec_shapes(spec, name: str) -> dict[str, tuple[int, ...]]:
-    """{key: shape} of a spec: a width, a shape, what has a shape, or a dict of these.
+    """{key: shape} of a spec: a width, a shape, anything with a shape, or a flat dict of these.
 
-    A spec without keys describes the entry `name`.
+    A spec that is not a dict describes the entry `name`.
     """
     parts = getattr(spec, "spaces", spec)  # of a gymnasium Dict
     if isinstance(parts, Mapping | TensorDictBase):
@@ -29,7 +29,7 @@ class ModelBasedEnvBase(nn.Module):
     """Base of the imagination environments: derive and implement `_step`.
 
     `world_model` is held, not copied: the environment and the training share its parameters.
-    `shapes` {key: shape} are the entries that a step starts from, without the batch.
+    `shapes` {key: shape} are the entries of the state, without the batch dimensions.
     """
 
     dtype = torch.float32  # of the state that `reset` makes
@@ -46,13 +46,13 @@ class ModelBasedEnvBase(nn.Module):
         raise NotImplementedError
 
     def reset(self, tensordict: TensorDictBase | None = None) -> TensorDictBase:
-        """The state to start from, [*B]: that in `tensordict`, or zeros [*batch_size].
+        """The first state [*B]: the one in `tensordict`, or zeros [*batch_size].
 
         Raises ValueError if `tensordict` lacks a part of the state.
         """
         if tensordict is None:
-            size, kind = self.batch_size, dict(device=self.device, dtype=self.dtype)
-            zeros = {k: torch.zeros(*size, *s, **kind) for k, s in self.shapes.items()}
+            size, options = self.batch_size, dict(device=self.device, dtype=self.dtype)
+            zeros = {k: torch.zeros(*size, *s, **options) for k, s in self.shapes.items()}
             return TensorDict(zeros, size)
         if missing := [key for key in self.shapes if key not in tensordict.keys(True)]:
             raise ValueError(f"{type(self).__name__} cannot start: the TensorDict lacks {missing}")
@@ -92,8 +92,8 @@ class ModelBasedEnvBase(nn.Module):
 class WorldModelEnv(ModelBasedEnvBase):
     """Wraps any callable `world_model(tensordict) -> tensordict` as an environment.
 
-    It is called with the state and the `action`, and returns the next state and what else it
-    predicts; a missing `reward` or `done` becomes zeros. For the specs see `spec_shapes`: the
+    It is called with the state and the `action`; it returns the next state and anything else it
+    predicts. A missing `reward` or `done` becomes zeros. For the specs see `spec_shapes`: the
     entries of `observation_spec` are the state; `action_spec` is kept for policies.
     """
 
@@ -107,7 +107,7 @@ class WorldModelEnv(ModelBasedEnvBase):
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         out, size = self.world_model(tensordict.copy()), tensordict.batch_size
         if missing := [key for key in self.shapes if key not in out.keys(True)]:
-            raise ValueError(f"the world model returned no {missing}, which the next step needs")
+            raise ValueError(f"the world model did not return {missing}: the next step needs it")
         zeros = torch.zeros(*size, *self.reward_shape, device=tensordict.device)
         predicted = {"reward": out.get("reward", zeros), "done": out.get("done", zeros.bool())}
         return TensorDict(out.exclude("action"), size).update(predicted)

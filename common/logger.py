@@ -1,4 +1,4 @@
-"""metrics.jsonl and its mirrors: progress bar, TensorBoard, videos, pictures, learning curve."""
+"""What a run shows: metrics.jsonl, progress bar, TensorBoard, videos, pictures, learning curve."""
 
 import json
 import math
@@ -20,7 +20,7 @@ LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train
 
 
 class Logger:
-    """Write the metrics of a run to `folder`, one JSON line per `log`; every step is an env step.
+    """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save.
     """
@@ -30,9 +30,9 @@ class Logger:
         self.file = (self.folder / "metrics.jsonl").open("ab")
         self.sums, self.counts, self.shown = {}, {}, {}
         self.step = self.first = 0  # now, and where this process took over
-        self.started = self.born = time.monotonic()  # this process, and the whole run
-        self.tensorboard, self.board, self.bar, self.drawn = tensorboard, None, None, 0.0
-        self.paced = None  # time and updates at the first update of this process
+        self.process_start = self.run_start = time.monotonic()
+        self.tensorboard, self.board, self.bar, self.bar_time = tensorboard, None, None, 0.0
+        self.first_update = None  # of this process: time, number
 
     def add(self, metrics):
         """Add to the means of the next line; a 0-dim tensor stays on its device until then."""
@@ -44,21 +44,22 @@ class Logger:
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def log(self, step, **extra):
-        """Append {"step": step, **means, **extra} to metrics.jsonl; nan and inf become null."""
+        """Append step, means, extra and "time/wall" to metrics.jsonl; nan and inf become null."""
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
         self.sums, self.counts = {}, {}
-        row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.born}
+        row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.run_start}
         row = {name: _plain(value) for name, value in row.items()}
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self.file.flush()
         if self.tensorboard:
-            self._mirror(row)
+            self._to_tensorboard(row)
         for label in LOSSES:
             losses = [x for name, x in means.items() if name.startswith(f"train/loss_{label}")]
-            self.shown |= {label: _plain(sum(losses))} if losses else {}
-        if self.paced and self.shown["updates"] > self.paced[1]:
-            seconds = time.monotonic() - self.paced[0]
-            self.shown["updates/s"] = (self.shown["updates"] - self.paced[1]) / seconds
+            if losses:
+                self.shown[label] = _plain(sum(losses))
+        if self.first_update and self.shown["updates"] > self.first_update[1]:
+            seconds = time.monotonic() - self.first_update[0]
+            self.shown["updates/s"] = (self.shown["updates"] - self.first_update[1]) / seconds
         self.advance(step)
         if not self.quiet and not sys.stderr.isatty():
             self._print(row)
@@ -70,13 +71,13 @@ class Logger:
         """
         self.step, now = step, time.monotonic()
         self.shown |= {name: _plain(value) for name, value in postfix.items()}
-        if self.paced is None and "updates" in postfix:
-            self.paced = now, postfix["updates"]
-        if self.quiet or now - self.drawn < 0.2 or not sys.stderr.isatty():
+        if self.first_update is None and "updates" in postfix:
+            self.first_update = now, postfix["updates"]
+        if self.quiet or now - self.bar_time < 0.2 or not sys.stderr.isatty():
             return
         if self.bar is None:
             self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", smoothing=0)
-        self.drawn, self.bar.n = now, step
+        self.bar_time, self.bar.n = now, step
         self.bar.set_postfix(self.shown)
 
     def note(self, text):
@@ -97,7 +98,7 @@ class Logger:
                 path, lambda file: imwrite(file.name, frames, fps=fps, quality=5, **mp4)
             )
         except (ImportError, OSError, RuntimeError) as error:
-            self.note(f"a gif, as mp4 failed (pip install imageio-ffmpeg): {error}")
+            self.note(f"saving a gif, because mp4 failed (pip install imageio-ffmpeg): {error}")
             gif = partial(imwrite, image=frames, extension=".gif", duration=1000 / fps, loop=0)
             return atomic_write(self.folder / f"{name}.gif", gif)
 
@@ -109,20 +110,20 @@ class Logger:
 
     def state_dict(self) -> dict:
         """The means so far, the clock, and how long metrics.jsonl is."""
-        os.fsync(self.file.fileno())  # or a power cut could leave it shorter than it says here
-        wall, size = time.monotonic() - self.born, self.file.seek(0, os.SEEK_END)
+        os.fsync(self.file.fileno())  # else a power failure could make it shorter than saved here
+        wall, size = time.monotonic() - self.run_start, self.file.seek(0, os.SEEK_END)
         means = {"sums": dict(self.sums), "counts": dict(self.counts)}
         return {"step": self.step, "wall": wall, "bytes": size, **means}
 
     def load_state_dict(self, state):
-        """Go on from there; raises RunError if metrics.jsonl has lost lines since."""
+        """Continue from a saved state; RunError if metrics.jsonl has become shorter since."""
         size = self.file.seek(0, os.SEEK_END)
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
         self.file.truncate(state["bytes"])
         self.step = self.first = state["step"]
-        self.born = self.started - state["wall"]
+        self.run_start = self.process_start - state["wall"]
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
     def close(self):
@@ -133,7 +134,7 @@ class Logger:
             if part is not None:
                 part.close()
 
-    def _mirror(self, row):
+    def _to_tensorboard(self, row):
         """Log the numbers of a row to TensorBoard, if it is installed."""
         if self.board is None:
             try:
@@ -141,7 +142,7 @@ class Logger:
             except ImportError:
                 self.tensorboard = False
                 return self.note("no TensorBoard files (pip install tensorboard)")
-            # What a killed process logged after its last save is logged again: hide the first.
+            # What a killed process logged after its last save comes again: hide its first copy.
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.first + 1)
         for name, value in row.items():
             if name != "step" and isinstance(value, (int, float)):
@@ -153,7 +154,7 @@ class Logger:
         parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
         options = dict(initial=self.first, unit=" steps", bar_format=form, postfix=", ".join(parts))
-        seconds = time.monotonic() - self.started
+        seconds = time.monotonic() - self.process_start
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
 
 
@@ -166,26 +167,26 @@ def _plain(value):
 def plot_curve(folder) -> Path:
     """Draw the returns in metrics.jsonl against environment steps: learning_curve.png.
 
-    Raises RunError while there is nothing to draw.
+    Raises RunError while there is nothing to depisodes.
     """
     from matplotlib.figure import Figure
 
     rows = list(read_metrics(Path(folder, "metrics.jsonl")))
-    raw, tests = (
+    episodes, evaluations = (
         np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None]).T
         for name in ("episode/return", "eval/return")
     )
-    if not raw.size and not tests.size:
+    if not episodes.size and not evaluations.size:
         raise RunError(f"no episode/return in {folder}/metrics.jsonl so far")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    if raw.size:
-        n = max(1, min(50, raw.shape[1] // 20))
-        mean = [raw[1, max(0, i - n) : i].mean() for i in range(1, raw.shape[1] + 1)]
-        axes.plot(*raw, ".", color="#9dbfe0", ms=4, mew=0, label="training")
-        axes.plot(raw[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
-    if tests.size:
-        axes.plot(*tests, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
+    if episodes.size:
+        n = max(1, min(50, episodes.shape[1] // 20))
+        mean = [episodes[1, max(0, i - n) : i].mean() for i in range(1, episodes.shape[1] + 1)]
+        axes.plot(*episodes, ".", color="#9dbfe0", ms=4, mew=0, label="training")
+        axes.plot(episodes[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
+    if evaluations.size:
+        axes.plot(*evaluations, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
     axes.set(xlabel="environment steps", ylabel="return (sum of rewards per episode)")
     axes.set_title("  ".join(Path(folder).resolve().parts[-3:]), loc="left")
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -197,7 +198,7 @@ def plot_curve(folder) -> Path:
 
 
 def read_metrics(path, size=0):
-    """The rows of a metrics.jsonl, as dicts; with `size` those in its last so many bytes."""
+    """The rows of a metrics.jsonl, as dicts; with `size`, only those in its last `size` bytes."""
     lines = []
     if path.exists():
         with path.open("rb") as file:

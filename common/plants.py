@@ -27,16 +27,16 @@ def cart_pole(z, u, g=9.82, m=0.5, cart=0.5, length=0.5, b=0.1):
 
 
 def double_pendulum(z, u, g=9.82, m=0.5, length=0.5):
-    """State (dtheta1, dtheta2, theta1, theta2), 0 is upright; a torque (N m) at either joint."""
+    """State (dtheta1, dtheta2, theta1, theta2), 0 is upright; a torque (N m) at each joint."""
     dtheta1, dtheta2, theta1, theta2 = z
-    inertia, couple = m * length**2 / 12, 0.5 * m * length**2
+    inertia, m12 = m * length**2 / 12, 0.5 * m * length**2  # mass matrix: m11, m12 * cos, m22
     cos, sin = np.cos(theta1 - theta2), np.sin(theta1 - theta2)
-    own1, own2 = 1.25 * m * length**2 + inertia, 0.25 * m * length**2 + inertia
-    force1 = 1.5 * m * g * length * np.sin(theta1) - couple * dtheta2**2 * sin + u[0]
-    force2 = 0.5 * m * g * length * np.sin(theta2) + couple * dtheta1**2 * sin + u[1]
-    determinant = own1 * own2 - (couple * cos) ** 2
-    ddtheta1 = (own2 * force1 - couple * cos * force2) / determinant
-    ddtheta2 = (own1 * force2 - couple * cos * force1) / determinant
+    m11, m22 = 1.25 * m * length**2 + inertia, 0.25 * m * length**2 + inertia
+    force1 = 1.5 * m * g * length * np.sin(theta1) - m12 * dtheta2**2 * sin + u[0]
+    force2 = 0.5 * m * g * length * np.sin(theta2) + m12 * dtheta1**2 * sin + u[1]
+    determinant = m11 * m22 - (m12 * cos) ** 2
+    ddtheta1 = (m22 * force1 - m12 * cos * force2) / determinant
+    ddtheta2 = (m11 * force2 - m12 * cos * force1) / determinant
     return np.array([ddtheta1, ddtheta2, dtheta1, dtheta2])
 
 
@@ -55,19 +55,19 @@ def runge_kutta(rate: Callable, z: np.ndarray, u: np.ndarray, dt: float, steps: 
 class Plant(gymnasium.Env):
     """A scenario of the authors: an ODE, held actions, noisy observations.
 
-    `points(z)` is the chain of joints (K, 2) in metres, drawn, and its end the tip: the reward is
-    minus the saturated distance of the true tip from `goal`, -1 + exp(-(d / width)^2 / 2).
+    `joints(z)` (K, 2), in meters, is what `render` draws; the last one is the tip. The reward is
+    minus the saturating cost of the true tip's distance d to `goal`, -1 + exp(-(d / width)^2 / 2).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
-        self, rate, points, goal, width, start, std, noise, most, dt=0.1, render_mode=None
+        self, rate, joints, goal, width, start, std, noise, limit, dt=0.1, render_mode=None
     ):
-        self.rate, self.points, self.goal, self.width, self.dt = rate, points, goal, width, dt
-        self.start, self.std, self.noise, self.most = map(np.array, (start, std, noise, most))
+        self.rate, self.joints, self.goal, self.width, self.dt = rate, joints, goal, width, dt
+        self.start, self.std, self.noise, self.limit = map(np.array, (start, std, noise, limit))
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, self.start.shape)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.most.shape)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, self.limit.shape)
         self.render_mode = render_mode
 
     def reset(self, *, seed=None, options=None):
@@ -76,10 +76,10 @@ class Plant(gymnasium.Env):
         return self.observe(), {}
 
     def step(self, action):
-        u = np.clip(np.asarray(action, float), -1, 1) * self.most
+        u = np.clip(np.asarray(action, float), -1, 1) * self.limit
         self.z = runge_kutta(self.rate, self.z, u, self.dt)
-        square = np.square(self.points(self.z)[-1] - np.array(self.goal)).sum()
-        return self.observe(), np.exp(-0.5 * square / self.width**2) - 1, False, False, {}
+        distance2 = np.square(self.joints(self.z)[-1] - np.array(self.goal)).sum()
+        return self.observe(), np.exp(-0.5 * distance2 / self.width**2) - 1, False, False, {}
 
     def observe(self):
         return self.np_random.normal(self.z, self.noise).astype(np.float32)
@@ -87,32 +87,32 @@ class Plant(gymnasium.Env):
     def render(self):
         picture = Image.new("RGB", (256, 256), "white")
         draw = ImageDraw.Draw(picture)
-        across = [tuple(128 + 90 * np.array([x, -y])) for x, y in self.points(self.z)]
+        pixels = [tuple(128 + 90 * np.array([x, -y])) for x, y in self.joints(self.z)]
         x, y = (128 + 90 * self.goal[0], 128 - 90 * self.goal[1])
         draw.ellipse((x - 5, y - 5, x + 5, y + 5), outline="red", width=2)
         draw.line((0, 128, 256, 128), fill="lightgray")
-        draw.line(across, fill="black", width=5)
-        draw.rectangle((across[0][0] - 12, 122, across[0][0] + 12, 134), fill="steelblue")
+        draw.line(pixels, fill="black", width=5)
+        draw.rectangle((pixels[0][0] - 12, 122, pixels[0][0] + 12, 134), fill="steelblue")
         return np.asarray(picture)
 
 
 def chain(base: float, *angles: float, length: float) -> np.ndarray:
-    """Joints of links at these angles from straight up, from (base, 0)."""
+    """Joints (K, 2) of a chain of links that begins at (base, 0); angles are from upright."""
     links = [(length * np.sin(angle), length * np.cos(angle)) for angle in angles]
     return np.cumsum([(base, 0.0), *links], 0)
 
 
 PLANTS = {
     "Pendulum": (40, dict(
-        rate=pendulum, points=lambda z: chain(0, math.pi - z[1], length=1.0), goal=(0, 1),
-        width=0.5, start=(0, 0), std=(0.1, 0.1), noise=(0.1, 0.01), most=(2.5,))),
+        rate=pendulum, joints=lambda z: chain(0, math.pi - z[1], length=1.0), goal=(0, 1),
+        width=0.5, start=(0, 0), std=(0.1, 0.1), noise=(0.1, 0.01), limit=(2.5,))),
     "CartPole": (40, dict(
-        rate=cart_pole, points=lambda z: chain(z[0], math.pi - z[3], length=0.5), goal=(0, 0.5),
-        width=0.25, start=(0,) * 4, std=(0.1,) * 4, noise=(0.01,) * 4, most=(10,))),
+        rate=cart_pole, joints=lambda z: chain(z[0], math.pi - z[3], length=0.5), goal=(0, 0.5),
+        width=0.25, start=(0,) * 4, std=(0.1,) * 4, noise=(0.01,) * 4, limit=(10,))),
     "DoublePendulum": (30, dict(
-        rate=double_pendulum, points=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
+        rate=double_pendulum, joints=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
         width=0.5, start=(0, 0, math.pi, math.pi), std=(0.1, 0.1, 0.01, 0.01), noise=(0.01,) * 4,
-        most=(2, 2))),
+        limit=(2, 2))),
 }  # fmt: skip
 for name, (steps, kwargs) in PLANTS.items():
     gymnasium.register(f"PILCO/{name}-v0", Plant, max_episode_steps=steps, kwargs=kwargs)

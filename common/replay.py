@@ -15,39 +15,39 @@ from common.checkpoint import DISK_FULL, RunError
 LATENTS = ("belief", "state")
 
 
-def _map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
-    """A file like `leaf`, made or grown where needed; RunError when the disk cannot hold it."""
-    path.touch()  # never truncates: the rows outlive a start with other flags
+def _memory_map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
+    """A file that holds `leaf`, created or grown; RunError if the disk cannot hold it."""
+    path.touch()  # never truncate: a start with wrong flags must not lose the rows
     with path.open("r+b") as file:
         try:  # a full disk or quota is an error here, not a bus error later
             os.posix_fallocate(file.fileno(), 0, leaf.nbytes)
-        except (AttributeError, OSError) as error:  # not on every system: the file is sparse
+        except (AttributeError, OSError) as error:  # not on every system: sparse files there
             if getattr(error, "errno", None) in DISK_FULL:
                 raise RunError(f"no room for {path}: choose a smaller --replay-size") from error
     return MemoryMappedTensor.from_filename(path, leaf.dtype, leaf.shape)
 
 
 def with_previous(rows: TensorDict) -> TensorDict:
-    """Rows [B, T + 1] -> rows 1..T, and as `previous` [B, T] the action and latents before each.
+    """Rows [B, T + 1] -> the last T; their `previous` [B, T] is the action and latents before each.
 
-    The rows themselves lose their latents: filtering makes them anew.
+    The rows lose their own latents: the model computes them again.
     """
     previous = rows[:, :-1].select("action", *LATENTS, strict=False)
     return rows[:, 1:].exclude(*LATENTS).set("previous", previous)
 
 
 def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
-    """The replay of a run: no larger than `steps` can fill, else with room for a save interval.
+    """The replay of a run, no larger than `steps` can fill; if it is smaller, it has slack.
 
     args: the script's flags; example, options: see Replay. Prints the size.
     """
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
-    needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)
+    needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)  # and a window
     capacity = min(args.replay_size, needed)
     slack = ceil(args.save_every / per_row) + 1 if capacity < needed else 0
-    shape = capacity, args.num_envs, args.batch_length + 1, folder / "replay"
+    length, directory = args.batch_length + 1, folder / "replay"
     options |= dict(batch_size=args.batch_size, slack=slack, seed=args.seed)
-    replay = Replay(example, *shape, **options)
+    replay = Replay(example, capacity, args.num_envs, length, directory, **options)
     size = sum(leaf.nbytes for leaf in replay.storage.values()) / 1e9
     print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return replay
@@ -56,18 +56,17 @@ def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
-    Row r of environment e, counted from 0, lies at (r % physical) * N + e, so a longer run may ask
-    for a larger ring until this one has come round. A process killed at any moment resumes exactly
-    at its checkpoint, because the files keep `slack` rows of each environment more than can be
-    drawn (save when `exhausted` is True; with slack=0 only until the ring is full), and
-    `write_back` fills the one of two slots that the checkpoint does not use. Nothing is flushed: a
-    power failure can lose what the system had not written to the disk.
+    Row r of environment e, counted from 0, lies at (r % allocated) * N + e, so a longer run may ask
+    for a larger ring until this one wraps around. A process killed at any moment resumes exactly at
+    its checkpoint. For that, the files keep `slack` more rows of each environment than can be drawn
+    (save when `exhausted`; with slack=0 this holds only until the ring is full), and `write_back`
+    fills that one of two slots which the checkpoint does not use. Nothing is flushed: a power
+    failure can lose what the system had not written to the disk.
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
-    episodes: draw a finished episode, then a window inside of it; the one at its end only with
-    `last_window`. RunError if a window of `length` rows does not fit the ring or if the disk is too
-    full.
+    episodes: draw a finished episode, then a window in it, with `last_window` also the one at its
+    end. RunError if a window of `length` rows does not fit the ring, or the disk is too full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
@@ -76,15 +75,15 @@ class Replay:
         self.num_envs, self.length, self.batch_size = num_envs, length, batch_size
         self.online, self.episodes, self.last_window = online, episodes, last_window
         self.capacity = capacity // num_envs  # rows of one environment
-        self.physical = self.capacity + slack
+        self.allocated = self.capacity + slack  # rows of one environment in the files
         if self.capacity < length:
             have = f"{self.capacity} rows for each of {num_envs} environments"
-            raise RunError(f"{have} are less than a window of {length}: raise --replay-size")
+            raise RunError(f"{have} hold no window of {length}: raise --replay-size")
         self.updatable = [key for key in example.keys() if key in updatable]
-        self.layout = dict(num_envs=num_envs, capacity=self.capacity, physical=self.physical)
+        self.layout = dict(num_envs=num_envs, capacity=self.capacity, allocated=self.allocated)
         self.layout |= dict(length=length, updatable=", ".join(self.updatable))
         self.layout |= {key: f"{leaf.dtype} {list(leaf.shape)}" for key, leaf in example.items()}
-        rows = num_envs * self.physical
+        rows = num_envs * self.allocated
         leaves = {  # two slots for each row of what is updatable
             key: leaf.expand(rows * (1 + (key in updatable)), *leaf.shape)
             for key, leaf in example.items()
@@ -98,14 +97,15 @@ class Replay:
         if need > free:
             text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {directory}"
             raise RunError(f"{text}: choose a smaller --replay-size")
-        self.storage = {key: _map(self.directory / key, leaf) for key, leaf in leaves.items()}
+        files = {key: self.directory / key for key in leaves}
+        self.storage = {key: _memory_map(files[key], leaf) for key, leaf in leaves.items()}
         self.current = torch.zeros(rows, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
-        self.total = self.saved_total = 0  # rows appended by each environment: now, when saved
+        self.total = self.saved_total = 0  # rows of each environment: now, at the last save
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
         self.finished = deque()  # (environment, first row, rows) of the finished episodes
         self.begun = [0] * num_envs  # first row of the episodes under way
-        self.long_known_at = None  # the total for which `long_episodes` knows its answer
+        self.long_known_at = None  # `total` when `long_episodes` was computed
         self.generator = torch.Generator().manual_seed(seed)
 
     @property
@@ -121,8 +121,8 @@ class Replay:
     @property
     def exhausted(self) -> bool:
         """Whether the next append would overwrite a row of the last checkpoint."""
-        protected = self.saved_total > 0 and self.physical > self.capacity
-        return protected and self.total - self.physical >= max(0, self.saved_total - self.capacity)
+        protected = self.saved_total > 0 and self.allocated > self.capacity
+        return protected and self.total - self.allocated >= max(0, self.saved_total - self.capacity)
 
     def __len__(self) -> int:
         """Number of windows that can be drawn."""
@@ -130,7 +130,7 @@ class Replay:
 
     @property
     def ready(self) -> bool:
-        """Whether to draw: from a long episode, or from batch_size * (length - 1) windows."""
+        """Whether there is enough to draw: a long episode, or batch_size * (length - 1) windows."""
         if self.episodes:
             return len(self.long_episodes()) > 0
         return len(self) >= self.batch_size * (self.length - 1)
@@ -138,13 +138,13 @@ class Replay:
     def append(self, row: TensorDict):
         """Add one row of each environment: TensorDict[N] with the keys of `example`."""
         assert set(row.keys()) == set(self.storage.keys()), (row, self.layout)
-        where = self.total % self.physical * self.num_envs + torch.arange(self.num_envs)
+        where = self.total % self.allocated * self.num_envs + torch.arange(self.num_envs)
         for key, leaf in self.storage.items():
             slot = where * 2 if key in self.updatable else where
             leaf.index_copy_(0, slot, row[key].detach().to(leaf))
         # The last checkpoint does not refer to the row that was here (see slack): slot 0 is free.
         self.current[where] = self.saved[where] = 0
-        if self.online and self.total >= self.length and self.total % self.length == 0:
+        if self.online and self.total and self.total % self.length == 0:
             first = self.total - self.length + 1
             self.queue.extend((env, first) for env in range(self.num_envs))
         for env in row["is_first"].nonzero()[:, 0].tolist():
@@ -152,7 +152,7 @@ class Replay:
         for env in row["is_last"].nonzero()[:, 0].tolist():
             self.finished.append((env, self.begun[env], self.total + 1 - self.begun[env]))
         self.total += 1
-        while self.finished and sum(self.finished[0][1:]) <= self.oldest:
+        while self.finished and sum(self.finished[0][1:]) <= self.oldest:  # first + rows: its end
             self.finished.popleft()
         while self.queue and self.queue[0][1] < self.oldest:
             self.queue.popleft()
@@ -173,11 +173,11 @@ class Replay:
         if not len(self):
             raise ValueError(f"no window of {self.length} rows in {self.rows} rows")
         fresh = [self.queue.popleft() for _ in range(min(batch_size, len(self.queue)))]
-        starts = len(self) // self.num_envs
-        draw = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
-        drawn = torch.stack([draw // starts, self.oldest + draw % starts], -1)
-        window = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
-        return self.windows(window)
+        per_env = len(self) // self.num_envs
+        number = torch.randint(len(self), [batch_size - len(fresh)], generator=self.generator)
+        drawn = torch.stack([number // per_env, self.oldest + number % per_env], -1)
+        starts = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
+        return self.windows(starts)
 
     def long_episodes(self) -> Tensor:
         """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
@@ -189,9 +189,9 @@ class Replay:
         return self.long
 
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
-        """Windows [B, length] inside of an episode that is drawn first, as Dreamer (2020) does.
+        """Draw an episode, then a window [length] in it, as Dreamer (2020) does: [B, length].
 
-        Row 0 is the row before the window; before an episode's first row it belongs to another one.
+        Row 0 precedes the window; where that begins an episode, it is from another one, or empty.
         RunError if no episode is long enough.
         """
         episodes = self.long_episodes()
@@ -202,26 +202,26 @@ class Replay:
             raise RunError(f"{text}: try {ways}")
         draw = torch.randint(len(episodes), [batch_size], generator=self.generator)
         env, first, rows = episodes[draw].unbind(-1)
-        starts = rows - (self.length - 1) + self.last_window
-        offset = (torch.rand(batch_size, generator=self.generator) * starts).long()
+        choices = rows - (self.length - 1) + self.last_window
+        offset = (torch.rand(batch_size, generator=self.generator) * choices).long()
         return self.windows(torch.stack([env, first + offset - 1], -1))
 
-    def windows(self, window: Tensor) -> TensorDict:
+    def windows(self, starts: Tensor) -> TensorDict:
         """Copies of the windows that begin at (environment, row) [B, 2], with their "index".
 
         is_first is set on row 0, is_last before an is_first.
         """
-        index = window[:, None].repeat(1, self.length, 1)  # [B, length, 2]
+        index = starts[:, None].repeat(1, self.length, 1)  # [B, length, 2]
         index[..., 1] += torch.arange(self.length)
-        where = (index[..., 1] % self.physical * self.num_envs + index[..., 0]).flatten()
+        where = (index[..., 1] % self.allocated * self.num_envs + index[..., 0]).flatten()
         live = where * 2 + self.current[where].long()
         # index_select copies whole rows: six times as fast as indexing where rows are pictures.
         batch = TensorDict({}, [len(where)])
         for key, leaf in self.storage.items():
             batch[key] = leaf.index_select(0, live if key in self.updatable else where)
-        batch = batch.view(len(window), self.length)
+        batch = batch.view(len(starts), self.length)
         batch["is_first"][:, 0] = True
-        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # abandoned episodes
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]  # an abandoned episode ends here
         return batch.set("index", index)
 
     def write_back(self, batch: TensorDict, latents: TensorDict):
@@ -231,20 +231,20 @@ class Replay:
         """
         env, row = batch["index"].flatten(0, 1).cpu().unbind(-1)
         kept = (row >= self.oldest).nonzero()[:, 0]
-        where = (row % self.physical * self.num_envs + env)[kept]
+        where = (row % self.allocated * self.num_envs + env)[kept]
         # Two writes to one row have no fixed order in torch: keep the last one of each row.
         where, group = where.unique(return_inverse=True)
-        order = torch.zeros_like(where).scatter_reduce_(0, group, kept, "amax")
+        latest = torch.zeros_like(where).scatter_reduce_(0, group, kept, "amax")
         spare = 1 - self.saved[where]
         for key in self.updatable:
-            leaf, value = self.storage[key], latents[key].detach().flatten(0, 1)[order]
+            leaf, value = self.storage[key], latents[key].detach().flatten(0, 1)[latest]
             leaf.index_copy_(0, where * 2 + spare.long(), value.to(leaf))
         self.current[where] = spare
 
     def state_dict(self) -> dict:
-        """What the files do not hold; from here on they spare what this one refers to.
+        """What the files do not hold. From now on the files keep the rows that it refers to.
 
-        So call it only for a checkpoint, written out before the next append or write_back.
+        So call it only for a checkpoint that is written before the next append or write_back.
         """
         self.saved_total = self.total
         self.saved.copy_(self.current)
@@ -261,17 +261,17 @@ class Replay:
     def load_state_dict(self, state: dict):
         """Continue from a checkpoint; RunError if its files are gone or of another layout.
 
-        A larger capacity is accepted until the smaller ring has come round.
+        A larger capacity is accepted until the smaller ring has wrapped around.
         """
         saved, lost = state["layout"], []
         for key, size in self.found.items():
-            if size < self.storage[key].nbytes * saved["physical"] // self.physical:
-                os.truncate(self.directory / key, size)  # zeros must not be found next time
+            if size < self.storage[key].nbytes * saved["allocated"] // self.allocated:
+                os.truncate(self.directory / key, size)  # as found, for the next start to notice
                 lost.append(key)
-        grown = state["total"] <= min(saved["physical"], self.capacity)
+        may_grow = state["total"] <= min(saved["allocated"], self.capacity)
         for name in self.layout | saved:
             theirs, ours = saved.get(name), self.layout.get(name)
-            if theirs != ours and not (grown and name in ("capacity", "physical")):
+            if theirs != ours and not (may_grow and name in ("capacity", "allocated")):
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         if lost:
             text = f"the run's replay/ lacks {', '.join(lost)}, or a part of it"

@@ -7,8 +7,8 @@
             ...
         run.finish()
 
-An agent has `spec`, `args`, `act(rows, latent)` and a state_dict; if it needs them, also `device`,
-`modules` {name: network} and `fps`, the pictures per second of its films.
+An agent has `spec`, `args`, `act(rows, latent)` and a state_dict; optional are `device`, `modules`
+{name: network} and `fps`, the frames per second of its videos.
 """
 
 import json
@@ -38,14 +38,14 @@ from common.checkpoint import DISK_FULL, EnvError, RunError, Stop
 from common.envs import make_envs
 from common.logger import Logger, plot_curve
 
-FRAMES, LONGEST = 1000, 30_000  # filmed, played of an episode, at most
-LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")
+MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
+LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")  # of an unsaved run
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns")
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
 
 
 def launch(main: Callable):
-    """Call main(); what the user can mend, and Ctrl-C, end it with one line and no traceback."""
+    """Call main(); a RunError, a full disk or Ctrl-C ends it with one line, not a traceback."""
     try:
         main()
     except RunError as error:
@@ -92,22 +92,22 @@ def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict
 
 
 def annotations(args_type: type) -> dict[str, tuple]:
-    """{field: what is `Annotated` beside its type}."""
+    """{field: what `Annotated` adds to its type}."""
     kinds = get_type_hints(args_type, include_extras=True)
     return {name: getattr(kind, "__metadata__", ()) for name, kind in kinds.items()}
 
 
 def may_change(args_type: type) -> list[str]:
-    """The fields that are free to differ when a run is resumed."""
+    """The fields that may differ when a run is resumed."""
     (mark,) = MayChange.__metadata__
     return [name for name, marks in annotations(args_type).items() if mark in marks]
 
 
 def prepare(args) -> torch.device:
-    """Set seeds and threads (0: the libraries' choice) for this process; the device of the run."""
+    """Set seeds and threads (0: the libraries' choice) of this process; return the run's device."""
     if args.threads:
         torch.set_num_threads(args.threads)
-        threadpool_limits(args.threads)  # numpy's, which else wait for each other on a busy core
+        threadpool_limits(args.threads)  # numpy's, too: on busy cores they wait for each other
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
     return pick_device(getattr(args, "device", "cpu"))
@@ -117,13 +117,13 @@ def pick_device(name="") -> torch.device:
     """The device of that name; empty: CUDA if there is a GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return torch.zeros(0, device=device).device
+        return torch.zeros(0, device=device).device  # "cuda" -> "cuda:0"; raises if unusable
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise RunError(f"--device {name} cannot be used: {error}") from error
 
 
 def autocast(agent) -> torch.autocast:
-    """Context of bfloat16 matrix products, if --precision says so or, with "auto", on CUDA.
+    """Run matrix products in bfloat16 if --precision says so or, with "auto", on CUDA.
 
     Parameters and losses stay float32.
     """
@@ -132,7 +132,7 @@ def autocast(agent) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-# --- one device of several: tools/ranks.py replaces these ---------------------------------------
+# --- several devices: tools/ranks.py replaces these ---------------------------------------------
 
 
 def mean(x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def mean_(tensors: list[Tensor]):
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (N, ...) of all devices, one after the other, without gradient."""
+    """x (N, ...) of all devices, one after the other."""
     return x
 
 
@@ -159,7 +159,7 @@ def run_folder(script: str, args) -> Path:
 
 
 def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
-    """Create or reopen the run folder of `args`, lock it, and load what it holds, None at first.
+    """Create or reopen the run folder of `args`, lock it, and load its checkpoint, if there is one.
 
     `args.fresh` empties it. `requested` is what args.json will say. Raises RunError if the saved
     arguments differ where they may not change, if another process runs there, or if it is not a run
@@ -177,10 +177,10 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     if file.exists():
         state = checkpoint.load(folder, script)
         check_same_args(folder, saved, requested, may_change(type(args)))
-    for path in folder.iterdir() if state is None else ():  # without args.json it would be foreign
+    for path in () if state else folder.iterdir():  # args.json stays: it marks a run folder
         if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    origins, now = saved["origin"] if state else [], origin()
+    origins, now = (saved["origin"] if state else []), origin()
     requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
     text = json.dumps(requested, indent=2) + "\n"
     checkpoint.atomic_write(folder / "args.json", lambda file: file.write(text.encode()))
@@ -199,14 +199,14 @@ def saved_args(folder: Path) -> dict:
 
 
 def args_dict(args) -> dict:
-    """A dataclass of arguments as args.json has them."""
+    """Args as a dict, equal to what args.json gives back."""
     return json.loads(json.dumps(asdict(args), default=str))
 
 
 def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRESH):
-    """RunError that names the arguments in which a saved run is not the one requested."""
+    """RunError that names the arguments in which a saved run differs from `requested`."""
     lines = [
-        f"  {name}: {saved.get(name, '(none)')} -> {requested.get(name, '(none)')} (saved -> asked)"
+        f"  {name}: {saved.get(name, '(none)')} -> {requested.get(name, '(none)')} (saved -> now)"
         for name in {**saved, **requested}
         if name not in ("origin", *free) and saved.get(name, {}) != requested.get(name, {})
     ]
@@ -215,7 +215,7 @@ def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRES
 
 
 def origin() -> dict:
-    """What a published figure has to name: command, commit, versions, hardware."""
+    """Where a result comes from: command, commit, versions, hardware."""
     git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
     with suppress(OSError):  # no git
         options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -251,7 +251,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device: 
 
 
 class Run:
-    """A training in its folder: counters, clocks, checkpoints, log, and the user's wish to stop.
+    """One training in its folder: counters, clocks, checkpoints, log, and requests to stop.
 
     step: environment steps so far; updates: of the networks; owed: updates that come before the
     next step; reported: the step up to which all is logged; returns: of the episodes under way. It
@@ -269,13 +269,13 @@ class Run:
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
             text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
             raise RunError(f"{text} (saved -> now). --fresh starts over")
-        if total is None:  # of a run that was longer the replay keeps its size
+        if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
         self.logger = Logger(self.folder, total, args.tensorboard, quiet=not hasattr(args, "steps"))
 
     def open(self) -> tuple[Path, dict | None]:
-        """The run folder and what it holds."""
+        """The run folder and its checkpoint, if there is one."""
         return open_folder(self.script, self.args, {"script": self.script, **args_dict(self.args)})
 
     def __enter__(self) -> "Run":
@@ -283,9 +283,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _):
-        saved = self.latent is not None and (error is None or isinstance(error, EnvError))
+        savable = self.latent is not None and (error is None or isinstance(error, EnvError))
         try:
-            if saved and error:
+            if savable and error:
                 self.save()
         finally:
             self.stop.__exit__()
@@ -293,14 +293,14 @@ class Run:
             if "envs" in self.stateful:
                 self.stateful["envs"].close()
         if error is None and self.complete:
-            print(f"all of it: {self.folder}")
+            print(f"everything is in {self.folder}")
         elif error is None or isinstance(error, EnvError):
-            print(f"{'saved' if saved else 'stopped'}; the same command resumes")
+            print(f"{'saved' if savable else 'stopped'}; the same command resumes")
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
         """Continue from the checkpoint, if there is one; returns the latent to go on from.
 
-        stateful: what else to save and load, each with a state_dict. latent: that of the beginning.
+        stateful: what else to save and load, each with a state_dict. latent: the initial one.
         """
         self.stateful = {"agent": self.agent, "logger": self.logger, **stateful}
         for name, module in getattr(self.agent, "modules", {}).items():
@@ -318,13 +318,13 @@ class Run:
         return latent
 
     def training(self, latent: TensorDict | None = None) -> bool:
-        """Do what is due at this step; whether to go on, which is not so at the end and on a stop.
+        """Evaluate, log and save if it is time; False when the run is complete or has to stop.
 
-        latent: what the agent goes on from. A script without one can only be resumed from where it
-        calls `save` itself.
+        latent: what the agent goes on from. A script without one is saved only where it calls
+        `save` itself.
         """
         self.latent = latent
-        if not self.owed:  # else the burst of updates goes on where a stop has ended it
+        if not self.owed:  # else a resumed run finishes its updates first
             self.report()
         if not self.complete and not self.stopping():
             return True
@@ -346,11 +346,12 @@ class Run:
         """Evaluate, log and save, where a multiple of --..._every was passed."""
         if self.interval_passed("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
-            returns, _ = evaluate(self.agent, 1, seed, side=0)
+            returns, _ = evaluate(self.agent, 1, seed, video_size=0)
             self.logger.log(self.step, **{"eval/return": returns[0]})
         if self.interval_passed("log"):
             self.logger.log(self.step, updates=self.updates)
-        save, self.reported = self.interval_passed("save"), self.step
+        save = self.interval_passed("save")
+        self.reported = self.step  # before save(), which stores it
         if save or ("replay" in self.stateful and self.stateful["replay"].exhausted):
             self.save()
 
@@ -399,7 +400,7 @@ class Run:
         return {**self.stateful, **counters, "latent": latent, "rng": checkpoint.rng_state()}
 
     def finish(self):
-        """At the end of a run that is complete: play, film, draw the learning curve."""
+        """If the run is complete: evaluate, film, and draw the learning curve."""
         if self.complete:
             self.logger.log(self.step, **evaluate_and_film(self.agent, self.logger, "policy"))
             print(f"learning curve: {plot_curve(self.folder)}")
@@ -418,9 +419,9 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def evaluate(agent, episodes: int, seed: int, side: int = 256):
-    """Play whole episodes: their returns, and frames [side, side, 3] of the first one."""
-    envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, frames=side)
+def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
+    """Returns of episodes (very long ones in parts), and frames [size, size, 3] of the first."""
+    envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     returns, frames = [], []
     latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
@@ -429,9 +430,9 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
             rows = envs.step(None if latent is None else latent["action"])
             latent = agent.act(rows, latent)
             total, length = total + rows["reward"].item(), length + 1
-            if not returns and side and envs.can_render and len(frames) < FRAMES:  # 200 MB
+            if not returns and video_size and envs.can_render and len(frames) < MAX_FRAMES:
                 frames.append(envs.frame())
-            if rows["is_last"].item() or length == LONGEST:
+            if rows["is_last"].item() or length == MAX_STEPS:
                 returns.append(total)
                 total, length = 0.0, 0
     envs.close()
@@ -439,21 +440,21 @@ def evaluate(agent, episodes: int, seed: int, side: int = 256):
 
 
 def evaluate_and_film(agent, logger: Logger, name: str) -> dict:
-    """Play, film, and print where it all lies; returns the scores."""
+    """Play, film, and print what came out; returns the scores."""
     args = agent.args
     returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
-    mean, std = float(np.mean(returns)), float(np.std(returns))
-    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
+    score, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {score:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns))
     fps = getattr(agent, "fps", 30)
     if frames:
         print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
     else:
-        print(f"no video: {args.env_id} has no pictures to give")
-    return {"eval/return": mean, "eval/return_std": std}
+        print(f"no video: {args.env_id} cannot be rendered")
+    return {"eval/return": score, "eval/return_std": std}
 
 
 def evaluate_run(agent, args):
-    """--eval: play that many episodes of a finished or interrupted run, and film the first."""
+    """--eval: play --eval-episodes episodes with a run's last checkpoint, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
     evaluate_and_film(agent, Logger(args.eval, 0, tensorboard=False), "eval")

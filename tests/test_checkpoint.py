@@ -73,8 +73,8 @@ def test_checkpoint_of_another_script_or_format(tmp_path, monkeypatch):
     assert load(tmp_path, "pilco")["step"] == load(tmp_path)["step"] == 1
     with pytest.raises(RunError, match=r"written by pilco.py, not by dreamer.py"):
         load(tmp_path, "dreamer")
-    monkeypatch.setattr("common.checkpoint.FORMAT", 3)
-    with pytest.raises(RunError, match="has format 2, this code reads format 3"):
+    monkeypatch.setattr("common.checkpoint.FORMAT", 4)
+    with pytest.raises(RunError, match="has format 3, this code reads format 4"):
         load(tmp_path)
 
 
@@ -176,7 +176,7 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     process.join(20)
     assert process.exitcode == 0 and load(tmp_path)["step"] >= 0
     said = (tmp_path / "stderr").read_text().strip()
-    assert said.startswith("will save and stop") and said.count("\n") == 0
+    assert said.startswith("will stop soon") and said.count("\n") == 0
 
 
 @forks
@@ -185,7 +185,7 @@ def test_the_second_interrupt_stops_at_once(tmp_path):
     process.start()
     wait_for((tmp_path / "ready").exists)
     os.kill(process.pid, signal.SIGINT)
-    wait_for(lambda: "will save and stop" in (tmp_path / "stderr").read_text())
+    wait_for(lambda: "will stop soon" in (tmp_path / "stderr").read_text())
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join(20)

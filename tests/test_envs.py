@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import EnvError
+from common.checkpoint import EnvError, RunError
 from common.envs import RESERVED, Envs, action_width, example_rows, make_envs
 
 HERE = Path(__file__).parent
@@ -86,7 +86,7 @@ def test_rows_of_two_episodes():
         envs.step(None)
     with pytest.raises(AssertionError):
         envs.step(torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"policy.*not finite"):
+    with pytest.raises(RunError, match=r"policy.*not finite"):
         envs.step(torch.full((2, 2), torch.nan))
     other = dummy("Base", 2, seed=3)  # before the first row an action is ignored
     assert same(other.step(torch.full((2, 2), torch.nan)), rows[0])
@@ -205,12 +205,12 @@ def test_observations_that_are_not_used_may_be_anything():
     assert set(envs.step(None).keys()) == {
         *("reward", "is_first", "is_last", "is_terminal", "pixels")
     }
-    with pytest.raises(RuntimeError, match="'mission'.*neither a Box"):
+    with pytest.raises(RunError, match="'mission'.*neither a Box"):
         dummy("Mission")
     envs = dummy("Slash")
     assert envs.step(None)["walker.joints"].shape == (1, 2)
     for name in RESERVED:
-        with pytest.raises(RuntimeError, match=f"an observation named '{name}': rename it"):
+        with pytest.raises(RunError, match=f"an observation named '{name}': rename it"):
             dummy(f"Reserved-{name}")
 
 
@@ -249,7 +249,7 @@ def test_obs_modes():
     assert keys("Nested", "pixels") == {"pixels"}
     assert keys("Nested", "both") == vectors | {"eye", "depth", "pixels"}
     assert keys("Picture", "pixels") == {"pixels"} and keys("Picture", "auto") == {"observation"}
-    envs = dummy("Nested", 2, obs="pixels", image_size=16, frames=24)
+    envs = dummy("Nested", 2, obs="pixels", image_size=16, video_size=24)
     envs.step(None)
     row = envs.step(torch.zeros(2, 2))
     assert envs.can_render and (row["pixels"] == 1).all() and row["pixels"].shape == (2, 16, 16, 3)
@@ -260,10 +260,10 @@ def test_obs_modes():
 def test_videos_are_optional():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        envs = dummy("Base", frames=32)
+        envs = dummy("Base", video_size=32)
     assert not envs.can_render and envs.step(None)["is_first"].all()
     assert not any("egl" in str(w.message) for w in caught)  # it is no problem of MuJoCo
-    with pytest.raises(RuntimeError, match=r"Base-v0 cannot be rendered.*rgb_array"):
+    with pytest.raises(RunError, match=r"Base-v0 cannot be rendered.*rgb_array"):
         dummy("Base", obs="pixels")
 
 
@@ -279,15 +279,15 @@ def test_videos_are_optional():
     ],
 )
 def test_unsupported_spaces(name, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(RunError) as caught:
         dummy(name)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_options_are_checked():
-    with pytest.raises(ValueError, match=r"obs='images'"):
+    with pytest.raises(RunError, match=r"obs='images'"):
         dummy("Base", obs="images")
-    with pytest.raises(ValueError, match=r"Picture-v0.*vector"):
+    with pytest.raises(RunError, match=r"Picture-v0.*vector"):
         dummy("Picture", obs="vector")
     with pytest.raises(TypeError, match=r"repeat"):
         dummy("Base", repeat=2)
@@ -302,7 +302,9 @@ def test_environments_of_a_script():
     assert same(envs.step(None), same_envs.step(None)) and not envs.can_render
     row = envs.step(torch.zeros(2, 2))
     assert row["reward"].tolist() == [3, 3]
-    changed = make_envs(args, num_envs=1, action_repeat=1, obs="pixels", image_size=16, frames=8)
+    changed = make_envs(
+        args, num_envs=1, action_repeat=1, obs="pixels", image_size=16, video_size=8
+    )
     changed.step(None)
     row = changed.step(torch.zeros(1, 2))
     assert row["reward"].tolist() == [1] and row["pixels"].shape == (1, 16, 16, 3)
@@ -378,6 +380,7 @@ def test_an_environment_that_raises(env_workers, monkeypatch, capfd):
 
 RAISE = """
 import sys, torch
+from common.checkpoint import RunError
 from common.envs import Envs
 if __name__ == "__main__":
     envs = Envs("dummy_envs:Raises-v0", 2, env_workers=sys.argv[1] == "True")
@@ -442,18 +445,18 @@ def test_a_killed_worker_is_named():
     envs.step(None)
     envs._vector.processes[1].kill()
     envs._vector.processes[1].join()
-    with pytest.raises(RuntimeError, match=r"worker of dummy_envs:Base-v0 was killed"):
+    with pytest.raises(RunError, match=r"worker of dummy_envs:Base-v0 was killed"):
         envs.step(torch.zeros(2, 2))
     assert len(envs.state_dict()["actions"]) == 2  # the parent can still save
     envs.close()
 
 
 def test_unknown_ids_and_missing_packages(monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown environment 'CartPol-v1'.*CartPole-v1"):
+    with pytest.raises(RunError, match=r"unknown environment 'CartPol-v1'.*CartPole-v1"):
         Envs("CartPol-v1")
-    with pytest.raises(ValueError, match=r"no_module_of_mine"):
+    with pytest.raises(RunError, match=r"no_module_of_mine"):
         Envs("no_module_of_mine:Some-v0")
-    with pytest.raises(ValueError, match=r"NoModule-v0 needs a package.*a_module_that_is_not_here"):
+    with pytest.raises(RunError, match=r"NoModule-v0 needs a package.*a_module_that_is_not_here"):
         dummy("NoModule")
 
     def missing(*modules):
@@ -461,27 +464,27 @@ def test_unknown_ids_and_missing_packages(monkeypatch):
             monkeypatch.setitem(sys.modules, module, None)
 
     missing("dm_control")
-    with pytest.raises(ValueError, match=r"walker-walk-v0 needs.*pip install shimmy dm-control"):
+    with pytest.raises(RunError, match=r"walker-walk-v0 needs.*pip install shimmy dm-control"):
         Envs("dm_control/walker-walk-v0")
     missing("ale_py", "crafter")
-    with pytest.raises(ValueError, match=r"ALE/Pong-v5 needs.*pip install ale-py"):
+    with pytest.raises(RunError, match=r"ALE/Pong-v5 needs.*pip install ale-py"):
         Envs("ALE/Pong-v5")
-    with pytest.raises(ValueError, match=r"crafter/Reward-v0 needs.*pip install crafter"):
+    with pytest.raises(RunError, match=r"crafter/Reward-v0 needs.*pip install crafter"):
         Envs("tools.crafter_env:crafter/Reward-v0")
     for name in [name for name in sys.modules if "gymnasium.envs.mujoco" in name]:
         monkeypatch.delitem(sys.modules, name)
     missing("mujoco")
-    with pytest.raises(ValueError, match=r'Ant-v5 needs.*pip install "gymnasium\[mujoco\]"'):
+    with pytest.raises(RunError, match=r'Ant-v5 needs.*pip install "gymnasium\[mujoco\]"'):
         Envs("Ant-v5")
     missing("Box2D")
-    with pytest.raises(ValueError, match=r'LunarLander-v3 needs.*pip install "gymnasium\[box2d\]"'):
+    with pytest.raises(RunError, match=r'LunarLander-v3 needs.*pip install "gymnasium\[box2d\]"'):
         Envs("LunarLander-v3")
 
 
 @needs_dmc
 def test_unknown_dm_control_task():
     for name in ("dm_control/walker-wlak-v0", "walker_walk"):
-        with pytest.raises(ValueError, match=f"'{name}'.*dm_control/walker-walk-v0"):
+        with pytest.raises(RunError, match=f"'{name}'.*dm_control/walker-walk-v0"):
             Envs(name)
 
 
@@ -524,7 +527,7 @@ def test_resume_at_every_kind_of_row(rows):
         assert same(envs.step(torch.ones(2, 2)), other.step(torch.ones(2, 2)))
     mine, its = (e.state_dict()["actions"] for e in (envs, other))
     assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
-    with pytest.raises(ValueError, match=r"num_envs=2, not 1"):
+    with pytest.raises(RunError, match=r"num_envs=2, not 1"):
         dummy("Nested").load_state_dict(envs.state_dict())
 
 
@@ -584,13 +587,13 @@ def test_vectors_make_no_renderer(monkeypatch):
         envs = Envs(env_id)
         envs.step(None)
         envs.step(torch.zeros(1, envs.action_dim))
-        with pytest.raises(RuntimeError, match=r"a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
+        with pytest.raises(RunError, match=r"a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
             Envs(env_id, obs="pixels")
 
 
 @needs_gl
 def test_pixels_of_dm_control():
-    options = {"obs": "pixels", "seed": 1, "frames": 100}
+    options = {"obs": "pixels", "seed": 1, "video_size": 100}
     envs, other = (Envs("dm_control/walker-walk-v0", **options) for _ in range(2))
     first = envs.step(None)
     assert set(first.keys()) == {"pixels", "reward", "is_first", "is_last", "is_terminal"}
@@ -622,7 +625,7 @@ def test_cameras_and_quality():
 
 @needs_gl
 def test_gymnasium_mujoco_pixels_and_videos():
-    envs = Envs("InvertedPendulum-v5", obs="both", frames=96, image_size=48)
+    envs = Envs("InvertedPendulum-v5", obs="both", video_size=96, image_size=48)
     row = envs.step(None)
     assert row["pixels"].shape == (1, 48, 48, 3) and row["observation"].shape == (1, 4)
     small, big = row["pixels"][0].float(), torch.tensor(envs.frame()).float()
@@ -635,15 +638,16 @@ def test_gymnasium_mujoco_pixels_and_videos():
 
 PIXELS_AND_VECTORS = """
 import warnings
+from common.checkpoint import RunError
 from common.envs import Envs
 try:
     Envs("dm_control/walker-walk-v0", obs="pixels")
-except RuntimeError as error:
+except RunError as error:
     assert all(fix in str(error) for fix in ("libegl1", "osmesa", "glfw")), error
 else:
     raise SystemExit("it rendered")
 warnings.simplefilter("ignore")
-envs = Envs("dm_control/walker-walk-v0", frames=32)
+envs = Envs("dm_control/walker-walk-v0", video_size=32)
 assert not envs.can_render and envs.step(None)["is_first"].all()
 """
 
@@ -699,7 +703,7 @@ def test_pygame_without_a_display():
 def test_atari():
     import ale_py
 
-    envs = Envs("ALE/Pong-v5", action_repeat=4, frames=120)
+    envs = Envs("ALE/Pong-v5", action_repeat=4, video_size=120)
     assert envs.action_classes == (6,) and envs.can_render
     row = envs.step(None)
     assert row["observation"].shape == (1, 64, 64, 3) and row["observation"].dtype == torch.uint8

@@ -168,7 +168,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
                 batch_size = rng.randrange(1, 7)
                 model.check_sample(replay.sample(batch_size), model.draw(batch_size))
             elif action == "w" and replay.total:
-                low = max(0, replay.total - replay.physical - 2)  # some have left the ring
+                low = max(0, replay.total - replay.allocated - 2)  # some have left the ring
                 index = torch.tensor(
                     [
                         [[rng.randrange(num_envs), rng.randrange(low, replay.total)]] * 2
@@ -380,7 +380,7 @@ def test_the_replay_of_a_run(tmp_path, capsys):
     flags |= dict(replay_size=1000, save_every=10)
     replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "a", last_window=True)
     # 23 rows of each environment hold 90 steps, 5 are a window
-    assert (replay.capacity, replay.physical, replay.length) == (28, 28, 5)
+    assert (replay.capacity, replay.allocated, replay.length) == (28, 28, 5)
     assert (replay.batch_size, replay.online, replay.episodes, replay.last_window) == (
         3,
         False,
@@ -391,7 +391,7 @@ def test_the_replay_of_a_run(tmp_path, capsys):
     assert capsys.readouterr().out == "         0.000 GB for a replay of 56 rows\n"
     flags |= dict(replay_size=40)  # 10 steps are 3 rows, and one more
     replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "b", online=True)
-    assert (replay.capacity, replay.physical, replay.online) == (20, 24, True)
+    assert (replay.capacity, replay.allocated, replay.online) == (20, 24, True)
     other = Replay(PLAIN, 40, 2, 5, tmp_path / "c", slack=4, seed=5, online=True)
     for part in (replay, other):
         fill(part, 20)
@@ -509,7 +509,7 @@ def test_lost_files_are_noticed(tmp_path):
         (dict(capacity=60), "capacity is 20 in the checkpoint, 30 here"),
         (dict(num_envs=4), "num_envs is 2 in the checkpoint, 4 here"),
         (dict(length=6), "length is 5 in the checkpoint, 6 here"),
-        (dict(slack=1), "physical is 20 in the checkpoint, 21 here"),
+        (dict(slack=1), "allocated is 20 in the checkpoint, 21 here"),
         (dict(updatable=()), "updatable is belief, state in the checkpoint,  here"),
         (
             dict(example=EXAMPLE.exclude("pixels")),
@@ -523,7 +523,7 @@ def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message
     fill(replay, 30)
     state = replay.state_dict()
     wanted = replay.draw(9)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(RunError, match=message):
         Replay(**same | change).load_state_dict(state)
     again = Replay(**same)
     again.load_state_dict(state)
@@ -549,7 +549,7 @@ def test_sizes(tmp_path, monkeypatch):
 
 
 def test_too_small_or_empty(tmp_path):
-    with pytest.raises(ValueError, match="16 rows for each of 4 environments .* window of 65"):
+    with pytest.raises(RunError, match="16 rows for each of 4 environments .* window of 65"):
         Replay(PLAIN, 64, 4, 65, tmp_path)
     replay = Replay(PLAIN, 64, 4, 5, tmp_path)
     fill(replay, 4)
@@ -615,5 +615,5 @@ def test_a_longer_run_may_ask_for_a_larger_ring(tmp_path):
     ours, theirs = large.draw(40), small.draw(40)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys())
     fill(small, 20)  # once the small ring has come round, its rows lie elsewhere in a larger one
-    with pytest.raises(ValueError, match="capacity is 30"):
+    with pytest.raises(RunError, match="capacity is 30"):
         Replay(EXAMPLE, 200, 2, 5, tmp_path, slack=7).load_state_dict(small.state_dict())

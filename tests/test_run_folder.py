@@ -75,7 +75,7 @@ def test_folder_name_first_start_and_resume(tmp_path):
     save(folder, step=7, numbers=[1, 2.5, None, "x"])
     _, state = open_run("dreamer", Settings())
     assert state["step"] == 7 and state["numbers"] == [1, 2.5, None, "x"]
-    assert state["header"] == {"format": 2, "script": "dreamer", "torch": torch.__version__}
+    assert state["header"] == {"format": 3, "script": "dreamer", "torch": torch.__version__}
 
 
 def test_run_names_the_folder_and_it_may_move(tmp_path):
@@ -93,7 +93,7 @@ def test_other_arguments_are_shown_with_both_ways_out(tmp_path):
     with pytest.raises(RunError) as error:
         open_run("dreamer", Settings(lr=3e-4, steps=200))
     text = str(error.value)
-    assert "  lr: 4e-05 -> 0.0003 (saved -> asked)" in text
+    assert "  lr: 4e-05 -> 0.0003 (saved -> now)" in text
     assert "--fresh" in text and "--run OTHER_FOLDER" in text
     assert "steps" not in text and "sizes" not in text
     assert load(folder)["step"] == 1
@@ -131,7 +131,7 @@ def test_what_may_change(script):
 def test_a_checkpoint_of_the_first_format_names_both_ways_out(tmp_path, monkeypatch):
     """Also where arguments differ, which came with the format: the message is about that."""
     with monkeypatch.context() as patch:
-        patch.setattr("common.checkpoint.FORMAT", 1)
+        patch.setattr("common.checkpoint.FORMAT", 2)
         folder, _ = open_run("dreamer", Settings())
         save(folder, step=1)
     names = sorted(path.name for path in folder.iterdir())
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_the_first_format_names_both_ways_out(tmp_path, monkeypa
         with pytest.raises(RunError) as error:
             open_run("dreamer", args)
         text = str(error.value)
-        assert "checkpoint.pt has format 1, this code reads format 2" in text
+        assert "checkpoint.pt has format 2, this code reads format 3" in text
         assert "use the code that saved it" in text and "--fresh" in text
         assert "lr" not in text and "\n" not in text
     assert sorted(path.name for path in folder.iterdir()) == names
@@ -306,7 +306,7 @@ def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, mo
         raise EnvError("the robot fell over")
     assert writes == ["checkpoint.pt"] and load(run.folder)["step"] == 7
     out, err = capfd.readouterr()
-    assert "saved; the same command resumes" in out and "will save and stop soon" in err
+    assert "saved; the same command resumes" in out and "will stop soon" in err
 
 
 def test_only_a_run_without_an_error_is_called_whole(learning, capsys):
@@ -314,7 +314,7 @@ def test_only_a_run_without_an_error_is_called_whole(learning, capsys):
         (RunError("NaN"), ""),
         (KeyboardInterrupt(), ""),
         (EnvError("evaluation"), "saved; the same command resumes\n"),
-        (None, "all of it: "),
+        (None, "everything is in "),
     ):
         run = learning()
         run.done = run.total

@@ -210,7 +210,7 @@ def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     swept = tmp_path / "runs/my_dreamer/CartPole-v1/seed3"
     assert lines_of(swept) == lines_of(tmp_path / "alone") and len(lines_of(swept)) > 3
     assert (swept / "checkpoint.pt").exists()
-    assert "all of it" in swept.with_name("seed3.log").read_text()
+    assert "everything is in" in swept.with_name("seed3.log").read_text()
 
 
 # --- without Ray --------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path,
     (job.folder / "args.json").write_text(json.dumps(saved))
     (job.folder / "checkpoint.pt").touch()
     plan(script, "--preset", "debug", "--steps", "2000")
-    with pytest.raises(RunError, match=r"lr: 4e-05 -> 0.5 \(saved -> asked\)"):
+    with pytest.raises(RunError, match=r"lr: 4e-05 -> 0.5 \(saved -> now\)"):
         plan(script, "--preset", "debug", "--lr", "0.5")
     plan(script, "--preset", "debug", "--lr", "0.5", "--seeds", "1")
     (job.folder / "args.json").write_text(json.dumps(saved | {"precision": "bfloat16"}))

@@ -56,7 +56,7 @@ def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     if not Path(folder, "replay").is_dir():
         raise RunError(f"{folder}/replay is gone: put it back")
     layout = state["layout"]
-    rows, slack = layout["capacity"] * layout["num_envs"], layout["physical"] - layout["capacity"]
+    rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
     shape = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
     replay = Replay(example, *shape, slack=slack)
     replay.load_state_dict(state)
