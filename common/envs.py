@@ -33,7 +33,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from common.checkpoint import EnvError, RunError
-from common.replay import LATENTS
 
 if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:  # read when mujoco is imported
     devices = ctypes.c_int()
@@ -48,6 +47,7 @@ if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.k
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
 FLAGS = ("is_first", "is_last", "is_terminal")
+LATENTS = ("belief", "state")  # an observation of that name becomes observation.NAME
 RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
 PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
     "dm_control": (("dm_control", "shimmy"), "shimmy dm-control"),

@@ -11,8 +11,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from common.checkpoint import DISK_FULL, RunError
-
-LATENTS = ("belief", "state")
+from common.envs import LATENTS
 
 
 def _memory_map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
