@@ -1,4 +1,4 @@
-"""pytest -n 2 keeps two cores busy: each test process and all that it starts have one thread."""
+"""Each test process and all that it starts use one thread, so that pytest -n 2 uses two cores."""
 
 import os
 
@@ -11,13 +11,13 @@ pytest_plugins = ["running"]  # fixtures: nursery, start, two, inside
 
 
 @pytest.fixture(autouse=True)
-def as_main_found_it():
-    """A script's main() sets these for its whole process, which goes on with other tests."""
+def restore_torch_settings():
+    """A script's main() sets these for its whole process, which then runs other tests."""
     yield
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
 
 
 def pytest_collection_modifyitems(items):
-    """Sweeps first: they mostly wait, and so one worker does them all, on one Ray."""
+    """Run the sweeps first: they mostly wait, so one worker runs them all, on one Ray cluster."""
     items.sort(key=lambda item: item.path.stem != "test_sweep")

@@ -1,4 +1,4 @@
-"""A script for test_sweep.py: counts to --steps, a line of metrics.jsonl each, and resumes."""
+"""A script for test_sweep.py: counts to --steps, logs every step in metrics.jsonl, resumes."""
 
 import argparse
 import fcntl

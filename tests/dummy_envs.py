@@ -1,4 +1,4 @@
-"""Small gymnasium environments whose every number is known, for the tests."""
+"""Small gymnasium environments for the tests, with every number known."""
 
 import gymnasium
 import numpy as np
@@ -8,7 +8,7 @@ from gymnasium import spaces
 class Base(gymnasium.Env):
     """Counts: the observation is [steps since the reset, a number drawn from the seed].
 
-    The reward of step k is k. The last action is kept in `taken`.
+    The reward of step k is k. `action` is that of the last step.
     """
 
     action_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -17,12 +17,12 @@ class Base(gymnasium.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.count, self.luck, self.taken, self.seed = 0, self.np_random.random(), None, seed
+        self.count, self.luck, self.action, self.seed = 0, self.np_random.random(), None, seed
         return self.observe(), {}
 
     def step(self, action):
         self.count += 1
-        self.taken = action
+        self.action = action
         over = self.count == self.length
         reward, terminal = float(self.count), self.terminal
         return self.observe(), reward, over and terminal, over and not terminal, {}
@@ -50,11 +50,11 @@ class Echo(Base):
         self.observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float64)
 
     def observe(self):
-        found = np.zeros(4)
-        if self.taken is not None:
-            assert self.action_space.contains(self.taken), self.taken
-            found[: np.size(self.taken)] = np.ravel(self.taken)
-        return found
+        observation = np.zeros(4)
+        if self.action is not None:
+            assert self.action_space.contains(self.action), self.action
+            observation[: np.size(self.action)] = np.ravel(self.action)
+        return observation
 
 
 class Nested(Base):
@@ -82,8 +82,8 @@ class Nested(Base):
         eye = np.zeros((32, 48, 3), np.uint8)
         eye[:, 24:] = (10, 20, 30)
         place, alone = np.array([[0.5, 1], [2, self.count]]), np.int32(self.count)
-        depth, few = np.full((20, 16), 7, np.uint8), np.arange(7, dtype=np.uint8)
-        return {"body": {"place": place, "alone": alone}, "eye": eye, "depth": depth, "bytes": few}
+        depth, raw = np.full((20, 16), 7, np.uint8), np.arange(7, dtype=np.uint8)
+        return {"body": {"place": place, "alone": alone}, "eye": eye, "depth": depth, "bytes": raw}
 
     def render(self):
         return np.full((10, 30, 3), self.count, np.uint8)
@@ -110,7 +110,7 @@ class Slash(Base):
 
 
 class Latent(Nested):
-    """Observes keys that rows use for latents, one of them an image, and one that only ends so."""
+    """Observes two keys that rows use for latents, one an image, and a key that only ends so."""
 
     observation_space = spaces.Dict(
         {
@@ -153,7 +153,7 @@ class Worded(Base):
 
 
 class Reserved(Base):
-    """Has an observation with a name that the rows need."""
+    """Has an observation named like a key of the rows."""
 
     def __init__(self, key="reward"):
         self.observation_space = spaces.Dict({key: Base.observation_space})
@@ -166,27 +166,27 @@ class ChannelsFirst(Base):
 
 
 class Raises(Base):
-    """Raises at the third step of one episode, counted from 0, or in its reset."""
+    """Raises at the third step, or in the reset, of one episode; episodes count from 0."""
 
     broken = True
 
     def __init__(self, episode=0, in_reset=False):
-        self.bad, self.in_reset, self.episode = episode, in_reset, -1
+        self.raises_in, self.in_reset, self.episode = episode, in_reset, -1
 
     def reset(self, *, seed=None, options=None):
         self.episode += 1
-        if self.broken and self.in_reset and self.episode == self.bad:
+        if self.broken and self.in_reset and self.episode == self.raises_in:
             raise OSError("no simulator")
         return super().reset(seed=seed)
 
     def step(self, action):
-        if self.broken and not self.in_reset and self.episode == self.bad and self.count == 2:
+        if self.broken and not self.in_reset and self.episode == self.raises_in and self.count == 2:
             raise OSError("the simulator is gone")
         return super().step(action)
 
 
 class NotFinite(Base):
-    """NaN in one of its observations at step 3, or in its reward."""
+    """One of its observations is NaN at step 3, or its reward is infinite."""
 
     observation_space = spaces.Dict(
         {"place": Base.observation_space, "velocity": Base.observation_space}

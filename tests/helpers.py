@@ -22,7 +22,7 @@ def near(actual, expected, rtol=1e-5, atol=1e-6):
 
 
 def perturb(*modules, scale=0.3):
-    """Random numbers on every parameter: no zero bias, no scale of 1, no zero head."""
+    """Add random numbers to every parameter: no zero bias, no scale of 1, no zero head."""
     with torch.no_grad():
         for module in modules:
             for p in module.parameters():

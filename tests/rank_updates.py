@@ -15,8 +15,8 @@ from common.replay import with_previous
 from tools import ranks
 
 ROWS, LENGTH, UPDATES = 4, 6, 4
-# The first KL is 2.09 and 2.40 nats on the two halves: below and above the free nats. The clip is
-# reached: gradients are averaged before it.
+# The first KLs of the two halves are 2.09 and 2.40 nats: below and above the free nats. The clip
+# is active, so gradients must be averaged before it.
 FLAGS = {
     "dreamer": "--deter 12 --hidden 10 --stoch 5 --units 9 --free-nats 2.2 --pcont --clip 0.5",
     "dreamer_v3": "--deter 16 --hidden 8 --stoch 4 --classes 5 --units 8 --warmup 0 --lr 1e-2",
@@ -35,7 +35,7 @@ def make_agent(script: str):
 
 
 def make_batch(agent, seed: int) -> tuple[TensorDict, dict]:
-    """A batch [B, T] of a replay and the noise of an update, with an end in the middle."""
+    """A batch [B, T] with an episode end in the middle, and the noise of an update."""
     generator = torch.Generator().manual_seed(seed)
     size, args = (ROWS, LENGTH + 1), agent.args
     draw = lambda *shape: torch.randn(*size, *shape, generator=generator)  # noqa: E731
@@ -57,7 +57,7 @@ def make_batch(agent, seed: int) -> tuple[TensorDict, dict]:
 
 
 def updates(agent, rank: int = 0, size: int = 1) -> list[dict]:
-    """State after each update on rank's share of the batches."""
+    """Parameters and metrics after each update on the rank's share of the batches."""
     states = []
     for seed in range(UPDATES):
         batch, noise = make_batch(agent, seed)
@@ -72,7 +72,7 @@ def updates(agent, rank: int = 0, size: int = 1) -> list[dict]:
 
 
 def parse_args(argv: list[str]):
-    """Flags of the script whose updates these are; `run` is the folder for what comes out."""
+    """The flags of the script, with a run folder inside OUT."""
     script, out = argv
     args = importlib.import_module(script).parse_args(flags_of(script))
     args.device, args.run = "cpu", f"{out}/run"
@@ -85,9 +85,9 @@ def main(argv: list[str]):
     module = importlib.import_module(script)
     ranks.several(module)
     agent = make_agent(script)
-    if ranks.rank():  # to be replaced by those of rank 0
-        for part in agent.modules.values():
-            for p in part.parameters():
+    if ranks.rank():  # rank 0's must replace these
+        for network in agent.modules.values():
+            for p in network.parameters():
                 p.data.add_(1.0)
     module.Run(script, args, agent)
     states = updates(agent, ranks.rank(), ranks.size())

@@ -1,4 +1,4 @@
-"""The scripts as processes, for test_run.py and its like: environments, fixtures, comparisons."""
+"""Run scripts as processes, for test_run.py and the like: environments, fixtures, comparisons."""
 
 import contextlib
 import errno
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 
 class Long(Base):
-    """Twenty steps; with `slow`, each takes so many seconds."""
+    """Twenty steps, each of which takes `slow` seconds."""
 
     length = 20
 
@@ -113,20 +113,20 @@ class Fails(Walk):
     """Raises at step 9 of episode 3 of environment 0 (with --seed 0), until it is mended."""
 
     mended = False
-    bad = int(np.random.SeedSequence(0, spawn_key=(0, 3)).generate_state(1)[0]) >> 1
+    bad_seed = int(np.random.SeedSequence(0, spawn_key=(0, 3)).generate_state(1)[0]) >> 1
 
     def reset(self, *, seed=None, options=None):
         self.seed = seed
         return super().reset(seed=seed)
 
     def step(self, action):
-        if self.seed == self.bad and self.count == 8 and not self.mended:
+        if self.seed == self.bad_seed and self.count == 8 and not self.mended:
             raise OSError("the simulator is gone")
         return super().step(action)
 
 
 class Huge(Long):
-    """Rewards and observations beyond what the bins of the two-hot code reach."""
+    """Rewards and observations beyond the bins of the two-hot code."""
 
     def step(self, action):
         obs, _, *rest = super().step(action)
@@ -155,8 +155,8 @@ gymnasium.register("ShortPendulum-v0", PENDULUM, max_episode_steps=40)
 
 # --- sub-processes ------------------------------------------------------------------------------
 
-# Imports take longer than most of these runs, so one process imports and then forks for each run;
-# the fork executes a program as "__main__", to its exit code.
+# Imports take longer than most of these runs, so one process imports, then forks once for each run;
+# the fork executes a program as "__main__" and writes down its exit code.
 NURSERY = """
 import json, os, signal, sys, types
 import matplotlib.figure, imageio_ffmpeg, PIL.Image, running
@@ -242,8 +242,8 @@ def start(request, nursery, tmp_path):
     processes = []
 
     def launch(*argv, program=request.module.SCRIPT, prepare="no_pictures", **environment):
-        order = [program, prepare, argv, environment]
-        processes.append(Process(nursery, tmp_path / f"process{len(processes)}", *order))
+        job = [program, prepare, argv, environment]
+        processes.append(Process(nursery, tmp_path / f"process{len(processes)}", *job))
         return processes[-1]
 
     yield launch
@@ -283,8 +283,8 @@ class Process:
 
     def __init__(self, nursery, name, program, prepare, argv, environment):
         self.name, self.code = name, None
-        order = [str(name), str(program), prepare, [str(a) for a in argv], environment]
-        nursery.stdin.write(json.dumps(order) + "\n")
+        job = [str(name), str(program), prepare, [str(a) for a in argv], environment]
+        nursery.stdin.write(json.dumps(job) + "\n")
         nursery.stdin.flush()
         until(self.path(".pid").exists)
 
@@ -313,7 +313,7 @@ class Process:
         lines = [line for line in self.text.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.text
         message = self.text[self.text.index(lines[0]) :]
-        assert "Traceback" not in message, self.text  # one of an environment may stand before it
+        assert "Traceback" not in message, self.text  # an environment's may precede it
         return message
 
 
@@ -325,32 +325,32 @@ def until(check, seconds=120):
 
 
 def lines_of(folder):
-    """metrics.jsonl without the clock."""
+    """The rows of metrics.jsonl without their times."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
 def resumes_exactly_on_two_ranks(two, tmp_path, flags):
-    """One run to step 160, another one to 80 and then to 160: the same lines, and how they end."""
-    for name, steps in (("whole", 160), ("parts", 80), ("parts", 160)):
-        if (tmp_path / "parts").exists():  # a machine went down before rank 0 confirmed this
-            (tmp_path / "parts" / "rank1-120-99.pt").write_bytes(b"half of a file")
+    """A run to step 160 equals one to 80, then to 160. Returns the folder of the first."""
+    for name, steps in (("whole", 160), ("split", 80), ("split", 160)):
+        if (tmp_path / "split").exists():  # as if rank 1 was killed while it saved
+            (tmp_path / "split" / "rank1-120-99.pt").write_bytes(b"half of a file")
         first, second = two("--run", tmp_path / name, *flags, "--steps", steps)
         text = first.done()
         assert "parameters in world_model" in text and "parameters" not in second.done()
     assert "resumes at step 80" in text
-    whole, parts = (lines_of(tmp_path / name) for name in ("whole", "parts"))
-    assert [row for row in whole if "updates" in row] == [row for row in parts if "updates" in row]
+    whole, split = (lines_of(tmp_path / name) for name in ("whole", "split"))
+    assert [row for row in whole if "updates" in row] == [row for row in split if "updates" in row]
     assert len(whole) > 8 and whole[-1]["step"] == 160 and "eval/return" in whole[-1]
     assert any("train/loss_actor" in row for row in whole if row["step"] > 80)
-    for folder in (tmp_path / "parts", tmp_path / "whole"):
+    for folder in (tmp_path / "split", tmp_path / "whole"):
         updates = checkpoint.load(folder)["updates"]
         assert [path.name for path in folder.glob("rank1-*.pt")] == [f"rank1-160-{updates}.pt"]
     ends = [sum((folder / rank / "replay/is_last").read_bytes()) for rank in (".", "rank1")]
     assert sum("episode/return" in row for row in whole) == sum(ends) and all(ends)  # one log
-    begins = [(folder / rank / "replay/observation").read_bytes()[:32] for rank in (".", "rank1")]
-    starts = {begin[i : i + 16] for begin in begins for i in (0, 16)}
-    assert len(starts) == 4  # of the four environments: four float32 each
+    heads = [(folder / rank / "replay/observation").read_bytes()[:32] for rank in (".", "rank1")]
+    starts = {head[i : i + 16] for head in heads for i in (0, 16)}
+    assert len(starts) == 4  # one for each environment, of four float32
     return folder
 
 
@@ -384,21 +384,21 @@ def same_leaves(a, b):
 
 
 def replay_rows(folder, argv):
-    """All rows of a run's replay, {(environment, row): {key: value}}, as `draw` gives them."""
+    """All rows of a run's replay as `draw` gives them: {key: values}, and their `index`, sorted."""
     args = parse_args([*map(str, argv), "--run", str(folder)])
     envs = make_envs(args)
     agent = Agent(envs.spec, args)
     example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
-    held = make_replay(args, example, folder, online=True)
+    replay = make_replay(args, example, folder, online=True)
     envs.close()
-    held.load_state_dict(checkpoint.load(folder)["replay"])
-    held.queue.clear()
-    batch, rows = held.draw(40 * len(held)), {}
-    for i, length in itertools.product(range(len(batch)), [held.length]):
-        for t in range(1, length):  # row 0 of a window has another is_first
+    replay.load_state_dict(checkpoint.load(folder)["replay"])
+    replay.queue.clear()
+    batch, rows = replay.draw(40 * len(replay)), {}
+    for i, length in itertools.product(range(len(batch)), [replay.length]):
+        for t in range(1, length):  # `draw` sets is_first in row 0 of a window
             rows[tuple(batch["index"][i, t].tolist())] = (i, t)
-    count = held.num_envs * (held.total - held.oldest - 1)
-    assert len(rows) == count, "every row but the oldest ones was drawn"
+    count = replay.num_envs * (replay.total - replay.oldest - 1)
+    assert len(rows) == count, "every row except the oldest ones must be drawn"
     keys = sorted(set(batch.keys()) - {"index"})
     places = torch.tensor([rows[key] for key in sorted(rows)])
     values = {key: batch[key][places[:, 0], places[:, 1]] for key in keys}
@@ -411,7 +411,7 @@ def same_runs(a, b, argv):
     first, second = checkpoint.load(a), checkpoint.load(b)
     for state in (first, second):
         state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
-        del state["replay"]["current"]  # which of two slots is in use depends on when was saved
+        del state["replay"]["current"]  # which of two slots is in use depends on the saves
         del state["agent"]["args"]["run"]
     assert first["updates"] >= 20
     same_leaves(first, second)

@@ -43,7 +43,7 @@ def damage(file, kind):
 
 
 @pytest.mark.parametrize("kind", ["bit", "empty", "head", "tail"])
-def test_damaged_checkpoint(tmp_path, kind):
+def test_a_damaged_checkpoint_is_refused(tmp_path, kind):
     save(tmp_path, weights=torch.full((1000,), 7, dtype=torch.uint8))
     damage(tmp_path / "checkpoint.pt", kind)
     with pytest.raises(RunError, match="damaged, or not a checkpoint"):
@@ -56,7 +56,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("content", [{"a": 1}, [1, 2], 5, {"header": 3}, {"x": Evil()}])
-def test_a_file_of_someone_else(tmp_path, content, monkeypatch):
+def test_a_foreign_file_is_refused(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(RunError, match="or not a checkpoint of this project"):
@@ -67,7 +67,7 @@ def test_a_file_of_someone_else(tmp_path, content, monkeypatch):
     assert not (tmp_path / "evil").exists()
 
 
-def test_checkpoint_of_another_script_or_format(tmp_path, monkeypatch):
+def test_another_script_or_format_is_refused(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text('{"script": "pilco"}')
     save(tmp_path, step=1)
     assert load(tmp_path, "pilco")["step"] == load(tmp_path)["step"] == 1
@@ -91,7 +91,7 @@ def test_modules_and_optimizers_are_saved_by_state_dict(tmp_path):
     torch.optim.Adam(other.parameters()).load_state_dict(state["adam"])
 
 
-def test_what_load_would_refuse_is_refused_by_save(tmp_path):
+def test_save_refuses_what_load_would_refuse(tmp_path):
     save(tmp_path, step=1)
     with pytest.raises(TypeError, match="cannot hold .*numpy"):
         save(tmp_path, step=np.float64(2.0))
@@ -99,8 +99,8 @@ def test_what_load_would_refuse_is_refused_by_save(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-@pytest.mark.parametrize("covered", [False, True])
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, covered):
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, wrapped):
     save(tmp_path, step=1)
 
     def full(state, file):
@@ -108,7 +108,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, covered):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")
         except OSError:
-            if covered:
+            if wrapped:
                 raise RuntimeError("unexpected pos 704 vs 598")  # as torch.save does
             raise
 
@@ -120,7 +120,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, covered):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def save_for_ever(folder, steps):
+def save_forever(folder, steps):
     step = load(folder)["step"] if (folder / "checkpoint.pt").exists() else 0
     while True:
         step += 1
@@ -130,22 +130,22 @@ def save_for_ever(folder, steps):
 
 @forks
 def test_a_kill_at_any_time_leaves_a_valid_checkpoint(tmp_path):
-    draw, torn = random.Random(0), 0
+    rng, torn = random.Random(0), 0
     steps = FORK.Value("l", 0, lock=False)
     for _ in range(40):
-        process = FORK.Process(target=save_for_ever, args=(tmp_path, steps))
+        process = FORK.Process(target=save_forever, args=(tmp_path, steps))
         before = steps.value
         process.start()
         while steps.value == before:
             time.sleep(0.001)
-        time.sleep(draw.uniform(0.0, 0.02))
+        time.sleep(rng.uniform(0.0, 0.02))
         process.kill()
         process.join()
         state = load(tmp_path)
         assert steps.value <= state["step"] <= steps.value + 1
         assert (state["weights"] == state["step"]).all()
         torn += (tmp_path / "checkpoint.pt.tmp").exists()
-    assert torn > 0  # some kills did come in the middle of a save
+    assert torn > 0  # some kills came in the middle of a save
 
 
 def loop(folder, stubborn):
@@ -175,8 +175,8 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     os.kill(process.pid, number)
     process.join(20)
     assert process.exitcode == 0 and load(tmp_path)["step"] >= 0
-    said = (tmp_path / "stderr").read_text().strip()
-    assert said.startswith("will stop soon") and said.count("\n") == 0
+    message = (tmp_path / "stderr").read_text().strip()
+    assert message.startswith("will stop soon") and message.count("\n") == 0
 
 
 @forks
@@ -192,22 +192,22 @@ def test_the_second_interrupt_stops_at_once(tmp_path):
     assert process.exitcode == 1 and not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_handlers_are_put_back_and_threads_are_left_alone():
+def test_handlers_are_restored_and_threads_are_left_alone():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-    seen = []
+    requested = []
 
     def work():
         with Stop() as stop:
-            seen.append(stop.requested)
+            requested.append(stop.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert requested == [False]
 
 
 def draws():
@@ -216,7 +216,7 @@ def draws():
 
 def test_generators_continue_after_a_round_trip(tmp_path):
     seed_all(5)
-    draws()  # leaves half a pair of normal numbers in python's and numpy's generator
+    draws()  # leaves half a pair of normal numbers in Python's and NumPy's generators
     save(tmp_path, rng=rng_state())
     expected = [draws() for _ in range(3)]
     seed_all(6)
@@ -224,7 +224,7 @@ def test_generators_continue_after_a_round_trip(tmp_path):
     assert [draws() for _ in range(3)] == expected
 
 
-def test_a_seed_repeats():
+def test_a_seed_repeats_its_draws():
     seed_all(2**40 + 1)
     first = draws()
     seed_all(2**40 + 1)
@@ -232,7 +232,7 @@ def test_a_seed_repeats():
 
 
 def test_an_impatient_user_does_not_break_a_save(tmp_path, monkeypatch):
-    """Two Ctrl-C in the middle of torch.save; a third one, after it, stops at once."""
+    """Two Ctrl-C during torch.save do no harm; a third one, after it, stops at once."""
     write = torch.save
 
     def interrupted(state, file):
@@ -248,7 +248,7 @@ def test_an_impatient_user_does_not_break_a_save(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_ratio_counts_by_hand():
+def test_ratio_against_hand_counts():
     assert [Ratio(1)(0), Ratio(0)(0), Ratio(0.1)(500)] == [1, 0, 1]
     one = Ratio(1)  # 16 environments: 16 steps at a time
     assert [one(n) for n in (1024, 1040, 1056, 1072)] == [1, 16, 16, 16]

@@ -93,17 +93,17 @@ def test_59_free_nats_of_the_mean():
         (dict(free_nats=4.5), 4.5, [0, 0]),
     ):
         loss = DreamerModelLoss(model, **options)
-        found = (
+        kls = (
             kl_loss(moments, loss.free_nats, loss.delayed_clamp),
-            loss(td)[0]["loss_model_kl"],  # which takes the moments that td already has
+            loss(td)[0]["loss_model_kl"],  # which uses the moments that td already has
         )
-        for value in found:
+        for value in kls:
             near(value, kl)
-            (found_gradient,) = torch.autograd.grad(value, moments["posterior_mean"])
-            near(found_gradient[0, :, 0], torch.tensor(gradient))
+            (grad,) = torch.autograd.grad(value, moments["posterior_mean"])
+            near(grad[0, :, 0], torch.tensor(gradient))
 
 
-def test_gaussian_kl_is_that_of_torch():
+def test_gaussian_kl_against_torch():
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 5, 4)[:, ..., None].unbind(0)
     moments = a[..., 0], a[..., 0].exp(), b[..., 0], b[..., 0].exp()
@@ -123,25 +123,25 @@ def test_60_likelihoods():
 def test_61_lambda_return():
     """The specification's example, and eq. 4-6 of the paper as weighted n-step returns."""
     reward, value = torch.tensor([[1.0, 2, 3, 0]]), torch.tensor([[4.0, 5, 6, 7]])
-    found = lambda_return(reward, value, torch.full((1, 4), 0.99), 0.95)
-    near(found, [[12.19131, 11.63617, 9.93]])
+    returns = lambda_return(reward, value, torch.full((1, 4), 0.99), 0.95)
+    near(returns, [[12.19131, 11.63617, 9.93]])
     torch.manual_seed(0)
     n, horizon, lam = 3, 15, 0.8
     reward, value = torch.randn(2, n, horizon, dtype=torch.float64)
     pcont = torch.rand(n, horizon, dtype=torch.float64)
-    found = lambda_return(reward, value, pcont, lam)
-    assert found.shape == (n, 14)
+    returns = lambda_return(reward, value, pcont, lam)
+    assert returns.shape == (n, 14)
     for i in range(n):
         for t in range(horizon - 1):
-            steps = []  # k rewards from t on, then the value
+            n_step_returns = []  # k rewards from step t, then the value
             for k in range(1, horizon - t):
                 discounts = np.cumprod([1, *pcont[i, t : t + k].tolist()])
-                parts = [*reward[i, t : t + k].tolist(), value[i, t + k].item()]
-                steps.append(float(np.dot(discounts, parts)))
-            weights = [(1 - lam) * lam**k for k in range(len(steps) - 1)] + [
-                lam ** (len(steps) - 1)
+                terms = [*reward[i, t : t + k].tolist(), value[i, t + k].item()]
+                n_step_returns.append(float(np.dot(discounts, terms)))
+            weights = [(1 - lam) * lam**k for k in range(len(n_step_returns) - 1)] + [
+                lam ** (len(n_step_returns) - 1)
             ]
-            near(found[i, t], np.dot(weights, steps), 1e-12)
+            near(returns[i, t], np.dot(weights, n_step_returns), 1e-12)
 
 
 def test_tanh_normal_against_torch():
@@ -156,7 +156,7 @@ def test_tanh_normal_against_torch():
 
 
 def test_mode_of_each_element():
-    """Likeliest of 100 samples for its own element; the authors' code takes the first one's."""
+    """The mode is each element's likeliest of 100 samples; the authors' code takes the first's."""
     torch.manual_seed(0)
     mean = torch.tensor([[-2.0, 0.0], [2.0, 0.3], [0.0, -1.0]])
     mode = TanhNormal(mean, torch.full((3, 2), 0.05)).mode
@@ -172,19 +172,19 @@ def test_one_hots(sizes):
     logits = torch.randn(sum(sizes), requires_grad=True)
     policy, noise = OneHots(logits.expand(20000, -1).split(sizes, -1)), actor.draw_noise(20000)
     action = policy.sample(noise)
-    parts = list(zip(action.split(sizes, -1), logits.split(sizes, -1), strict=True))
-    assert all(torch.equal(part.sum(-1).round(), torch.ones(20000)) for part, _ in parts)
-    for part, logit in parts:
-        assert (part.mean(0) - logit.softmax(-1)).abs().max() < 0.015
+    pairs = list(zip(action.split(sizes, -1), logits.split(sizes, -1), strict=True))
+    assert all(torch.equal(one_hot.sum(-1).round(), torch.ones(20000)) for one_hot, _ in pairs)
+    for one_hot, logit in pairs:
+        assert (one_hot.mean(0) - logit.softmax(-1)).abs().max() < 0.015
     score = torch.randn(sum(sizes))
-    (straight,) = torch.autograd.grad((action[0] * score).sum(), logits, retain_graph=True)
-    probs = torch.cat([logit.softmax(-1) for _, logit in parts])
+    (gradient,) = torch.autograd.grad((action[0] * score).sum(), logits, retain_graph=True)
+    probs = torch.cat([logit.softmax(-1) for _, logit in pairs])
     (expected,) = torch.autograd.grad((probs * score).sum(), logits)
-    near(straight, expected)
-    chosen = torch.cat([logit.log_softmax(-1) for _, logit in parts])
-    near(policy.log_prob(noise), (action.detach().round() * chosen).sum(-1))
+    near(gradient, expected)
+    log_probs = torch.cat([logit.log_softmax(-1) for _, logit in pairs])
+    near(policy.log_prob(noise), (action.detach().round() * log_probs).sum(-1))
     mode = OneHots(logits.split(sizes, -1)).mode.split(sizes, -1)
-    assert [part.argmax() for part in mode] == [logit.argmax() for _, logit in parts]
+    assert [one_hot.argmax() for one_hot in mode] == [logit.argmax() for _, logit in pairs]
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_65_parameters_of_the_pixel_model():
         assert x.shape[-2:] == (side, side)
 
 
-def test_first_transposed_convolution_is_a_product():
+def test_first_transposed_convolution_is_a_matrix_product():
     decoder = make_agent(SPEC | {"shapes": {"eye": (64, 64, 3)}}).world_model.decoder
     nn.init.normal_(decoder.deconvs[0].bias)
     x = torch.randn(3, 32 * TINY["depth"])
@@ -241,7 +241,7 @@ def test_65_initialization():
     assert not cell.bias_ih.any() and not cell.bias_hh.any()
 
 
-def test_flags_reach_their_parts():
+def test_flags_reach_their_modules():
     values = dict(
         pcont=True, pcont_scale=7.0, gamma=0.8, lam=0.6, init_std=2.0, expl_amount=0.7, clip=11.0,
         kl_scale=0.3, free_nats=0.4, model_lr=1e-2, actor_lr=1e-3, value_lr=1e-4,
@@ -255,8 +255,8 @@ def test_flags_reach_their_parts():
     for parameter in agent.actor.mlp[-1].parameters():
         nn.init.zeros_(parameter)
     near(agent.actor(torch.randn(5, 16)).std, torch.full((5, 2), 2.0), 1e-3)
-    moved = agent.explore(torch.zeros(20_000, 2))
-    share = (moved.abs() < 0.7).float().mean()  # within one deviation
+    actions = agent.explore(torch.zeros(20_000, 2))
+    share = (actions.abs() < 0.7).float().mean()  # within one standard deviation
     assert abs(share - 0.683) < 0.01
     model = agent.world_model
     depths = [sum(isinstance(x, nn.Linear) for x in m.modules()) for m in (model.reward,
@@ -264,7 +264,7 @@ def test_flags_reach_their_parts():
     assert depths == [3, 4, 4, 5]
 
 
-def test_64_policy_at_first():
+def test_64_initial_policy():
     actor = DreamerActor(7, 3, (), 16)
     with torch.no_grad():
         for parameter in actor.mlp[-1].parameters():
@@ -330,7 +330,7 @@ def test_several_images_and_vectors():
 
 
 def test_decoder_in_the_environments_units():
-    """A mean of 0 is gray, 127.5 or 128; +-0.5 and beyond are white and black."""
+    """A mean of 0 is gray, 127 or 128; from 0.5 up it is white, from -0.5 down black."""
     model = make_agent(SPEC | {"shapes": {"eye": (64, 64, 3)}}).world_model
     td = TensorDict(belief=torch.randn(3, 12), state=torch.randn(3, 4), batch_size=[3])
     for level, value in ((-0.7, 0), (-0.5, 0), (0.0, 128), (0.25, 191), (0.5, 255), (9.0, 255)):
@@ -347,7 +347,7 @@ def make_rollout(seed=0, **mode):
 
 
 def rollout_inputs(batch=3, length=6):
-    """Latents to start from, and what goes into each step."""
+    """The first latents and the inputs of each step."""
     torch.manual_seed(5)
     is_first = torch.zeros(batch, length, dtype=torch.bool)
     is_first[1, 3] = is_first[2, 0] = True
@@ -401,19 +401,19 @@ def test_rollout_is_causal_and_resets():
             belief[0, t].sum(), [inputs["encoded_obs"], inputs["action"]], retain_graph=True,
             allow_unused=True,
         )  # fmt: skip
-        assert not gradients[0][0, t:].any(), "belief knows the rows before, not its own"
+        assert not gradients[0][0, t:].any(), "a belief knows earlier observations only"
         assert gradients[1][0, t].any() and not gradients[1][0, t + 1 :].any()
-    wanted = [inputs[k] for k in ("encoded_obs", "action", "belief")]
-    obs, action, start = torch.autograd.grad(state[1, 3:].sum(), wanted, retain_graph=True)
+    leaves = [inputs[k] for k in ("encoded_obs", "action", "belief")]
+    obs, action, start = torch.autograd.grad(state[1, 3:].sum(), leaves, retain_graph=True)
     assert not obs[1, :3].any() and not action[1, :4].any() and not start.any()
-    _, action, start = torch.autograd.grad(state[2].sum(), wanted)
+    _, action, start = torch.autograd.grad(state[2].sum(), leaves)
     assert not action[2, 0].any() and not start[2].any()
 
 
 def test_rollout_of_a_tensordict():
-    """From zeros, with the action before each row: that in `previous`, or that of the row before.
+    """The rollout starts from zeros and adds the latents and the moments of both distributions.
 
-    It adds the latents and the moments of both distributions.
+    The action before each row comes from `previous`, or else from the row before.
     """
     inputs = rollout_inputs()
     inputs["belief"].zero_()
@@ -438,11 +438,11 @@ def test_rollout_of_a_tensordict():
         shifted["action"] = F.pad(inputs["action"][:, 1:], (0, 0, 0, 1))
         plain = roll(rollout, inputs | {"is_first": torch.zeros(3, 6, dtype=torch.bool)})
         near(rollout(shifted, inputs["noise"])["posterior_mean"], plain[2])
-        assert (plain[2] - expected[2])[1, 3:].any()  # the episode that begins there matters
+        assert (plain[2] - expected[2])[1, 3:].any()  # the reset there matters
 
 
-def test_parts_find_their_widths():
-    """The action from its space, what the posterior is given from the first call."""
+def test_modules_find_their_widths():
+    """The action's width comes from its space, the observation's from the first call."""
     torch.manual_seed(0)
     sizes = dict(hidden_dim=10, rnn_hidden_dim=12, state_dim=4)
     prior = RSSMPrior(spaces.Box(-1, 1, (2,)), **sizes)
@@ -481,19 +481,19 @@ def test_model_loss_by_hand():
     logits = model.cont(feat)[..., 0]
     expected = -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)).mean()
     near(losses["loss_model_continue"], 10 * expected)
-    others = DreamerModelLoss(
+    other_loss = DreamerModelLoss(
         model, lambda_kl=0.5, lambda_reco=3.0, lambda_reward=7.0, lambda_continue=1.0,
         free_nats=0.0, reco_loss="l2", reward_loss="l1",
     )  # fmt: skip
-    found, _ = others(make_batch().set("is_terminal", td["is_terminal"]), noise)
+    others, _ = other_loss(make_batch().set("is_terminal", td["is_terminal"]), noise)
     square = sum(((m - td[k]) ** 2).sum(-1) for k, m in model.decoder(feat).items())
-    near(found["loss_model_reco"], 3 * square.mean())
-    near(found["loss_model_reward"], 7 * (model.reward(feat)[..., 0] - td["reward"]).abs().mean())
-    near(found["loss_model_kl"], losses["loss_model_kl"] / 4)
-    near(found["loss_model_continue"], expected)
+    near(others["loss_model_reco"], 3 * square.mean())
+    near(others["loss_model_reward"], 7 * (model.reward(feat)[..., 0] - td["reward"]).abs().mean())
+    near(others["loss_model_kl"], losses["loss_model_kl"] / 4)
+    near(others["loss_model_continue"], expected)
 
 
-def start_of(agent, n=4, seed=3):
+def make_start(agent, n=4, seed=3):
     torch.manual_seed(seed)
     args = agent.args
     latents = dict(belief=torch.randn(n, args.deter), state=torch.randn(n, args.stoch))
@@ -503,7 +503,7 @@ def start_of(agent, n=4, seed=3):
 @pytest.mark.parametrize("pcont", [False, True])
 def test_62_discount_weights(pcont):
     agent = make_agent(pcont=pcont, imagination_horizon=15)
-    _, dream = agent.actor_loss(start_of(agent))
+    _, dream = agent.actor_loss(make_start(agent))
     assert dream.shape == (4, 15)
     weight, cont = dream["weight"], dream["continue"]
     assert not weight.requires_grad
@@ -518,7 +518,7 @@ def test_62_discount_weights(pcont):
     assert not weight[:, -1].any() and not dream["lambda_target"][:, -1].any()
     plain = DreamerActorLoss(agent.actor, agent.value, agent.env, discount_loss=False)
     torch.manual_seed(0)
-    loss, dream = plain(start_of(agent))
+    loss, dream = plain(make_start(agent))
     for t in range(14):
         near(dream["weight"][:, t], dream["continue"][:, :t].prod(1))
     near(loss["loss_actor"], -dream["lambda_target"][:, :-1].mean())
@@ -526,7 +526,7 @@ def test_62_discount_weights(pcont):
 
 def test_value_loss_by_hand():
     agent = make_agent()
-    _, dream = agent.actor_loss(start_of(agent))
+    _, dream = agent.actor_loss(make_start(agent))
     value = agent.value(dream["feat"])[:, :-1, 0]
     target, weight = dream["lambda_target"][:, :-1], 0.99 ** torch.arange(4)
     expected = -(weight * Normal(value, 1.0).log_prob(target)).mean()
@@ -537,7 +537,7 @@ def test_value_loss_by_hand():
 
 def test_dreams_leave_out_the_start():
     """Entry t is the state after t + 1 steps; its reward and value are predicted there."""
-    agent, start = make_agent(), start_of(make_agent())
+    agent, start = make_agent(), make_start(make_agent())
     noise = agent.actor_loss.draw_noise(4)
     _, dream = agent.actor_loss(start, noise)
     belief, state = start["belief"], start["state"]
@@ -551,14 +551,14 @@ def test_dreams_leave_out_the_start():
 
 
 def test_63_gradient_through_the_dynamics():
-    """The actor's gradient, and finite differences, with the policy's input held fixed."""
+    """The actor's gradient equals finite differences with the policy's inputs fixed."""
     agent = make_agent()
-    start, noise = start_of(agent), agent.actor_loss.draw_noise(4)
+    start, noise = make_start(agent), agent.actor_loss.draw_noise(4)
     loss, dream = agent.actor_loss(start, noise)
     params = list(agent.actor.parameters())
     grads = torch.autograd.grad(loss["loss_actor"], params, retain_graph=True)
     assert all(grad.any() for grad in grads)
-    # Inputs of the policy, fixed: the start, then the dream's own states.
+    # The policy's fixed inputs: the start, then the states of the dream.
     first = torch.cat([start["state"], start["belief"]], -1)[:, None]
     inputs = torch.cat([first, dream["feat"][:, :-1]], 1).detach()
 
@@ -577,19 +577,19 @@ def test_63_gradient_through_the_dynamics():
     for grad, expected in zip(grads, torch.autograd.grad(objective(), params), strict=True):
         near(grad, expected, 1e-4, 1e-6)
     with torch.no_grad():  # along the gradient, the loss changes by its norm
-        norm, found = math.sqrt(sum(grad.square().sum().item() for grad in grads)), []
+        norm, values = math.sqrt(sum(grad.square().sum().item() for grad in grads)), []
         for step in (0.02, -0.04):
             for p, grad in zip(params, grads, strict=True):
                 p.add_(grad / norm, alpha=step)
-            found.append(objective().item())
-    near((found[0] - found[1]) / 0.04, norm, 0.02)
+            values.append(objective().item())
+    near((values[0] - values[1]) / 0.04, norm, 0.02)
 
 
 def test_the_losses_reach_only_their_own_parameters():
-    """By backward(), without Agent.update, which asks for the gradients that it needs."""
+    """With backward(), because Agent.update asks only for the gradients that it needs."""
     for spec in (SPEC, DISCRETE):
         agent = make_agent(spec, pcont=True)
-        losses, dream = agent.actor_loss(start_of(agent))
+        losses, dream = agent.actor_loss(make_start(agent))
         losses["loss_actor"].backward()
         others = [*agent.world_model.parameters(), *agent.value.parameters()]
         assert all(p.grad is None and p.requires_grad for p in others)
@@ -602,7 +602,7 @@ def test_the_losses_reach_only_their_own_parameters():
 
 
 def test_gradient_routing_of_the_update():
-    """Each optimizer moves its own module; with a rate of 0 for one, the others do not touch it."""
+    """Each optimizer moves only its module: with a rate of 0, the others do not touch it."""
     for frozen in ("world_model", "actor", "value"):
         agent = make_agent(free_nats=0.0)
         agent.optimizers[frozen].param_groups[0]["lr"] = 0.0
@@ -637,7 +637,7 @@ def test_70_optimizers():
     assert Args().clip == 100.0
 
 
-def test_a_batch_stays_as_it_is():
+def test_an_update_leaves_its_batch_unchanged():
     """A batch that kept the posteriors of one update would hand them to the next."""
     agent, batch, before = make_agent(), make_batch(), make_batch()
     agent.update(batch)
@@ -649,14 +649,14 @@ def test_a_batch_stays_as_it_is():
 @pytest.mark.parametrize(("pcont", "rows"), [(False, 6), (True, 5)])
 def test_pcont_starts_leave_out_the_last_row(monkeypatch, pcont, rows):
     agent = make_agent(pcont=pcont)
-    seen, forward = [], agent.actor_loss.forward
+    starts, forward = [], agent.actor_loss.forward
     monkeypatch.setattr(
-        agent.actor_loss, "forward", lambda td, noise: seen.append(td) or forward(td, noise)
+        agent.actor_loss, "forward", lambda td, noise: starts.append(td) or forward(td, noise)
     )
     noise_sizes, draw = [], agent.actor_loss.draw_noise
     monkeypatch.setattr(agent.actor_loss, "draw_noise", lambda n: noise_sizes.append(n) or draw(n))
     agent.update(make_batch())
-    assert seen[0].shape == (3, rows)
+    assert starts[0].shape == (3, rows)
     assert noise_sizes == [3 * rows]  # a dream from each of them
 
 
@@ -674,12 +674,12 @@ def test_67_exploration():
     agent = make_agent()
     with torch.no_grad():
         agent.actor.mlp[-1].weight.zero_()
-        agent.actor.mlp[-1].bias[2:] = -30.0  # a deviation of 1e-4: the noise is all
-    rows, found = rows_of(agent, 2000), {}
+        agent.actor.mlp[-1].bias[2:] = -30.0  # standard deviation 1e-4: the rest is added noise
+    rows, actions = rows_of(agent, 2000), {}
     for training in (False, True):
-        found[training] = agent.act(rows, None, training)["action"]
-    assert found[False].abs().max() < 1e-3
-    assert abs(found[True].std() - 0.3) < 0.01 and abs(found[True].mean()) < 0.02
+        actions[training] = agent.act(rows, None, training)["action"]
+    assert actions[False].abs().max() < 1e-3
+    assert abs(actions[True].std() - 0.3) < 0.01 and abs(actions[True].mean()) < 0.02
     agent.actor.mlp[-1].bias.data[:2] = 100.0  # tanh(5) = 0.9999
     action = agent.act(rows, None, True)["action"]
     assert action.max() == 1.0 and 0.4 < (action == 1.0).float().mean() < 0.6
@@ -697,8 +697,8 @@ def test_67_epsilon_greedy():
     action = agent.act(rows)["action"]
     assert torch.equal(action, torch.tensor([1.0, 0, 0, 1, 0]).expand(5000, 5))
     action = agent.act(rows, None, True)["action"]
-    both = (action[:, 0] == 1) & (action[:, 3] == 1)
-    assert abs(both.float().mean() - (0.7 + 0.3 / 6)) < 0.02
+    greedy = (action[:, 0] == 1) & (action[:, 3] == 1)
+    assert abs(greedy.float().mean() - (0.7 + 0.3 / 6)) < 0.02
     random = agent.act(rows, None, True, random=True)["action"]
     expected = torch.tensor([1 / 2, 1 / 2, 1 / 3, 1 / 3, 1 / 3])
     assert (random.mean(0) - expected).abs().max() < 0.03
@@ -706,7 +706,7 @@ def test_67_epsilon_greedy():
         assert all(torch.equal(p.sum(-1), torch.ones(5000)) for p in drawn.split((2, 3), -1))
 
 
-def test_the_noised_action_is_the_models_input():
+def test_the_noisy_action_is_the_models_input():
     """The next latents depend on the action in the latent, which is the one that was played."""
     agent = make_agent()
     rows = rows_of(agent, 2)
@@ -741,7 +741,7 @@ def test_acting_filters_like_training():
 
 
 def test_imagination_environment():
-    agent, start = make_agent(pcont=True), start_of(make_agent())
+    agent, start = make_agent(pcont=True), make_start(make_agent())
     torch.manual_seed(0)
     out = agent.env.rollout(7, agent.actor, start, auto_reset=False)
     assert out.shape == (4, 7)
@@ -767,9 +767,9 @@ def test_open_loop_sees_the_context_only():
     other = rows.clone()
     other["position"][:, 4:] += 5.0  # rows 4.. of the window are imagined
     other["reward"] += 1.0
-    again = predict(other)
-    near(again["position"], dream["position"])
-    near(again["true", "reward"], dream["true", "reward"] + 1)
+    changed = predict(other)
+    near(changed["position"], dream["position"])
+    near(changed["true", "reward"], dream["true", "reward"] + 1)
     other["position"][:, 3] += 5.0
     assert not torch.equal(predict(other)["position"][:, 3:], dream["position"][:, 3:])
     rows["action"][:, 6] += 1.0  # the action after row 6 of the window [B, T + 1]
@@ -777,31 +777,31 @@ def test_open_loop_sees_the_context_only():
     assert not moved[:, :6].any() and moved[:, 6:].all()
 
 
-def test_bfloat16_losses_are_near():
+def test_bfloat16_losses_are_close():
     torch.manual_seed(0)
     noise = {"posterior": torch.randn(3, 6, 4)}
-    found = {}
+    metrics = {}
     for precision in ("float32", "bfloat16"):
         agent = make_agent(precision=precision)
         noise["dream"] = TensorDict(
             action=torch.full((18, 5, 2), 0.3), state=torch.full((18, 5, 4), -0.2),
             batch_size=[18, 5],
         )  # fmt: skip
-        found[precision] = agent.update(make_batch(), noise)
-    for name, value in found["float32"].items():
+        metrics[precision] = agent.update(make_batch(), noise)
+    for name, value in metrics["float32"].items():
         if "loss" in name:
-            assert abs(found["bfloat16"][name] - value) < 0.03 * abs(value) + 0.02, name
+            assert abs(metrics["bfloat16"][name] - value) < 0.03 * abs(value) + 0.02, name
 
 
 def test_the_belief_is_float32_under_bfloat16():
     agent = make_agent(precision="bfloat16")
     prior, (belief, state, action) = agent.world_model.prior, torch.randn(3, 7, 12).unbind(0)
     state, action = state[:, :4], action[:, :2]
-    seen, cell = [], prior.cell.forward
-    prior.cell.forward = lambda x, h: seen.append((x, h)) or cell(x, h)
+    calls, cell = [], prior.cell.forward
+    prior.cell.forward = lambda x, h: calls.append((x, h)) or cell(x, h)
     with autocast(agent):
         after = prior.recurrence(state, belief, action)
-    ((inputs, memory),) = seen
+    ((inputs, memory),) = calls
     assert after.dtype == inputs.dtype == torch.float32 and memory is belief
     assert torch.equal(after, cell(inputs, belief))  # outside of autocast
 
@@ -815,7 +815,7 @@ def test_pictures_under_bfloat16():
 
 
 def test_adam_moves_between_devices():
-    """A checkpoint of a GPU says capturable=True, which a CPU refuses."""
+    """A checkpoint from a GPU has capturable=True, which a CPU refuses."""
     agent = make_agent()
     agent.update(make_batch())
     state = agent.state_dict()
@@ -824,8 +824,8 @@ def test_adam_moves_between_devices():
     other = make_agent(seed=1)
     other.load_state_dict(state)
     noise = {"posterior": torch.zeros(3, 6, 4), "dream": agent.actor_loss.draw_noise(18)}
-    found = [each.update(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
-    assert found[0] == found[1]
+    losses = [each.update(make_batch(), noise)["train/loss_actor"] for each in (agent, other)]
+    assert losses[0] == losses[1]
     assert not any(o.param_groups[0]["capturable"] for o in other.optimizers.values())
 
 

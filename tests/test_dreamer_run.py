@@ -34,11 +34,11 @@ SMALL = str.split(
 
 @pytest.mark.parametrize(("num_envs", "repeat"), [(1, 2), (4, 1)])
 def test_68_schedule(inside, monkeypatch, num_envs, repeat):
-    """None before 5,000 steps, 100 then, and 100 more every 1,000 steps; one batch each."""
-    replays, seen, make = [], [], dreamer.make_replay
+    """No update before step 5,000, 100 there, 100 more every 1,000 steps; one batch each."""
+    replays, update_steps, make = [], [], dreamer.make_replay
 
     def update(agent, batch):
-        seen.append(replays[0].num_envs * replays[0].total * repeat)
+        update_steps.append(replays[0].num_envs * replays[0].total * repeat)
         assert batch.shape == batch["previous"].shape == (50, 50)
         return {"train/loss": torch.zeros(())}
 
@@ -58,9 +58,9 @@ def test_68_schedule(inside, monkeypatch, num_envs, repeat):
     ]
     argv += ["--num-envs", num_envs, "--action-repeat", repeat, "--save-every", 100_000]
     inside(*argv, "--batch-size", 50, "--batch-length", 50, "--steps", 9000)
-    found = [(step, seen.count(step)) for step in sorted(set(seen))]
-    assert found == [(step, 100) for step in (5000, 6000, 7000, 8000, 9000)]
-    assert sum(n for _, n in found) == 100 * (1 + (9000 - 5000) // 1000)
+    counts = [(step, update_steps.count(step)) for step in sorted(set(update_steps))]
+    assert counts == [(step, 100) for step in (5000, 6000, 7000, 8000, 9000)]
+    assert sum(n for _, n in counts) == 100 * (1 + (9000 - 5000) // 1000)
 
 
 def quick_act(agent, rows, latent=None, training=False, random=False):
@@ -69,22 +69,22 @@ def quick_act(agent, rows, latent=None, training=False, random=False):
 
 
 def test_bursts_of_several_environments(inside, monkeypatch):
-    """As many updates as environment steps ask for, however many steps a row of all of them has;
-    none before an episode has ended.
+    """The number of updates follows the environment steps, however many steps one row takes;
+    there are none before an episode has ended.
     """
-    seen = []
+    updates = []
     monkeypatch.setattr(Agent, "act", quick_act)
     monkeypatch.setattr(
-        Agent, "update", lambda *_: seen.append(0) or {"train/loss": torch.zeros(())}
+        Agent, "update", lambda *_: updates.append(0) or {"train/loss": torch.zeros(())}
     )
     argv = [*SMALL, "--env-id", "running:Long-v0", "--num-envs", 16, "--train-every", 5]
     inside(*argv, "--train-steps", 2, "--pretrain", 4, "--prefill", 0, "--steps", 800)
-    first = 21 * 16 // 5 - 20 * 16 // 5  # multiples of 5 in the row that ends the episodes
-    assert first == 3 and len(seen) == 4 + 2 * (first - 1) + 2 * (160 - 21 * 16 // 5)
+    first_burst = 21 * 16 // 5 - 20 * 16 // 5  # multiples of 5 in the row that ends the episodes
+    assert first_burst == 3 and len(updates) == 4 + 2 * (first_burst - 1) + 2 * (160 - 21 * 16 // 5)
 
 
 def test_stopped_within_the_last_burst(inside, monkeypatch, tmp_path):
-    """The rest of the burst comes after the resume; before it, the run is not over."""
+    """The rest of the burst comes after the resume; until then, the run is not over."""
     argv = [*SMALL, "--env-id", "running:Long-v0", "--prefill", 60, "--steps", 60, "--seed", 4]
     argv += ["--train-every", 60, "--train-steps", 7, "--pretrain", 90]
     ended, updates, update = [], [], Agent.update
@@ -111,7 +111,7 @@ def test_stopped_within_the_last_burst(inside, monkeypatch, tmp_path):
     same_leaves(*(state["agent"]["world_model"] for state in states))
 
 
-def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
+def test_an_extended_run_equals_one_long_run(start, tmp_path):
     argv = [*SMALL, "--env-id", "running:Long-v0", "--prefill", 40, "--save-every", 1000]
     argv += ["--train-every", 20, "--train-steps", 2, "--pretrain", 3, "--eval-every", 30]
     whole, longer = tmp_path / "whole", tmp_path / "longer"
@@ -124,7 +124,7 @@ def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
     same_leaves(*(checkpoint.load(run)["agent"]["actor"] for run in (whole, longer)))
 
 
-def test_the_seed_decides(start, tmp_path):
+def test_the_seed_determines_the_run(start, tmp_path):
     argv = [*SMALL, "--env-id", "CartPole-v1", "--steps", 200, "--prefill", 120]
     argv += ["--train-every", 20, "--train-steps", 1, "--pretrain", 1]
     seeds = {"a": 1, "b": 1, "c": 2}
@@ -137,20 +137,20 @@ def test_the_seed_decides(start, tmp_path):
 
 @pytest.mark.parametrize("pcont", [False, True])
 def test_the_last_window_is_drawn_with_pcont(inside, monkeypatch, pcont):
-    seen, draw = [], Replay.draw_in_episodes
+    last_windows, draw = [], Replay.draw_in_episodes
 
     def spy(replay, batch_size):
-        seen.append(replay.last_window)
+        last_windows.append(replay.last_window)
         return draw(replay, batch_size)
 
     monkeypatch.setattr(Replay, "draw_in_episodes", spy)
     argv = [*SMALL, "--env-id", "running:Long-v0", "--prefill", 60, "--steps", 60]
     argv += ["--train-every", 20, "--pretrain", 2]
     inside(*argv, *["--pcont"] * pcont)
-    assert seen == [pcont] * 2
+    assert last_windows == [pcont] * 2
 
 
-def test_debug_as_it_is(start, tmp_path):
+def test_the_debug_preset_runs(start, tmp_path):
     folder = tmp_path / "run"
     start("--preset", "debug", "--threads", 1, "--run", folder, prepare="all_pictures").done()
     rows, state = lines_of(folder), checkpoint.load(folder)
@@ -162,7 +162,7 @@ def test_debug_as_it_is(start, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--preset default", "--preset dmc_vision --batch-length 5"])
-def test_presets_begin(start, tmp_path, flags):
+def test_presets_start_to_train(start, tmp_path, flags):
     argv = [*SMALL, *flags.split(), "--prefill", 500, "--train-every", 500, "--pretrain", 4]
     argv += ["--train-steps", 4, "--steps", 2100, "--log-every", 500, "--action-repeat", 2]
     folder = tmp_path / "run"
@@ -183,23 +183,23 @@ def test_benchmark(start):
     argv = [*SMALL, "--env-id", "running:Long-v0", "--train-every", 10, "--train-steps", 3]
     text = start(*argv, "--benchmark", "--action-repeat", 2).done()
     assert "0.6 updates per row" in text and "float32 product" in text
-    found = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
-    times = [float(time) for time, _ in found]
+    operations = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
+    times = [float(time) for time, _ in operations]
     assert len(times) == 8 and times == sorted(times, reverse=True) and times[0] > 0
-    assert {"aten::mm", "aten::addmm"} & {name for _, name in found}
+    assert {"aten::mm", "aten::addmm"} & {name for _, name in operations}
 
 
 def test_prefill_is_random(inside, monkeypatch):
-    seen, act = [], Agent.act
+    calls, act = [], Agent.act
 
     def spy(agent, rows, latent=None, training=False, random=False):
-        seen.append((training, random))
+        calls.append((training, random))
         return act(agent, rows, latent, training, random)
 
     monkeypatch.setattr(Agent, "act", spy)
     short = ["--batch-length", 4]  # its episodes have six rows
     inside(*SMALL, "--env-id", "dummy_envs:Base-v0", "--prefill", 12, "--steps", 30, *short)
-    assert seen == [(True, True)] * 12 + [(True, False)] * 18
+    assert calls == [(True, True)] * 12 + [(True, False)] * 18
 
 
 CASES = {
@@ -214,7 +214,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_resume_is_exact(start, tmp_path, case):
-    """Killed (kill -9), stopped (SIGTERM), and started again: bit for bit as if never stopped."""
+    """Killed (SIGKILL), stopped (SIGTERM), and restarted: bit for bit as if never stopped."""
     argv = [*SMALL, *CASES[case].split(), "--train-every", 10, "--train-steps", 1, "--pretrain", 2]
     start(*argv, "--run", tmp_path / "a").done()
     total = count_lines(tmp_path / "a")
@@ -222,9 +222,9 @@ def test_resume_is_exact(start, tmp_path, case):
     def wait(run, lines):
         until(lambda: count_lines(tmp_path / "b") > lines or run.path(".rc").exists())
 
-    for part, number in ((0.4, signal.SIGKILL), (0.7, signal.SIGTERM)):
+    for fraction, number in ((0.4, signal.SIGKILL), (0.7, signal.SIGTERM)):
         run = start(*argv, "--run", tmp_path / "b")
-        wait(run, part * total)
+        wait(run, fraction * total)
         run.signal(number)
         run.wait()
     start(*argv, "--run", tmp_path / "b").done()
@@ -262,8 +262,8 @@ def test_eval_load_and_act(start, tmp_path):
     argv += ["--train-every", 20, "--train-steps", 1, "--pretrain", 1, "--eval-every", 100]
     start(*argv, "--run", folder, prepare="all_pictures").done()
     assert (folder / "policy.mp4").exists()
-    periodic = [row["eval/return"] for row in lines_of(folder) if "eval/return" in row]
-    assert periodic == [210.0, 210.0]  # 1 + 2 + ... + 20: one at step 100, one at the end
+    returns = [row["eval/return"] for row in lines_of(folder) if "eval/return" in row]
+    assert returns == [210.0, 210.0]  # 1 + 2 + ... + 20: one at step 100, one at the end
     text = start("--eval", folder, "--eval-episodes", 2, "--threads", 1).done()
     assert "return 210.0 +- 0.0 over 2 episodes" in text
     agent = dreamer.load(folder)
@@ -295,7 +295,7 @@ def test_wrong_flags_and_foreign_runs(start, tmp_path):
 
 
 def test_nothing_is_lost(start, tmp_path):
-    """As in test_run.py for dreamer_v3.py: what main does for both is checked for both."""
+    """As in test_run.py for dreamer_v3.py, because each script has its own main."""
     short = ["--prefill", 30, "--train-every", 10, "--train-steps", 1, "--pretrain", 1]
     argv, run = [*SMALL, *short, "--save-every", 1000], tmp_path / "spoiled"
     spoiled = [*argv, "--env-id", "running:Spoiled-v0", "--steps", 200, "--run", run]
@@ -314,13 +314,13 @@ def test_nothing_is_lost(start, tmp_path):
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(run / "replay")
-    for _ in range(2):  # what the first one creates is not taken for rows by the second one
+    for _ in range(2):  # the second one must not take what the first one creates for rows
         assert "replay/ lacks" in start(*argv, "--steps", 80).error()
     text = start(*argv, "--steps", 60, "--fresh").done()
     assert "resumes" not in text and lines_of(run) == before
 
 
-def test_nan_is_named(inside, monkeypatch):
+def test_a_nan_metric_is_named(inside, monkeypatch):
     update = Agent.update
 
     def broken(agent, batch):

@@ -28,10 +28,10 @@ def needs(*modules):
 
 
 def gl_works():
-    """In a process of its own: a broken driver may take the process with it."""
+    """Checked in a separate process, which a broken driver may crash."""
     code = "import mujoco, shimmy; mujoco.GLContext(8, 8).make_current()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    return done.returncode == 0
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return process.returncode == 0
 
 
 needs_gl = pytest.mark.skipif(not gl_works(), reason="MuJoCo cannot render here")
@@ -43,7 +43,7 @@ def dummy(name, n=1, **options):
 
 
 def episode_seed(seed, index, episode):
-    """The documented derivation, so that a change of it is noticed."""
+    """The documented derivation, repeated here so that a change shows."""
     sequence = np.random.SeedSequence(seed, spawn_key=(index, episode))
     return int(sequence.generate_state(1)[0]) >> 1
 
@@ -88,7 +88,7 @@ def test_rows_of_two_episodes():
         envs.step(torch.zeros(2, 3))
     with pytest.raises(RunError, match=r"policy.*not finite"):
         envs.step(torch.full((2, 2), torch.nan))
-    other = dummy("Base", 2, seed=3)  # before the first row an action is ignored
+    other = dummy("Base", 2, seed=3)  # an action before the first row is ignored
     assert same(other.step(torch.full((2, 2), torch.nan)), rows[0])
     assert same(other.step(torch.zeros(2, 2)), rows[1])
 
@@ -122,20 +122,20 @@ def test_equals_gymnasium_by_hand():
     """CartPole and Pendulum, several episodes, against gymnasium.make and the seeds."""
     for env_id in ("CartPole-v1", "Pendulum-v1"):
         envs, generator = Envs(env_id, 2, seed=5), torch.Generator().manual_seed(0)
-        hands, episodes, over = [gymnasium.make(env_id) for _ in range(2)], [-1, -1], [True, True]
+        gyms, episodes, over = [gymnasium.make(env_id) for _ in range(2)], [-1, -1], [True, True]
         for _ in range(450):
             action = torch.rand(2, envs.action_dim, generator=generator) * 2 - 1
             row = envs.step(action)
-            for i, hand in enumerate(hands):
-                reward, terminal, cut = 0.0, False, False
+            for i, gym in enumerate(gyms):
+                reward, terminal, truncated = 0.0, False, False
                 if over[i]:
                     episodes[i] += 1
-                    obs, _ = hand.reset(seed=episode_seed(5, i, episodes[i]))
+                    obs, _ = gym.reset(seed=episode_seed(5, i, episodes[i]))
                 else:
-                    given = int(action[i].argmax()) if env_id[0] == "C" else action[i].numpy() * 2
-                    obs, reward, terminal, cut, _ = hand.step(given)
+                    native = int(action[i].argmax()) if env_id[0] == "C" else action[i].numpy() * 2
+                    obs, reward, terminal, truncated, _ = gym.step(native)
                 assert row["is_first"][i].item() == over[i]
-                over[i] = terminal or cut
+                over[i] = terminal or truncated
                 np.testing.assert_array_equal(row["observation"][i].numpy(), obs)
                 assert row["reward"][i].item() == np.float32(reward)
                 assert row["is_last"][i].item() == over[i]
@@ -171,9 +171,9 @@ def test_actions_that_the_environment_sees(kind, dim, classes, cases):
     space = gymnasium.make(f"dummy_envs:Echo{kind}-v0", disable_env_checker=True).action_space
     assert action_width(space) == action_width(dim) == action_width(torch.zeros(7, dim)) == dim
     envs.step(None)
-    for action, seen in cases.items():
+    for action, received in cases.items():
         row = envs.step(torch.tensor([action], dtype=torch.float32))
-        assert row["observation"][0].tolist() == list(seen), action
+        assert row["observation"][0].tolist() == list(received), action
 
 
 # --- observations -----------------------------------------------------------------------------
@@ -199,7 +199,7 @@ def test_nested_observations_and_images():
     assert (row["eye"][0, :, 9:] == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
 
 
-def test_observations_that_are_not_used_may_be_anything():
+def test_unused_observations_may_be_anything():
     """Text beside an image; a slash in a key, as in DM Control's locomotion tasks."""
     envs = dummy("Mission", obs="pixels")
     assert set(envs.step(None).keys()) == {
@@ -216,7 +216,7 @@ def test_observations_that_are_not_used_may_be_anything():
 
 @pytest.mark.parametrize("env_workers", [False, True])
 def test_observations_named_like_latents_are_renamed(env_workers):
-    """`state` and `belief` are the model's; only whole names count, and all modes have them."""
+    """`state` and `belief` are the model's keys; only whole names count, in every mode."""
     keys = {"observation.state": (2,), "observation.belief": (16, 16, 3), "body.state": (1,)}
     envs = dummy("Latent", 2, image_size=16, seed=3, env_workers=env_workers)
     assert envs.spec["shapes"] == {key: list(shape) for key, shape in keys.items()}
@@ -232,10 +232,10 @@ def test_observations_named_like_latents_are_renamed(env_workers):
         row = envs.step(torch.zeros(2, 2))
     assert row.keys() == example_rows(envs.spec).keys()
     envs.close()
-    found = dummy("Latent", obs="vector").step(None)
-    assert {key for key in found.keys() if key in keys} == {"observation.state", "body.state"}
-    found = dummy("Latent", obs="both", image_size=16).step(None)
-    assert {*keys, "pixels"} < set(found.keys())
+    row = dummy("Latent", obs="vector").step(None)
+    assert {key for key in row.keys() if key in keys} == {"observation.state", "body.state"}
+    row = dummy("Latent", obs="both", image_size=16).step(None)
+    assert {*keys, "pixels"} < set(row.keys())
     assert set(dummy("Latent", obs="pixels").step(None).keys()).isdisjoint(keys)
 
 
@@ -262,7 +262,7 @@ def test_videos_are_optional():
         warnings.simplefilter("always")
         envs = dummy("Base", video_size=32)
     assert not envs.can_render and envs.step(None)["is_first"].all()
-    assert not any("egl" in str(w.message) for w in caught)  # it is no problem of MuJoCo
+    assert not any("egl" in str(w.message) for w in caught)  # MuJoCo is not the problem
     with pytest.raises(RunError, match=r"Base-v0 cannot be rendered.*rgb_array"):
         dummy("Base", obs="pixels")
 
@@ -294,12 +294,12 @@ def test_options_are_checked():
 
 
 def test_environments_of_a_script():
-    """Flags that are options, by name; changes beat them; without a flag there are no images."""
+    """Flags set the options of the same name; changes override them; no flag, no images."""
     flags = dict(env_id="dummy_envs:Nested-v0", num_envs=2, seed=3, action_repeat=2, lr=1.0)
     args = SimpleNamespace(**flags)
-    envs, same_envs = make_envs(args), dummy("Nested", 2, seed=3, obs="vector", action_repeat=2)
+    envs, expected_envs = make_envs(args), dummy("Nested", 2, seed=3, obs="vector", action_repeat=2)
     assert (envs.num_envs, set(envs.spec["shapes"])) == (2, {"body.place", "body.alone", "bytes"})
-    assert same(envs.step(None), same_envs.step(None)) and not envs.can_render
+    assert same(envs.step(None), expected_envs.step(None)) and not envs.can_render
     row = envs.step(torch.zeros(2, 2))
     assert row["reward"].tolist() == [3, 3]
     changed = make_envs(
@@ -338,38 +338,38 @@ def test_reward_not_finite():
         [envs.step(torch.zeros(1, 2)) for _ in range(4)]
 
 
-def gone(step, env, episode, error="OSError('the simulator is gone')"):
-    """A pattern of the whole message of an environment that raised; `env` may be one, too."""
-    error, of = re.escape(error), rf"of environment {env} \(episode {episode}\)"
-    return f"^{error} was raised at step {step} {of}$"
+def error_pattern(step, env, episode, error="OSError('the simulator is gone')"):
+    """The pattern of an EnvError's whole message; `env` may be a pattern, too."""
+    error, where = re.escape(error), rf"of environment {env} \(episode {episode}\)"
+    return f"^{error} was raised at step {step} {where}$"
 
 
 @pytest.mark.parametrize("env_workers", [False, True])
 def test_an_environment_that_raises(env_workers, monkeypatch, capfd):
-    """It is not built again; what had been reached can be saved, and is where a resumed run is."""
+    """It is not rebuilt; the state before the error can be saved, and a run resumes there."""
     envs = dummy("Raises", 2, env_workers=env_workers, seed=1)
     rows = [envs.step(None)] + [envs.step(torch.zeros(2, 2)) for _ in range(2)]
     assert [r["observation"][0, 0].item() for r in rows] == [0, 1, 2]
     before = envs.state_dict()
-    which = "[01]" if env_workers else 0  # gymnasium raises the error that arrives last
-    with pytest.raises(EnvError, match=gone(3, which, 0)):
+    raising = "[01]" if env_workers else 0  # gymnasium raises the error that arrives last
+    with pytest.raises(EnvError, match=error_pattern(3, raising, 0)):
         envs.step(torch.ones(2, 2))
     state = envs.state_dict()
     assert state["episodes"] == before["episodes"] == [0, 0]
-    for mine, its in zip(state["actions"], before["actions"], strict=True):
-        assert torch.equal(mine, its) and mine.shape == (2, 2) and not mine.any()
+    for saved, expected in zip(state["actions"], before["actions"], strict=True):
+        assert torch.equal(saved, expected) and saved.shape == (2, 2) and not saved.any()
     assert all(torch.equal(state["row"][key], before["row"][key]) for key in before["row"])
     envs.close()
-    again = dummy("Raises", 2, env_workers=env_workers, seed=1)
+    resumed = dummy("Raises", 2, env_workers=env_workers, seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        again.load_state_dict(state)
-    with pytest.raises(EnvError, match=gone(3, which, 0)):  # with the same seed it raises again
-        again.step(torch.ones(2, 2))
-    again.close()
+        resumed.load_state_dict(state)
+    with pytest.raises(EnvError, match=error_pattern(3, raising, 0)):  # the same seed raises again
+        resumed.step(torch.ones(2, 2))
+    resumed.close()
     if not env_workers:
-        shown = capfd.readouterr().err
-        assert shown.count("OSError: the simulator is gone") == 2
+        stderr = capfd.readouterr().err
+        assert stderr.count("OSError: the simulator is gone") == 2
         monkeypatch.setattr(dummy_envs.Raises, "broken", False)
         mended = dummy("Raises", 2, seed=1)
         mended.load_state_dict(state)
@@ -395,18 +395,18 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("env_workers", [False, True])
 def test_the_traceback_of_an_environment_is_shown(env_workers, tmp_path):
-    """By the process in which it ran, once for each environment that raised."""
+    """The process that ran the environment prints it, once for each that raised."""
     (tmp_path / "script.py").write_text(RAISE)
     command = [sys.executable, tmp_path / "script.py", str(env_workers)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    kind, _, text = done.stdout.rstrip("\n").partition(" EnvError ")
-    assert kind == "common.checkpoint", done.stderr
-    assert re.search(gone(3, "[01]" if env_workers else 0, 0), text), done.stdout
-    shown = done.stderr
-    number = 2 if env_workers else 1  # in one process the second is not reached
-    assert shown.count('raise OSError("the simulator is gone")') == number, shown
-    assert shown.count("Traceback (most recent call last)") == number, shown
-    assert "dummy_envs.py" in shown and "in step" in shown
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    kind, _, text = process.stdout.rstrip("\n").partition(" EnvError ")
+    assert kind == "common.checkpoint", process.stderr
+    assert re.search(error_pattern(3, "[01]" if env_workers else 0, 0), text), process.stdout
+    stderr = process.stderr
+    count = 2 if env_workers else 1  # one process stops before the second
+    assert stderr.count('raise OSError("the simulator is gone")') == count, stderr
+    assert stderr.count("Traceback (most recent call last)") == count, stderr
+    assert "dummy_envs.py" in stderr and "in step" in stderr
 
 
 @pytest.mark.parametrize("env_workers", [False, True])
@@ -423,7 +423,7 @@ def test_errors_name_the_episode_and_its_step(name, rows, place, env_workers):
     envs = dummy(name, env_workers=env_workers)
     for _ in range(rows):
         envs.step(torch.zeros(1, 2))
-    with pytest.raises(EnvError, match=gone(*place)):
+    with pytest.raises(EnvError, match=error_pattern(*place)):
         envs.step(torch.zeros(1, 2))
     saved = envs.state_dict()
     assert saved["episodes"] == [1 if rows > 6 else 0]
@@ -436,7 +436,7 @@ def test_errors_name_the_environment():
     envs = dummy("Raises", 3)
     for env in envs._vector.envs[:2]:
         env.env.unwrapped.broken = False
-    with pytest.raises(EnvError, match=gone(3, 2, 0)):
+    with pytest.raises(EnvError, match=error_pattern(3, 2, 0)):
         [envs.step(torch.zeros(3, 2)) for _ in range(4)]
 
 
@@ -500,16 +500,16 @@ def test_resume_continues_bit_identically(env_id, env_workers, tmp_path):
     generator = torch.Generator().manual_seed(1)
     envs = Envs(env_id, 2, seed=2, env_workers=env_workers)
     actions = torch.rand(280, 2, envs.action_dim, generator=generator) * 3 - 1.5
-    for t in range(230):  # in the second episode of Pendulum, in one of many of CartPole
+    for t in range(230):  # the second episode of Pendulum, one of many of CartPole
         envs.step(actions[t])
     torch.save(envs.state_dict(), tmp_path / "state.pt")
-    want = [envs.step(actions[t]) for t in range(230, 280)]
+    expected = [envs.step(actions[t]) for t in range(230, 280)]
     envs.close()
     envs = Envs(env_id, 2, seed=2, env_workers=env_workers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         envs.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert all(same(row, envs.step(actions[t + 230])) for t, row in enumerate(want))
+    assert all(same(row, envs.step(actions[t + 230])) for t, row in enumerate(expected))
     envs.close()
 
 
@@ -525,8 +525,8 @@ def test_resume_at_every_kind_of_row(rows):
         other.load_state_dict(envs.state_dict())
     for _ in range(8):
         assert same(envs.step(torch.ones(2, 2)), other.step(torch.ones(2, 2)))
-    mine, its = (e.state_dict()["actions"] for e in (envs, other))
-    assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    actions, other_actions = (e.state_dict()["actions"] for e in (envs, other))
+    assert all(torch.equal(a, b) for a, b in zip(actions, other_actions, strict=True))
     with pytest.raises(RunError, match=r"num_envs=2, not 1"):
         dummy("Nested").load_state_dict(envs.state_dict())
 
@@ -552,10 +552,10 @@ def test_dm_control_episode_is_1001_rows():
 
     envs = Envs("dm_control/walker-walk-v0", seed=6)
     assert (envs.action_dim, envs.action_classes) == (6, ())
-    by_hand = suite.load("walker", "walk", task_kwargs={"random": episode_seed(6, 0, 0)})
-    low, high = by_hand.action_spec().minimum, by_hand.action_spec().maximum
+    dmc_env = suite.load("walker", "walk", task_kwargs={"random": episode_seed(6, 0, 0)})
+    low, high = dmc_env.action_spec().minimum, dmc_env.action_spec().maximum
     assert (low == -1).all() and (high == 1).all()
-    generator, step = np.random.default_rng(0), by_hand.reset()
+    generator, step = np.random.default_rng(0), dmc_env.reset()
     row, total = envs.step(None), 0
     for t in range(1001):
         assert row["is_first"].item() == (t == 0) and row["is_last"].item() == (t == 1000)
@@ -567,7 +567,7 @@ def test_dm_control_episode_is_1001_rows():
         total += row["reward"].item()
         action = generator.uniform(-1, 1, 6).astype(np.float32)
         row = envs.step(torch.from_numpy(action)[None])
-        step = by_hand.step(action.astype(np.float64)) if t < 1000 else step
+        step = dmc_env.step(action.astype(np.float64)) if t < 1000 else step
     assert row["is_first"].item() and row["reward"].item() == 0 and total > 0
     assert row["height"].shape == (1, 1)  # a scalar in DM Control
 
@@ -614,9 +614,9 @@ def test_pixels_of_dm_control():
 def test_cameras_and_quality():
     def pixels(**options):
         envs = Envs("dm_control/quadruped-walk-v0", obs="pixels", seed=1, **options)
-        found = envs.step(None)["pixels"]
+        image = envs.step(None)["pixels"]
         envs.close()
-        return found
+        return image
 
     assert torch.equal(pixels(), pixels(camera=2)) and not torch.equal(pixels(), pixels(camera=0))
     full, fast = pixels(render_quality="full").float(), pixels(render_quality="fast").float()
@@ -653,7 +653,7 @@ assert not envs.can_render and envs.step(None)["is_first"].all()
 
 
 def without_gl_choice():
-    """The environment variables, but those which choose MuJoCo's OpenGL."""
+    """The environment variables except those that choose MuJoCo's OpenGL."""
     return {k: v for k, v in os.environ.items() if k not in ("MUJOCO_GL", "PYOPENGL_PLATFORM")}
 
 
@@ -664,7 +664,7 @@ def in_process(code, environment):
 
 @needs_dmc
 def test_without_opengl_libraries():
-    """Pixels name the fixes; vectors do without."""
+    """The error for pixels names the fixes; vectors need no OpenGL."""
     code = """
 import ctypes
 load = ctypes.CDLL.__init__
@@ -674,24 +674,24 @@ def fail(self, name=None, *args, **kwargs):
     load(self, name, *args, **kwargs)
 ctypes.CDLL.__init__ = fail
 """
-    done = in_process(code + PIXELS_AND_VECTORS, without_gl_choice())
-    assert done.returncode == 0, done.stderr
+    process = in_process(code + PIXELS_AND_VECTORS, without_gl_choice())
+    assert process.returncode == 0, process.stderr
 
 
 @needs_gl
 @needs_dmc
 def test_opengl_without_a_device():
-    """A container may have the library and no device: vectors do without, pixels name the fixes."""
+    """The same where a container has the library but no device."""
     environment = without_gl_choice() | {"__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"}
-    done = in_process(PIXELS_AND_VECTORS, environment)
-    assert done.returncode == 0, done.stderr
-    done = in_process(PIXELS_AND_VECTORS, environment | {"MUJOCO_GL": "egl"})  # the user's wish
-    assert "cannot be made" in done.stderr and "libegl1" in done.stderr, done.stderr
+    process = in_process(PIXELS_AND_VECTORS, environment)
+    assert process.returncode == 0, process.stderr
+    process = in_process(PIXELS_AND_VECTORS, environment | {"MUJOCO_GL": "egl"})  # set by the user
+    assert "cannot be made" in process.stderr and "libegl1" in process.stderr, process.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="displays have names on Linux alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux names its displays")
 def test_pygame_without_a_display():
-    """Pictures need none, and looking for one prints an error that looks like the run's own."""
+    """Pictures need no display; the search for one prints an error that looks like the run's."""
     code = "import os, common.envs; print(os.environ.get('SDL_VIDEODRIVER'))"
     names = ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")
     without = {name: value for name, value in os.environ.items() if name not in names}
@@ -726,11 +726,11 @@ def test_crafter():
     envs = Envs("tools.crafter_env:crafter/Reward-v0", seed=1)
     assert envs.action_classes == (17,)
     row = envs.step(None)
-    by_hand = crafter.Env(seed=episode_seed(1, 0, 0))
-    np.testing.assert_array_equal(row["observation"][0], by_hand.reset())
+    crafter_env = crafter.Env(seed=episode_seed(1, 0, 0))
+    np.testing.assert_array_equal(row["observation"][0], crafter_env.reset())
     for _ in range(20):
         row = envs.step(torch.eye(17)[1:2])
-        obs, reward, *_ = by_hand.step(1)
+        obs, reward, *_ = crafter_env.step(1)
         np.testing.assert_array_equal(row["observation"][0], obs)
         assert row["reward"].item() == np.float32(reward)
     envs._vector.envs[0].env.unwrapped.inner._player.health = 0

@@ -1,4 +1,4 @@
-"""A fork is one script and common/ in an empty folder: it trains, resumes, plays, films, draws."""
+"""A fork is one script and common/ in an empty folder: it trains, resumes, plays, films, plots."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
-FLAGS = {  # --preset debug, and what makes a short run and a longer one
+FLAGS = {  # beside --preset debug: of both runs, the short one, the longer one
     "dreamer": ("--prefill 100 --num-envs 1", "--steps 210", "--steps 420"),
     "dreamer_v3": ("--num-envs 1", "--steps 60", "--steps 120"),
     "pilco": ("--horizon 5", "--trials 1", "--trials 2"),
@@ -28,9 +28,9 @@ def test_a_fork_needs_one_script_and_common(script, tmp_path):
     def call(*flags):
         command = [sys.executable, f"{script}.py", *flags]
         options = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
-        found = subprocess.run(command, timeout=300, **options)
-        assert found.returncode == 0, found.stdout + found.stderr
-        return found.stdout
+        process = subprocess.run(command, timeout=300, **options)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
     always, short, long = FLAGS[script]
     argv = ["--preset", "debug", "--no-tensorboard", "--run", "run", *always.split()]
@@ -38,7 +38,7 @@ def test_a_fork_needs_one_script_and_common(script, tmp_path):
     first = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert "resumes at step" in call(*argv, *long.split())
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert rows[: len(first) - 1] == first[:-1]  # all but the evaluation at the first end
+    assert rows[: len(first) - 1] == first[:-1]  # all except the evaluation at the end
     assert rows[-1]["step"] > first[-1]["step"] and "eval/return_std" in rows[-1]
     text = call("--eval", "run", "--eval-episodes", "1")
     assert "return " in text and "eval.mp4" in text

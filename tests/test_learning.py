@@ -1,4 +1,4 @@
-"""Each script learns a small task in a minute; a break in the chain from rows to policy shows."""
+"""Each script learns a small task in a minute; a broken link from rows to policy prevents it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DREAMER_FLAGS = (
 
 
 class Reach(gymnasium.Env):
-    """Go to the goal among three places in a row and stay: 1 for every step there, 15 steps."""
+    """Go to the goal, one of three places in a row, and stay: reward 1 per step there, 15 steps."""
 
     action_space = spaces.Discrete(3)  # left, stay, right
     observation_space = spaces.Box(-1, 1, (2,), np.float32)
@@ -50,9 +50,9 @@ class Reach(gymnasium.Env):
 
 
 class Press(gymnasium.Env):
-    """Press the button of three that is lit: 1 if right, 15 steps, and after each another light.
+    """Press the lit one of three buttons: reward 1 if right, 15 steps, a new light after each.
 
-    Who takes an action for that of the row before or after it can only guess.
+    An agent whose actions are off by one row can only guess.
     """
 
     action_space = spaces.Discrete(3)
@@ -70,7 +70,7 @@ class Press(gymnasium.Env):
 
 
 class Dial(gymnasium.Env):
-    """Turn to where the light is, in [-1, 1]: 1 minus the distance, 15 steps, a light for each."""
+    """Turn to the light in [-1, 1]: reward 1 minus the distance, 15 steps, a new light for each."""
 
     action_space = spaces.Box(-1, 1, (1,), np.float32)
     observation_space = spaces.Box(-1, 1, (1,), np.float32)
@@ -108,7 +108,7 @@ def train(folder, seed, script=dreamer_v3, flags=FLAGS):
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["eval/return"]
 
 
-def test_learning(tmp_path):
+def test_dreamer_v3_learns(tmp_path):
     rng = np.random.default_rng(0)
     assert play(lambda *_: int(rng.integers(3)), 500) < 6
     assert all(play(lambda *_, action=action: action, 500) < 7.5 for action in range(3))
@@ -116,18 +116,18 @@ def test_learning(tmp_path):
     assert train(tmp_path / "run", seed=0) > 9
 
 
-def test_learning_of_dreamer(tmp_path):
+def test_dreamer_learns(tmp_path):
     assert train(tmp_path / "run", 0, dreamer, DREAMER_FLAGS) > 9
 
 
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute more of learning: SLOW=1")
+@pytest.mark.skipif(not os.environ.get("SLOW"), reason="half a minute longer: set SLOW=1")
 def test_dreamer_learns_continuous_actions(tmp_path):
-    """Seeds 0-2 got 11.2, 11.3, 11.7 of 15; who does not see the light gets 7.5 at best."""
+    """Seeds 0-2 got 11.2, 11.3, 11.7 of 15; without seeing the light, 7.5 is the best."""
     flags = f"{DREAMER_FLAGS} --env-id test_learning:Dial-v0 --steps 1000"
     assert train(tmp_path / "run", 0, dreamer, flags) > 9
 
 
 def test_dreamer_learns_what_the_action_of_each_row_does(tmp_path):
-    """With every action moved by one row, seeds 0 and 1 got 5.1 and 5.8; unmoved 14.4, 14.1."""
+    """Seeds 0 and 1 got 14.4 and 14.1; with every action shifted by one row, 5.1 and 5.8."""
     flags = f"{DREAMER_FLAGS} --env-id test_learning:Press-v0 --steps 1000"
     assert train(tmp_path / "run", 0, dreamer, flags) > 9

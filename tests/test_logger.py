@@ -56,7 +56,7 @@ def test_means_extras_and_wall_clock(tmp_path, log):
 
 
 def test_a_tensor_overwritten_after_add_does_not_change_the_mean(tmp_path, log):
-    buffer = torch.tensor(1.0)  # as the output of a captured graph
+    buffer = torch.tensor(1.0)  # like the output of a captured CUDA graph
     log.add({"loss": buffer})
     buffer.fill_(100.0)
     log.add({"loss": buffer})
@@ -100,19 +100,19 @@ def test_resume_cuts_what_came_after_the_save(tmp_path, log):
     log.file.write(b'{"step": 30, "a"')  # killed in the middle of a line
     log.file.flush()
 
-    again = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
+    resumed = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
     state = load(tmp_path)["logger"]
-    again.load_state_dict(state)
-    again.add({"loss": torch.tensor(3.0), "plain": 3.0})
-    again.log(20, a=3)
-    again.close()
+    resumed.load_state_dict(state)
+    resumed.add({"loss": torch.tensor(3.0), "plain": 3.0})
+    resumed.log(20, a=3)
+    resumed.close()
     first, second = rows(tmp_path)
     assert (first["step"], first["a"]) == (10, 1)
     assert (second["step"], second["a"], second["loss"], second["plain"]) == (20, 3, 2.0, 2.0)
     assert second["time/wall"] >= state["wall"] >= first["time/wall"]
 
 
-def test_state_survives_later_changes(log):
+def test_later_changes_do_not_reach_a_saved_state(log):
     log.add({"a": torch.tensor(1.0)})
     state = log.state_dict()
     log.add({"a": torch.tensor(1.0), "b": 2.0})
@@ -138,7 +138,7 @@ def test_a_shortened_metrics_file_is_reported_and_kept(tmp_path, log):
     assert (tmp_path / "metrics.jsonl").read_bytes() == text[:30]
 
 
-def test_without_a_terminal_one_plain_line_per_write(tmp_path, capsys):
+def test_without_a_terminal_each_write_is_one_plain_line(tmp_path, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.advance(100, loss=torch.tensor(0.123456), fps=math.inf)
     log.log(250, **{"episode/return": 12.5, "model/kl": 3.0})
@@ -225,7 +225,7 @@ def test_tensorboard_mirrors_and_hides_what_a_killed_run_left(tmp_path):
     assert set(events.Tags()["scalars"]) == {"loss", "time/wall"}
 
 
-def test_without_tensorboard_one_note(tmp_path, capsys, monkeypatch):
+def test_missing_tensorboard_is_noted_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     log = Logger(tmp_path, 1000)
     log.log(10, loss=1.0)
@@ -292,7 +292,7 @@ def drawn(monkeypatch):
     return axes
 
 
-def test_curve(tmp_path, log, drawn):
+def test_learning_curve(tmp_path, log, drawn):
     for step in range(0, 1000, 10):
         log.log(step, **{"episode/return": float(step)})
     log.log(500, **{"eval/return": 450.0})
@@ -312,7 +312,7 @@ def test_curve(tmp_path, log, drawn):
     assert lines["evaluation"].tolist() == [[500, 450]]
 
 
-def test_curve_of_nothing(tmp_path, log):
+def test_a_learning_curve_needs_returns(tmp_path, log):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunError, match="no episode/return in"):
             plot_curve(folder)

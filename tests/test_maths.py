@@ -42,16 +42,16 @@ BINS = two_hot_bins(255)
 LN255 = math.log(255)
 
 
-agree = functools.partial(near, atol=0.0)  # but for a relative error
+agree = functools.partial(near, atol=0.0)  # up to a relative error
 
 
 def kl(agent, *logits):
-    """Dynamics and representation loss, as the agent's settings have it."""
+    """Dynamics and representation losses with the agent's settings."""
     return kl_losses(*logits, agent.world_model.prior.unimix, agent.model_loss.free_nats)
 
 
 def continuation(agent, feat, is_terminal):
-    """The continuation loss, likewise."""
+    """The continuation loss with the agent's horizon."""
     return continue_loss(agent.world_model.cont, feat, is_terminal, agent.model_loss.horizon)
 
 
@@ -125,11 +125,11 @@ def test_01_two_hot_bins():
     ],
 )
 def test_02_two_hot_encode(x, expected):
-    found = two_hot_encode(torch.tensor(x), BINS)
+    encoded = two_hot_encode(torch.tensor(x), BINS)
     dense = torch.zeros(255)
     for i, weight in expected.items():
         dense[i] = weight
-    near(found, dense, rtol=0, atol=6e-6)
+    near(encoded, dense, rtol=0, atol=6e-6)
 
 
 def test_03_two_hot_decode_inverts_encode():
@@ -190,7 +190,7 @@ def test_06_uniform_logits_decode_to_exactly_zero():
 def test_06_decode_is_the_expectation():
     torch.manual_seed(0)
     logits = torch.randn(6, 4, 255)
-    logits[..., :90] -= 40  # keeps the sum of size 1: the ends alone would hide the middle
+    logits[..., :90] -= 40  # keeps the sum small: the end bins would hide the others
     logits[..., 165:] -= 40
     expected = (softmax(logits.double().numpy()) * BINS.double().numpy()).sum(-1)
     near(two_hot_decode(logits, BINS), expected, 1e-4, 1e-4)
@@ -201,19 +201,19 @@ def test_06_decode_under_autocast():
     """Predictions and losses are computed in float32, as the authors' are (outs.py)."""
     logits = (two_hot_encode(torch.tensor([100.3, -0.37]), BINS) + 1e-30).log()
     with torch.autocast("cpu", torch.bfloat16):
-        found = two_hot_decode(logits, BINS)
-    assert found.dtype == torch.float32
-    agree(found, [100.3, -0.37], 1e-4)
+        decoded = two_hot_decode(logits, BINS)
+    assert decoded.dtype == torch.float32
+    agree(decoded, [100.3, -0.37], 1e-4)
 
 
 def test_04_loss_of_bfloat16_logits():
     logits = torch.randn(20, 255).bfloat16()
-    found = two_hot_loss(logits, torch.linspace(-50, 50, 20), BINS)
-    agree(found, cross_entropy(logits.float(), torch.linspace(-50, 50, 20)), 1e-5)
+    loss = two_hot_loss(logits, torch.linspace(-50, 50, 20), BINS)
+    agree(loss, cross_entropy(logits.float(), torch.linspace(-50, 50, 20)), 1e-5)
 
 
 def test_04_nan_target_gives_nan_loss():
-    """A reward of nan must show: counted as 4.85e8 it would pass every check for finite losses."""
+    """A NaN reward must show: counted as 4.85e8, it would pass every check for finite losses."""
     assert two_hot_loss(torch.zeros(255), torch.tensor(torch.nan), BINS).isnan()
 
 
@@ -264,25 +264,25 @@ def kl_by_hand(logits, unimix=0.01):
 
 def test_09_unimix_is_inside_the_kl():
     agree(categorical_kl(POST[None], torch.zeros(1, 4), 0.0), 0.468011, 1e-5)
-    found = categorical_kl(POST[None], torch.zeros(1, 4), 0.01).item()
-    agree(found, 0.4588375, 1e-6)
-    assert abs(found - 0.468011) > 5e-3
+    mixed = categorical_kl(POST[None], torch.zeros(1, 4), 0.01).item()
+    agree(mixed, 0.4588375, 1e-6)
+    assert abs(mixed - 0.468011) > 5e-3
 
 
 def test_10_unimix_probs():
     agree(unimix_probs(POST, 0.01), [0.706622, 0.097793, 0.097793, 0.097793], 1e-5)
-    certain = torch.tensor([[1e4, 0.0, 0, 0]])
-    agree(unimix_probs(certain, 0.01), [[0.9925, 0.0025, 0.0025, 0.0025]], 1e-6)
-    p, q = unimix_probs(certain, 0.01), unimix_probs(certain.flip(-1), 0.01)
+    peaked = torch.tensor([[1e4, 0.0, 0, 0]])
+    agree(unimix_probs(peaked, 0.01), [[0.9925, 0.0025, 0.0025, 0.0025]], 1e-6)
+    p, q = unimix_probs(peaked, 0.01), unimix_probs(peaked.flip(-1), 0.01)
     agree((p / q).log().max(), 5.9839, 1e-5)
-    kl = categorical_kl(certain, certain.flip(-1), 0.01)
+    kl = categorical_kl(peaked, peaked.flip(-1), 0.01)
     agree(kl, (0.9925 - 0.0025) * 5.9839, 1e-4)
     huge = torch.tensor([3e38, -3e38, 0.0, 88.8], requires_grad=True)
     unimix_probs(huge, 0.01)[0].backward()
     assert torch.isfinite(huge.grad).all()
 
 
-def test_10_a_little_unimix_keeps_the_kl_finite_and_none_is_refused():
+def test_10_a_little_unimix_keeps_the_kl_finite_and_zero_is_refused():
     torch.set_flush_denormal(True)  # as in training
     p = torch.tensor([[[0.0, 200.0]]], requires_grad=True)
     kl = categorical_kl(p, p.flip(-1), 1e-6)
@@ -311,7 +311,7 @@ def test_08_kl_against_torch_distributions():
 
 
 def test_11_free_nats_gradient():
-    """Steps below 1 nat have exactly no gradient, the others are as without the clip."""
+    """Steps below 1 nat have zero gradient; the others have that of the unclipped KL."""
     agent = v3_agent(random=False)
     scale = torch.tensor([[0.1, 3.0, 0.05]])[..., None, None]
     post = (POST.expand(1, 3, 4, 4) * scale).requires_grad_()
@@ -321,20 +321,20 @@ def test_11_free_nats_gradient():
     (dynamic + representation).sum().backward()
     for grad in (post.grad, prior.grad):
         assert grad[0, [0, 2]].eq(0).all() and grad[0, 1].abs().min() > 1e-3
-    free = post.detach()[:, 1].requires_grad_()
-    categorical_kl(free, torch.zeros(1, 4, 4), 0.01).sum().backward()
-    agree(post.grad[:, 1], free.grad.double())
+    unclipped = post.detach()[:, 1].requires_grad_()
+    categorical_kl(unclipped, torch.zeros(1, 4, 4), 0.01).sum().backward()
+    agree(post.grad[:, 1], unclipped.grad.double())
 
 
 def test_12_kl_stop_gradients():
     """The dynamics loss moves only the prior, the representation loss only the posterior."""
     agent = v3_agent(random=False)
-    for wanted in (0, 1):
+    for index in (0, 1):
         post = torch.randn(2, 3, 8, 4).mul(3).requires_grad_()
         prior = torch.randn(2, 3, 8, 4).mul(3).requires_grad_()
-        kl(agent, post, prior)[wanted].sum().backward()
-        moved, still = (prior, post) if wanted == 0 else (post, prior)
-        assert still.grad is None and moved.grad.abs().min() > 0
+        kl(agent, post, prior)[index].sum().backward()
+        moved, frozen = (prior, post) if index == 0 else (post, prior)
+        assert frozen.grad is None and moved.grad.abs().min() > 0
 
 
 def test_13_straight_through():
@@ -384,17 +384,17 @@ REWARD, BOOT = torch.tensor([[9.0, 1, 2, 3]]), torch.tensor([[5.0, 6, 7, 8]])
 
 def test_29_lambda_return_imagination():
     terminal, last = torch.tensor([[0, 0.1, 0.2, 0.3]]), torch.zeros(1, 4)
-    found = lambda_return(REWARD, BOOT, last, terminal, 1.0, 0.95)
-    agree(found, [[8.80768, 8.816, 8.6]], 1e-6)
+    returns = lambda_return(REWARD, BOOT, last, terminal, 1.0, 0.95)
+    agree(returns, [[8.80768, 8.816, 8.6]], 1e-6)
     other = REWARD.clone()
     other[0, 0] = -1e6  # never read
-    assert torch.equal(found, lambda_return(other, BOOT, last, terminal, 1.0, 0.95))
+    assert torch.equal(returns, lambda_return(other, BOOT, last, terminal, 1.0, 0.95))
 
 
 def test_30_lambda_return_replay():
     last, terminal = torch.tensor([[0, 1, 0, 0]]).bool(), torch.tensor([[0, 0, 0, 1]]).bool()
-    found = lambda_return(REWARD, BOOT, last, terminal, 1 - 1 / 333, 0.95)
-    agree(found, [[6.98198, 5.19039, 3.0]], 1e-5)
+    returns = lambda_return(REWARD, BOOT, last, terminal, 1 - 1 / 333, 0.95)
+    agree(returns, [[6.98198, 5.19039, 3.0]], 1e-5)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 0.95, 1.0])
@@ -402,10 +402,10 @@ def test_29_lambda_return_is_the_mixture_of_n_step_returns(lam):
     torch.manual_seed(0)
     reward, boot = torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
     last, terminal = torch.rand(4, 9) < 0.2, torch.rand(4, 9, dtype=torch.float64) * 0.5
-    found = lambda_return(reward, boot, last, terminal, 0.97, lam)
+    returns = lambda_return(reward, boot, last, terminal, 0.97, lam)
     rows = zip(reward, boot, last.double(), terminal, strict=True)
     expected = [n_step_mixture(*(x.numpy() for x in row), 0.97, lam) for row in rows]
-    near(found, np.stack(expected), 1e-6, 1e-6)
+    near(returns, np.stack(expected), 1e-6, 1e-6)
 
 
 def test_31_weight_includes_the_start():
@@ -422,7 +422,7 @@ def test_31_continue_is_the_head_probability():
     _, dream = agent.actor_loss(v3_latents(agent.args, 5))
     logits = agent.world_model.cont(dream["feat"])[..., 0].detach().double()
     expected = 1 / (1 + (-logits).exp())
-    agree(dream["continue"], expected)  # at the start as well, and nothing times 0.997
+    agree(dream["continue"], expected)  # at the start as well; no factor of 0.997
     agree(dream["weight"], expected.cumprod(1), 1e-5)
     agree(dream["reward"], two_hot_decode(agent.world_model.reward(dream["feat"]), BINS).double())
 
@@ -438,9 +438,9 @@ def test_32_continue_target():
     agree(continuation(agent, feat, torch.tensor([[False, True]])), expected, 1e-5)
     agree(agent.model_loss.horizon, 333)
     longer = v3_agent(random=False, horizon=10)
-    found = continuation(longer, feat, torch.tensor([[False, True]]))
+    loss = continuation(longer, feat, torch.tensor([[False, True]]))
     p = 1 / (1 + np.exp(-longer.world_model.cont(feat)[..., 0].detach().double().numpy()))
-    agree(found, [[-0.9 * np.log(p[0, 0]) - 0.1 * np.log(1 - p[0, 0]), -np.log(1 - p[0, 1])]])
+    agree(loss, [[-0.9 * np.log(p[0, 0]) - 0.1 * np.log(1 - p[0, 0]), -np.log(1 - p[0, 1])]])
 
 
 def test_33_return_normalizer():
@@ -454,13 +454,13 @@ def test_33_return_normalizer():
         scale = loss.return_scale(returns)
     agree(scale, 8.60561, 1e-6)
     loss.eval()
-    agree(loss.return_scale(returns * 50), 8.60561, 1e-6)  # frozen outside training
+    agree(loss.return_scale(returns * 50), 8.60561, 1e-6)  # frozen in eval mode
 
 
 def test_33_percentiles_are_interpolated_and_updated_before_use():
     loss = v3_agent(random=False).actor_loss
     agree(loss.return_scale(torch.tensor([[3000.0, 1000.0], [0.0, 2000.0]])), 27.0, 1e-5)
-    agree(loss.low, 1.5, 1e-5)  # 150, 2850 and the rate 0.01
+    agree(loss.low, 1.5, 1e-5)  # percentiles 150 and 2850, rate 0.01
     agree(loss.high, 28.5, 1e-5)
 
 
@@ -517,7 +517,7 @@ def test_34_36_actor_loss_from_its_definition(discount_loss):
 def test_34_actor_gradient_is_reinforce():
     """d loss / d parameters = -mean(weight (advantage d log-prob + bonus d entropy)).
 
-    By finite differences of that surrogate in the head's bias, with advantages held fixed.
+    Checked by finite differences of that surrogate in the heads' biases, at fixed advantages.
     """
     agent = v3_agent(seed=4, entropy_bonus=0.1)
     losses, dream = agent.actor_loss(v3_latents(agent.args, 8))
@@ -547,7 +547,7 @@ def test_34_actor_gradient_is_reinforce():
 
 
 def test_36_entropy():
-    """3e-4 by default; 1.30545 nats per action number at zero logits, summed."""
+    """A weight of 3e-4 by default; zero logits give 1.30545 nats per action number, summed."""
     assert Args().entropy_bonus == 3e-4
     agent = v3_agent(random=False)
     for head in (agent.actor.head, agent.actor.std_head):
@@ -642,7 +642,7 @@ def test_39_multi_discrete_actor():
 
 
 def test_40_value_loss_from_its_definition():
-    """weight (CE(return) + CE(slow critic's prediction)), last step out, all H steps averaged."""
+    """weight (CE(return) + CE(slow critic's prediction)), averaged without the last step."""
     agent = v3_agent(seed=5)
     _, dream = agent.actor_loss(v3_latents(agent.args, 6))
     losses, _ = agent.value_loss(dream)
@@ -654,7 +654,7 @@ def test_40_value_loss_from_its_definition():
 
 
 def make_replay_rows(agent, batch, length):
-    """Latents, rewards and flags of real rows, ends inside the sequences included."""
+    """Latents, rewards and flags of replayed rows, with ends inside the sequences."""
     td = v3_latents(agent.args, batch, length)
     td["reward"] = torch.randn(batch, length) * 3
     td["is_last"] = torch.zeros(batch, length).bool()
@@ -665,7 +665,7 @@ def make_replay_rows(agent, batch, length):
 
 
 def test_41_replay_value_loss_from_its_definition():
-    """Bootstrapped by imagined returns, 1 - 1/333 per row, no weight on last rows, T - 1 used."""
+    """Imagined returns as bootstrap, discount 1 - 1/333, no weight on last rows, T - 1 used."""
     agent = v3_agent(seed=6)
     td, boot = make_replay_rows(agent, 4, 7), torch.randn(4, 7) * 5
     losses, _ = agent.value_loss.replay(td, boot)
@@ -721,9 +721,9 @@ def test_43_adaptive_gradient_clipping():
         parameter([3.0, 4.0], [0.6, -0.8]),  # below the limit of 1.5: untouched
         parameter([-2.0], [100.0]),  # a bias is limited like any other tensor
     ]
-    found = LaProp(params).clipped_grads(params)
+    clipped = LaProp(params).clipped_grads(params)
     expected = [[0.9, 1.2], [3e-4 * 0.6, -3e-4 * 0.8], [0.6, -0.8], [0.6]]
-    for grad, numbers in zip(found, expected, strict=True):
+    for grad, numbers in zip(clipped, expected, strict=True):
         agree(grad, numbers, 1e-9)
 
 

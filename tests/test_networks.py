@@ -65,8 +65,8 @@ def make_batch(agent, batch=3, length=7, seed=1):
     td["is_first"] = F.pad(ends[:, :-1], (1, 0))
     action = torch.randn(batch, length, spec["action_dim"])
     if spec["classes"]:
-        parts = [F.one_hot(x.argmax(-1), x.shape[-1]) for x in action.split(spec["classes"], -1)]
-        action = torch.cat(parts, -1).float()
+        one_hots = [F.one_hot(x.argmax(-1), x.shape[-1]) for x in action.split(spec["classes"], -1)]
+        action = torch.cat(one_hots, -1).float()
     td["action"] = action * 1.5 * ~ends[..., None]
     return td
 
@@ -148,12 +148,12 @@ def test_14_block_gru_formula(blocks):
 
 def test_14_prior_head_and_imagined_step():
     prior, (state, belief, action) = make_prior(), random_inputs()
-    found_logits, sample, found = prior(state, belief, action, torch.ones(5, 4, 3))
+    sampled_logits, sample, next_belief = prior(state, belief, action, torch.ones(5, 4, 3))
     expected = recurrence_by_hand(prior, array(state), array(belief), array(action))
-    near(found, expected, 1e-5, 1e-6)
+    near(next_belief, expected, 1e-5, 1e-6)
     logits = dense(expected, prior.head).reshape(5, 4, 3)
-    near(prior.logits(found), logits, 1e-5, 1e-6)
-    near(found_logits, logits, 1e-5, 1e-6)
+    near(prior.logits(next_belief), logits, 1e-5, 1e-6)
+    near(sampled_logits, logits, 1e-5, 1e-6)
     assert sample.shape == (5, 12)
     assert sample.unflatten(-1, (4, 3)).argmax(-1).tolist() == logits.argmax(-1).tolist()
     assert sum(isinstance(x, nn.Linear) for x in prior.head) == 3  # two layers and the logits
@@ -180,7 +180,7 @@ def test_16_block_layout():
     assert changed.tolist() == [False, False, True, False]
     prior = make_prior()
     kernel(prior.hidden)[:, 8:] = 0  # only the slices are left
-    kernel(prior.hidden)[[0, 1, 3]] = 0  # only block 2's is left: the norm couples no others
+    kernel(prior.hidden)[[0, 1, 3]] = 0  # only block 2's is left: the norm would couple the others
     prior.hidden.bias.data.zero_()
     belief.requires_grad_()
     prior.recurrence(state, belief, action)[:, 16:24].sum().backward()
@@ -195,20 +195,20 @@ def test_17_gates_are_split_inside_each_block():
     bias[1, 0], bias[1, 1], bias[1, 2] = 0.3, 0.7, 50.0  # block 1 forgets its memory
     bias[3, 2] = -50.0  # block 3 keeps all of it
     prior.gates.bias.data = bias.flatten()
-    found = prior.recurrence(state, belief, action).unflatten(-1, (4, 8))
+    new = prior.recurrence(state, belief, action).unflatten(-1, (4, 8))
     old = belief.unflatten(-1, (4, 8))
-    near(found[:, 1], np.full((5, 8), math.tanh(0.7 / (1 + math.exp(-0.3)))))
-    near(found[:, 3], old[:, 3])
-    near(found[:, [0, 2]], 0.73106 * old[:, [0, 2]], 1e-5)
+    near(new[:, 1], np.full((5, 8), math.tanh(0.7 / (1 + math.exp(-0.3)))))
+    near(new[:, 3], old[:, 3])
+    near(new[:, [0, 2]], 0.73106 * old[:, [0, 2]], 1e-5)
 
 
 def test_18_action_normalization():
-    """[2, -0.5] -> [1, -0.5]; the gradient of a large action is divided, not cancelled."""
+    """[2, -0.5] -> [1, -0.5]; the gradient of a large action is divided, not canceled."""
     prior, (state, belief, _) = make_prior(), random_inputs(1)
     actions = [torch.tensor([[a, -0.5]]).requires_grad_() for a in (2.0, 1.0)]
-    found = [prior.recurrence(state, belief, a) for a in actions]
-    near(found[0], found[1], 1e-6, 1e-6)
-    for x in found:
+    beliefs = [prior.recurrence(state, belief, a) for a in actions]
+    near(beliefs[0], beliefs[1], 1e-6, 1e-6)
+    for x in beliefs:
         x.sum().backward()
     assert actions[1].grad.abs().min() > 0
     near(actions[0].grad, actions[1].grad / torch.tensor([2.0, 1.0]), 1e-5, 1e-6)
@@ -262,12 +262,12 @@ def test_21_rms_norm():
     norm = mlp(64, 64, 1)[1]
     norm.weight.data.copy_(scale)
     wide = half.double()  # rounded once, at the end
-    wanted = scale * wide / (wide.square().mean(-1, keepdim=True) + 1e-4).sqrt()
+    expected = scale * wide / (wide.square().mean(-1, keepdim=True) + 1e-4).sqrt()
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            found = norm(half)
-        assert found.dtype == torch.bfloat16
-        assert (found == wanted.bfloat16()).float().mean() > 0.99  # but for ties of rounding
+            normed = norm(half)
+        assert normed.dtype == torch.bfloat16
+        assert (normed == expected.bfloat16()).float().mean() > 0.99  # except for ties in rounding
 
 
 # (proprio walker, vision walker, crafter, Atari 96x96 gray) of the specification, section 1.11
@@ -343,7 +343,7 @@ def observe(agent, td, noise=None, state=None, belief=None, action=None):
 
 
 def test_24_reset_ignores_carry_and_action():
-    """is_first anywhere: outputs equal a fresh start, whatever came before."""
+    """After is_first anywhere, outputs equal a fresh start, whatever came before."""
     agent = v3_agent()
     td = with_previous(make_batch(agent))
     noise = exponential_noise(*td.shape, 4, 4)
@@ -376,18 +376,18 @@ def test_50_reset_inside_a_window_equals_a_fresh_run():
     td = with_previous(make_batch(agent))
     noise = exponential_noise(*td.shape, 4, 4)
     whole = observe(agent, td, noise)
-    where = td["is_first"][0].nonzero().item()
-    part = td[:1, where:].clone()
-    part["is_first"][:] = False
-    part["previous", "action"][:, 0] = 0
-    zeros = {k: torch.zeros_like(part["previous", k][:, 0]) for k in ("belief", "state")}
-    fresh = observe(agent, part, noise[:1, where:], **zeros)
+    start = td["is_first"][0].nonzero().item()
+    rest = td[:1, start:].clone()
+    rest["is_first"][:] = False
+    rest["previous", "action"][:, 0] = 0
+    zeros = {k: torch.zeros_like(rest["previous", k][:, 0]) for k in ("belief", "state")}
+    fresh = observe(agent, rest, noise[:1, start:], **zeros)
     for x, y in zip(whole, fresh, strict=True):
-        near(x[:1, where:], y)
+        near(x[:1, start:], y)
 
 
 def test_causality():
-    """Belief and z at t + 1 depend on the observation and action at t; nothing on the future."""
+    """Belief and z at t + 1 depend on the observation and action at t, and not on the future."""
     agent = v3_agent()
     td = with_previous(make_batch(agent, batch=1, length=7))
     td["is_first"][:] = False
@@ -399,13 +399,13 @@ def test_causality():
         for name, x in (("belief", belief[:, t]), ("logits", logits[:, t])):
             inputs = (td["position"], td["previous", "action"])
             grads = torch.autograd.grad(x.square().sum(), inputs, retain_graph=True)
-            seen = grads[0][0].ne(0).any(-1).tolist()
-            assert seen == [i < t or (i == t and name == "logits") for i in range(6)]
+            reached = grads[0][0].ne(0).any(-1).tolist()
+            assert reached == [i < t or (i == t and name == "logits") for i in range(6)]
             assert grads[1][0].ne(0).any(-1).tolist() == [i <= t for i in range(6)]
 
 
 def test_causality_of_values():
-    """The same by changing one observation: z before it is untouched, z after it can change."""
+    """Changing one observation leaves z before it untouched and can change z after it."""
     agent = v3_agent()
     td = with_previous(make_batch(agent, batch=20, length=6))
     td["is_first"][:] = False
@@ -435,8 +435,8 @@ def test_posterior_formula():
     assert sample.unflatten(-1, (4, 3)).argmax(-1).tolist() == expected.argmax(-1).tolist()
 
 
-def test_13_posterior_and_prior_samples_mix_in_the_uniform():
-    """Logits of a sure thing: 1 % of the draws are uniform over the 4 classes."""
+def test_13_posterior_and_prior_draws_have_unimix():
+    """Where one class is certain, 1 % of the draws are uniform over the 4 classes."""
     torch.manual_seed(0)
     agent, n = v3_agent(random=False), 4000
     prior, posterior = agent.world_model.prior, agent.world_model.posterior
@@ -450,31 +450,31 @@ def test_13_posterior_and_prior_samples_mix_in_the_uniform():
     filtered = agent.world_model.rollout.unroll(state, belief, inputs)[0]
     inferred = posterior(belief, torch.zeros(n, 16))[1]
     for draws in (imagined, filtered, inferred):
-        other = draws.reshape(-1, 4)[:, 1:].sum().item()
+        others = draws.reshape(-1, 4)[:, 1:].sum().item()
         expected = 4 * n * 0.0075
-        assert abs(other - expected) < 4.5 * math.sqrt(expected)
+        assert abs(others - expected) < 4.5 * math.sqrt(expected)
 
 
 # --- RSSMRollout --------------------------------------------------------------------------------
 
 
 def test_rollout_loop_by_hand():
-    """The rollout is: mask by is_first, recurrence, posterior, draw; here step by step in numpy."""
+    """Each step masks by is_first, then runs recurrence, posterior and draw; here in numpy."""
     agent = v3_agent()
     model = agent.world_model
     td = with_previous(make_batch(agent))
-    found = observe(agent, td)
+    outputs = observe(agent, td)
     encoded_obs = array(model.encoder.embed(td))
     state, belief = array(td["previous", "state"][:, 0]), array(td["previous", "belief"][:, 0])
     for t in range(td.shape[1]):
         keep = array(~td["is_first"][:, t])[:, None]
         action = array(td["previous", "action"][:, t]) * keep
         belief = recurrence_by_hand(model.prior, state * keep, belief * keep, action)
-        q = model.posterior
-        x = dense(np.concatenate([belief, encoded_obs[:, t]], -1), q.head)
+        posterior = model.posterior
+        x = dense(np.concatenate([belief, encoded_obs[:, t]], -1), posterior.head)
         logits = x.reshape(-1, 4, 4)
         state = np.eye(4)[logits.argmax(-1)].reshape(-1, 16)  # noise of ones: the mode
-        for a, b in zip(found, (state, belief, logits), strict=True):
+        for a, b in zip(outputs, (state, belief, logits), strict=True):
             near(a[:, t], b, 1e-5, 1e-5)
 
 
@@ -484,19 +484,19 @@ def test_rollout_of_a_tensordict():
     model, td = agent.world_model, with_previous(make_batch(agent))
     noise = exponential_noise(*td.shape, 4, 4)
     state, belief, logits = observe(agent, td, noise)
-    found = model(td.clone(), noise)
+    out = model(td.clone(), noise)
     for key, expected in (("state", state), ("belief", belief), ("posterior_logits", logits)):
-        assert torch.equal(found[key], expected)
-    assert torch.equal(found["prior_logits"], model.prior.logits(belief))
-    assert torch.equal(found["encoded_obs"], model.encoder.embed(td))
-    # A sequence from its start: no latents before it, and no action.
+        assert torch.equal(out[key], expected)
+    assert torch.equal(out["prior_logits"], model.prior.logits(belief))
+    assert torch.equal(out["encoded_obs"], model.encoder.embed(td))
+    # A whole sequence: no latents and no action come before it.
     td["is_first"][:] = False
     action = F.pad(td["action"][:, :-1], (0, 0, 1, 0))
     zeros = {k: torch.zeros_like(td["previous", k][:, 0]) for k in ("belief", "state")}
     expected = observe(agent, td, noise, **zeros, action=action)
-    found = model(td.exclude("previous", "is_first"), noise)
+    out = model(td.exclude("previous", "is_first"), noise)
     for key, x in zip(("state", "belief", "posterior_logits"), expected, strict=True):
-        assert torch.equal(found[key], x)
+        assert torch.equal(out[key], x)
 
 
 def cpp_compiler():
@@ -530,17 +530,17 @@ def test_rollout_modes_agree(mode, monkeypatch):
         [torch.randn(3, 6, *s) for s in ((16,), (16,), (4, 4))],
     )
     encoded_obs = torch.randn(3, 6, 5)
-    for wanted in (3, 1):  # gradients of the start as well, or, as in training, not of it
+    for count in (3, 1):  # with gradients of the start, or without, as in training
         results = []
         for kw in ({}, {mode: True}):
             rollout = RSSMRollout(prior, posterior, **kw)
             leaves = [encoded_obs.clone(), latents["state"].clone(), latents["belief"].clone()]
-            for leaf in leaves[:wanted]:
+            for leaf in leaves[:count]:
                 leaf.requires_grad_()
             out = rollout.unroll(*leaves[1:], (action, leaves[0], keep, noise))
             params = [p for n, p in rollout.named_parameters() if not n.startswith("prior.head")]
             loss = sum((x * w).sum() for x, w in zip(out, weights, strict=True))
-            results.append([*out, *torch.autograd.grad(loss, leaves[:wanted] + params)])
+            results.append([*out, *torch.autograd.grad(loss, leaves[:count] + params)])
         for x, y in zip(*results, strict=True):
             assert x.shape == y.shape
             near(x, y, 1e-4, 2e-5)
@@ -582,11 +582,11 @@ def test_26_vector_encoder():
     assert torch.equal(encoder(td.double())["encoded_obs"], encoder.embed(td.double()))
 
 
-def test_26_reward_and_flags_are_no_inputs():
+def test_26_reward_and_flags_are_not_inputs():
     shapes = {"body.alone": [1], "body.place": [4], "bytes": [7]}
     shapes |= {"depth": [16, 16, 1], "eye": [16, 16, 3]}
-    found = Envs("dummy_envs:Nested-v0", image_size=16).spec
-    assert found == {"shapes": shapes, "action_dim": 2, "classes": []}
+    spec = Envs("dummy_envs:Nested-v0", image_size=16).spec
+    assert spec == {"shapes": shapes, "action_dim": 2, "classes": []}
     assert Envs("dummy_envs:EchoMulti-v0").spec["classes"] == [2, 3]
 
 
@@ -619,9 +619,9 @@ def test_26_28_image_encoder():
         x = silu(rms(x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4)), norm.weight))
     assert x.shape == (6, 2, 3, 8)
     td["v"] = td["v"].float()
-    found = encoder.float().embed(td)
-    assert found.shape == (2, 3, encoder.encoded_size) == (2, 3, 16 + 2 * 3 * 8)
-    near(found[..., 16:], x.reshape(2, 3, -1), 1e-3, 1e-4)
+    encoded = encoder.float().embed(td)
+    assert encoded.shape == (2, 3, encoder.encoded_size) == (2, 3, 16 + 2 * 3 * 8)
+    near(encoded[..., 16:], x.reshape(2, 3, -1), 1e-3, 1e-4)
 
 
 def test_28_encoder_size():
@@ -650,13 +650,13 @@ def test_27_image_decoder():
         x = convolve(x.repeat(2, 1).repeat(2, 2), layer)
     assert [m.out_channels for m in decoder.convs] == [16, 12, 8, 4]
     out = decoder(state.unflatten(0, (1, 3)), belief.unflatten(0, (1, 3)))
-    found = torch.cat([out["left"], out["right"]], -1)
-    near(found, sigmoid(x)[None], 1e-5, 1e-6)
+    images = torch.cat([out["left"], out["right"]], -1)
+    near(images, sigmoid(x)[None], 1e-5, 1e-6)
     assert out["left"].shape == (1, 3, 32, 48, 3) and out["right"].shape == (1, 3, 32, 48, 1)
 
 
 def test_27_image_loss():
-    """Prediction 0.5, black 64 x 64 x 3 image: 3072, summed, no 1/2; white likewise."""
+    """Prediction 0.5 of a black or white 64 x 64 x 3 image: loss 3072, summed, not halved."""
     spec = dict(SPEC, shapes={"pixels": (64, 64, 3)})
     agent = v3_agent(spec, random=False)
     last = agent.world_model.decoder.convs[-1]
@@ -704,9 +704,9 @@ def test_35_reinforce_only(spec):
     """The actor's loss moves neither world model nor critics, the value loss only the critic."""
     agent = v3_agent(spec)
     losses, _ = losses_of(agent)
-    everything = {n for n, _ in agent.actor.named_parameters()}
+    names = {n for n, _ in agent.actor.named_parameters()}
     losses["loss_actor"].backward(retain_graph=True)
-    assert gradients(agent.actor) == everything
+    assert gradients(agent.actor) == names
     assert not gradients(agent.world_model) | gradients(agent.value) | gradients(agent.slow_value)
     clear(agent)
     losses["loss_value"].backward()
@@ -735,7 +735,7 @@ def test_40_value_targets_carry_no_gradient():
     _, dream = agent.actor_loss(v3_latents(agent.args, 6))
     assert not dream["lambda_target"].requires_grad and not dream["feat"].requires_grad
     agent.value_loss(dream)[0]["loss_value"].backward()
-    found = agent.value[-1].bias.grad.clone()
+    gradient = agent.value[-1].bias.grad.clone()
     logits = agent.value(dream["feat"])[:, :-1].detach().requires_grad_()
     slow = dreamer_v3.two_hot_decode(agent.slow_value(dream["feat"]), agent.world_model.bins)
     codes = sum(
@@ -744,11 +744,11 @@ def test_40_value_targets_carry_no_gradient():
     )
     loss = -(codes * logits.log_softmax(-1)).sum(-1) * dream["weight"][:, :-1]
     loss.mean().backward()
-    near(found, logits.grad.sum((0, 1)), 1e-3, 1e-6)
+    near(gradient, logits.grad.sum((0, 1)), 1e-3, 1e-6)
 
 
 def test_12_dynamics_and_representation_gradients():
-    """rep alone moves no prior head at any T; dyn alone moves no posterior at T = 1."""
+    """Representation loss moves no prior head; at T = 1, dynamics loss moves no posterior."""
     for length in (2, 6):
         agent = v3_agent(SPEC, free_nats=0.0)
         losses, _ = agent.model_loss(with_previous(make_batch(agent, length=length)))
@@ -787,7 +787,7 @@ def test_imagination_starts_carry_no_gradient():
 
 
 def test_imagination_by_hand():
-    """Each step: the actor at the latents, then the prior; noise and actions in their places."""
+    """Each step: the actor at the latents, then the prior, each with its noise."""
     agent = v3_agent()
     start = v3_latents(agent.args, 3)
     noise = agent.actor_loss.draw_noise(3)
@@ -815,7 +815,7 @@ def fixed_noise(agent, batch, length, seed=5):
 
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE])
 def test_42_loss_scales(spec):
-    """rec + rew + con + dyn + 0.1 rep + policy + value + 0.3 repval: their sum's gradient."""
+    """The gradient of rec + rew + con + dyn + 0.1 rep + policy + value + 0.3 repval."""
     agent, twin = v3_agent(spec), v3_agent(spec)
     batch = make_batch(agent)
     noise = fixed_noise(agent, 3, 6)
@@ -840,11 +840,11 @@ def test_42_loss_scales(spec):
         "loss_value": value,
         "loss_replay_value": 0.3 * replay,
     }
-    found = {k: v for k, v in metrics.items() if "loss" in k}
-    assert {k.removeprefix("train/") for k in found} == terms.keys()
+    losses = {k: v for k, v in metrics.items() if "loss" in k}
+    assert {k.removeprefix("train/") for k in losses} == terms.keys()
     for key, term in terms.items():
-        near(found[f"train/{key}"], term, 1e-6, 1e-7)
-    near(sum(found.values()), sum(terms.values()), 1e-6)
+        near(losses[f"train/{key}"], term, 1e-6, 1e-7)
+    near(sum(losses.values()), sum(terms.values()), 1e-6)
     near(terms["loss_model_representation"], 0.1 * terms["loss_model_dynamic"])  # same KL
     sum(terms.values()).backward()
     for name, module in agent.modules.items():
@@ -871,15 +871,15 @@ def test_46_slow_critic():
 
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE])
 def test_47_single_optimizer(spec):
-    """One group with every parameter of the seven networks once; none of the slow critic."""
+    """One group with every parameter of the networks once; none of the slow critic."""
     agent = v3_agent(spec)
     assert len(agent.optimizer.param_groups) == 1
     params = [id(p) for p in agent.optimizer.param_groups[0]["params"]]
     model = agent.world_model
     networks = [model.encoder, model.prior, model.posterior, model.decoder, model.reward]
     networks += [model.cont, agent.actor, agent.value]
-    wanted = [id(p) for module in networks for p in module.parameters()]
-    assert len(params) == len(set(params)) and set(params) == set(wanted)
+    expected = [id(p) for module in networks for p in module.parameters()]
+    assert len(params) == len(set(params)) and set(params) == set(expected)
     agent.update(with_previous(make_batch(agent)))
     assert not gradients(agent.slow_value)
     assert not any(p.requires_grad for p in agent.slow_value.parameters())
@@ -931,26 +931,26 @@ def test_48_window():
     batch = make_batch(agent)
     batch["is_first"][1:, 1] = False
     noise = fixed_noise(agent, 3, 6)["posterior"]
-    found = agent.model_loss(with_previous(batch.clone()), noise)[1]
-    assert found.shape == (3, 6)
-    assert torch.equal(found["reward"], batch["reward"][:, 1:])
+    td = agent.model_loss(with_previous(batch.clone()), noise)[1]
+    assert td.shape == (3, 6)
+    assert torch.equal(td["reward"], batch["reward"][:, 1:])
     later = batch.clone()
     later["belief"][:, 1:] = torch.randn(3, 6, 32)  # stored latents of later rows are unused
     later["state"][:, 1:] = torch.randn(3, 6, 16)
     later["action"][:, -1] += 1  # leads beyond the window
     for key, shape in agent.spec["shapes"].items():
         later[key][:, 0] = torch.randn(3, *shape)  # row 0 is never encoded
-    assert torch.equal(found["belief"], agent.model_loss(with_previous(later), noise)[1]["belief"])
+    assert torch.equal(td["belief"], agent.model_loss(with_previous(later), noise)[1]["belief"])
     for key in ("belief", "state", "action"):
         other = batch.clone()
         other[key][:, 0] += 0.3
         changed = agent.model_loss(with_previous(other), noise)[1]["belief"]
-        assert (changed != found["belief"])[:, 0].any(-1).all()
+        assert (changed != td["belief"])[:, 0].any(-1).all()
     other = batch.clone()
     other["action"][1, 3] += 0.3
     changed = agent.model_loss(with_previous(other), noise)[1]["belief"]
-    assert (changed != found["belief"]).any(-1)[1].tolist() == [False] * 3 + [True] * 3
-    assert torch.equal(changed[[0, 2]], found["belief"][[0, 2]])
+    assert (changed != td["belief"]).any(-1)[1].tolist() == [False] * 3 + [True] * 3
+    assert torch.equal(changed[[0, 2]], td["belief"][[0, 2]])
 
 
 def test_49_update_returns_the_posterior_latents():
@@ -969,7 +969,7 @@ def test_49_update_returns_the_posterior_latents():
 
 
 def test_49_stored_latents():
-    """A row holds half precision and bytes, and a batch those before each of its rows."""
+    """A row stores half precision and bytes; a batch has those of the row before each row."""
     agent = v3_agent()
     latents = v3_latents(agent.args, 3, 5).set("action", torch.randn(3, 5, 2))
     rows = make_batch(agent, 3, 5).exclude("belief", "state", "action")
@@ -977,21 +977,21 @@ def test_49_stored_latents():
     assert stored["belief"].dtype == torch.float16 and stored["state"].dtype == torch.uint8
     assert {*rows.keys(), "belief", "state", "action"} == set(stored.keys())
     batch = with_previous(stored)
-    again, expected = batch["previous"], latents[:, :-1]
-    assert all(x.dtype == stored[key].dtype for key, x in again.items())
-    near(again["belief"].float(), expected["belief"], 1e-3, 1e-6)
-    assert torch.equal(again["state"].float(), expected["state"])
-    assert torch.equal(again["action"], expected["action"])
+    previous, expected = batch["previous"], latents[:, :-1]
+    assert all(x.dtype == stored[key].dtype for key, x in previous.items())
+    near(previous["belief"].float(), expected["belief"], 1e-3, 1e-6)
+    assert torch.equal(previous["state"].float(), expected["state"])
+    assert torch.equal(previous["action"], expected["action"])
     assert all(torch.equal(batch[key], rows[key][:, 1:]) for key in rows.keys())
     assert torch.equal(batch["action"], latents["action"][:, 1:])
-    # What an update gives is stored in the same way, and without loss but for the rounding.
-    _, found = agent.update(batch)
-    assert torch.equal(found["state"].byte().float(), found["state"])
-    assert found["state"].unflatten(-1, (4, 4)).sum(-1).eq(1).all()
+    # An update's latents are stored in the same way; only rounding loses anything.
+    _, updated = agent.update(batch)
+    assert torch.equal(updated["state"].byte().float(), updated["state"])
+    assert updated["state"].unflatten(-1, (4, 4)).sum(-1).eq(1).all()
 
 
 def test_update_in_bfloat16():
-    """Under a CPU's autocast, losses and gradients are near float32's and all is finite."""
+    """With autocast on a CPU, all is finite, and losses and gradients are close to float32's."""
     totals, norms = [], []
     for precision in ("float32", "bfloat16"):
         agent = v3_agent(DISCRETE, lr=1e-3, warmup=0, precision=precision)
@@ -1000,7 +1000,7 @@ def test_update_in_bfloat16():
         assert latents["belief"].isfinite().all()
         params = [p for module in agent.modules.values() for p in module.parameters()]
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in params)
-        # Autocast keeps the casts of weights, also those that were made without gradient.
+        # Autocast caches casts of weights, even those made without gradient.
         norms.append(torch.stack([p.grad.norm() for p in params]))
     for key, value in totals[0].items():
         near(totals[1][key], value, 0.1, 0.05)
@@ -1011,7 +1011,7 @@ def test_update_in_bfloat16():
 def test_compiled_update_is_the_same(spec, monkeypatch):
     """--compile, with a backend that traces as Inductor does but generates no code."""
     compiler = functools.partial(torch.compile, backend="aot_eager")
-    for function in dreamer_v3.COMPILED:  # they are replaced, and put back after the test
+    for function in dreamer_v3.COMPILED:  # --compile replaces them; monkeypatch restores them
         monkeypatch.setattr(dreamer_v3, function.__name__, function)
     results = []
     for compile in (False, True):
@@ -1029,7 +1029,7 @@ def test_compiled_update_is_the_same(spec, monkeypatch):
 
 
 class NoHostReads(TorchDispatchMode):
-    """Raises on the operations that on a GPU would wait for it, or copy from pageable memory."""
+    """Raises on operations that would wait for a GPU or copy from pageable memory."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -1041,7 +1041,7 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("spec", [SPEC, DISCRETE])
 def test_an_update_never_waits_for_the_device(spec):
-    """A CUDA graph records what runs between reading the batch and giving back the metrics."""
+    """A CUDA graph records what runs between reading the batch and returning the metrics."""
     agent = v3_agent(spec)
     batch = make_batch(agent)
     agent.update(with_previous(batch.clone()))
@@ -1118,31 +1118,31 @@ def test_dreamer_env_rollout_equals_manual_steps():
 
     with torch.no_grad():
         torch.manual_seed(7)
-        found = env.rollout(5, policy, start, auto_reset=False)
+        rollout = env.rollout(5, policy, start, auto_reset=False)
         torch.manual_seed(7)
         state, belief = start["state"], start["belief"]
         for t in range(5):
             action = agent.actor(torch.cat([belief, state], -1)).sample(agent.actor.draw_noise(3))
-            near(found["belief"][:, t], belief)
-            near(found["state"][:, t], state)
-            near(found["action"][:, t], action)
+            near(rollout["belief"][:, t], belief)
+            near(rollout["state"][:, t], state)
+            near(rollout["action"][:, t], action)
             noise = exponential_noise(3, 4, 4)
             _, state, belief = agent.world_model.prior(state, belief, action, noise)
             after = torch.cat([belief, state], -1)
-            near(found["next", "belief"][:, t], belief)
-            near(found["next", "state"][:, t], state)
-            near(found["next", "reward"][:, t], agent.world_model.predict_reward(after))
+            near(rollout["next", "belief"][:, t], belief)
+            near(rollout["next", "state"][:, t], state)
+            near(rollout["next", "reward"][:, t], agent.world_model.predict_reward(after))
             logit = agent.world_model.cont(after)[:, 0]
-            near(found["next", "continue"][:, t], 1 / (1 + (-logit).exp()))
-    assert found.batch_size == (3, 5)
+            near(rollout["next", "continue"][:, t], 1 / (1 + (-logit).exp()))
+    assert rollout.batch_size == (3, 5)
     with torch.no_grad():  # the actor itself is a policy
         torch.manual_seed(7)
         again = env.rollout(5, agent.actor, start)
-    assert torch.equal(again["next", "belief"], found["next", "belief"])
+    assert torch.equal(again["next", "belief"], rollout["next", "belief"])
 
 
 def test_dreamer_env_reset():
-    """To what it is given, if that is complete, or to zeros."""
+    """Resets to the given latents, which must be complete, or to zeros."""
     agent = v3_agent()
     env = DreamerEnv(agent.world_model, (16,), (32,), batch_size=[3])
     start = env.reset()
@@ -1183,23 +1183,23 @@ def test_world_model_env_follows_its_model():
     def policy(td):
         return td.set("action", -0.4 * td["x"])
 
-    found = env.rollout(50, policy, start, auto_reset=False)
-    assert found.batch_size == (2, 9)  # 4 * 0.7^9 is the first below 0.2
+    rollout = env.rollout(50, policy, start, auto_reset=False)
+    assert rollout.batch_size == (2, 9)  # 4 * 0.7^9 is the first below 0.2
     expected = torch.tensor([[1.0], [4.0]]) * 0.7 ** torch.arange(10)
-    near(found["x"][..., 0], expected[:, :-1])
-    near(found["next", "x"][..., 0], expected[:, 1:])
-    near(found["action"][..., 0], -0.4 * expected[:, :-1])
-    near(found["next", "reward"], -(expected[:, 1:] ** 2))
+    near(rollout["x"][..., 0], expected[:, :-1])
+    near(rollout["next", "x"][..., 0], expected[:, 1:])
+    near(rollout["action"][..., 0], -0.4 * expected[:, :-1])
+    near(rollout["next", "reward"], -(expected[:, 1:] ** 2))
     assert set(start.keys()) == {"x"}  # the caller's TensorDict is left alone
 
 
 def test_world_model_env_defaults():
     env = WorldModelEnv(lambda td: td.set("x", td["x"] + td["action"]), {"x": 1})
     start = TensorDict(x=torch.zeros(2, 1), batch_size=[2])
-    found = env.rollout(4, lambda td: td.set("action", torch.ones(2, 1)), start)
-    assert found["next", "x"][..., 0].tolist() == [[1, 2, 3, 4]] * 2
-    assert found["next", "reward"].tolist() == [[0.0] * 4] * 2
-    assert found["next", "done"].dtype == torch.bool and not found["next", "done"].any()
+    rollout = env.rollout(4, lambda td: td.set("action", torch.ones(2, 1)), start)
+    assert rollout["next", "x"][..., 0].tolist() == [[1, 2, 3, 4]] * 2
+    assert rollout["next", "reward"].tolist() == [[0.0] * 4] * 2
+    assert rollout["next", "done"].dtype == torch.bool and not rollout["next", "done"].any()
 
 
 def test_dreamer_decoder():

@@ -1,7 +1,7 @@
-"""The code blocks of TorchRL's page on model-based RL, in order, on the modules of this project.
+"""The code blocks of TorchRL's page on model-based RL, in order, with the modules of this project.
 
-The blocks are the page's to the letter. Only imports and the device are replaced, by IMPORTS and
-DEVICE; what a block takes for granted (a batch, specs, optimizers) is made between the blocks.
+The blocks are verbatim; only imports and the device are replaced, by IMPORTS and DEVICE. What a
+block takes for granted (a batch, specs, optimizers) is made between the blocks.
 """
 
 import ast
@@ -261,7 +261,7 @@ def run(block: str, names: dict):
 
 
 class Circle(gymnasium.Env):
-    """A place on a circle, which the action turns; the reward is its height."""
+    """A point on a circle; the action turns it, the reward is its height."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (4,), np.float32)
     action_space = spaces.Box(-1, 1, (1,), np.float32)
@@ -284,7 +284,7 @@ gymnasium.register("Circle-v0", "test_page:Circle")
 
 
 def collect(args, folder):
-    """A replay of 300 rows: what the page's Collector is for."""
+    """An agent and a replay of 300 random rows, in place of the page's Collector."""
     envs = make_envs(args)
     agent = dreamer.Agent(envs.spec, args)
     example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
@@ -300,26 +300,26 @@ def collect(args, folder):
 
 @pytest.fixture
 def names(tmp_path):
-    """What the page takes for granted, and the modules that its first blocks make."""
+    """The names that the page takes for granted, and those that its first block makes."""
     torch.manual_seed(0)
     flags = "--preset debug --env-id test_page:Circle-v0 --num-envs 1 --action-repeat 1"
     flags += " --deter 200 --hidden 200 --stoch 30 --units 32 --batch-length 10"
     args = dreamer.parse_args(flags.split())
     agent, replay = collect(args, tmp_path)
-    found = {
+    scope = {
         "torch": torch, "action_spec": Circle.action_space, "replay_buffer": replay,
         "world_model": agent.world_model, "actor": agent.actor, "value_net": agent.value,
         "obs_encoder": agent.world_model.encoder, "batch": replay.sample(4),
     }  # fmt: skip
-    run(RSSM, found)
-    rollout = found["rssm_rollout"]
-    rollout(found["obs_encoder"](replay.sample(2)))  # finds the width that the page leaves out
-    model = found["world_model"]
+    run(RSSM, scope)
+    rollout = scope["rssm_rollout"]
+    rollout(scope["obs_encoder"](replay.sample(2)))  # finds the width that the page leaves out
+    model = scope["world_model"]
     model.prior, model.posterior, model.rollout = rollout.prior, rollout.posterior, rollout
-    return found
+    return scope
 
 
-def test_the_rssm_is_the_pages(names):
+def test_the_rssm_of_the_page(names):
     """The wrapped modules run on a TensorDict, and the rollout is their loop."""
     latent = TensorDict(
         state=torch.zeros(3, 30), belief=torch.zeros(3, 200), action=torch.zeros(3, 1), batch_size=3
@@ -365,21 +365,21 @@ def test_without_previous_the_rollout_shifts_the_actions(names):
 
 
 def test_the_three_phases_of_training(names):
-    """Model loss, then actor and value in the imagination: each moves its own parameters only."""
+    """Model loss, then actor and value in imagination: each moves only its own parameters."""
     run(MODEL_LOSS, names)
     assert set(names["loss_td"].keys()) == {f"loss_model_{k}" for k in ("kl", "reco", "reward")}
     assert names["total_model_loss"].isfinite() and names["loss_td"]["loss_model_kl"] >= 3
     assert all(p.grad is not None for p in names["world_model"].parameters())
     run(ACTOR_LOSS, names)
-    for key, part in (("wm", "world_model"), ("actor", "actor"), ("value", "value_net")):
-        names[f"{key}_optimizer"] = torch.optim.Adam(names[part].parameters(), lr=1e-2)
+    for key, module in (("wm", "world_model"), ("actor", "actor"), ("value", "value_net")):
+        names[f"{key}_optimizer"] = torch.optim.Adam(names[module].parameters(), lr=1e-2)
 
     def moved(block):
-        parts = "world_model", "actor", "value_net"
-        before = {k: [p.detach().clone() for p in names[k].parameters()] for k in parts}
+        modules = "world_model", "actor", "value_net"
+        before = {k: [p.detach().clone() for p in names[k].parameters()] for k in modules}
         run(block, names)
-        pairs = {k: zip(before[k], names[k].parameters(), strict=True) for k in parts}
-        return {k for k in parts if any(not torch.equal(*pair) for pair in pairs[k])}
+        pairs = {k: zip(before[k], names[k].parameters(), strict=True) for k in modules}
+        return {k for k in modules if any(not torch.equal(*pair) for pair in pairs[k])}
 
     losses = []
     for _ in range(12):

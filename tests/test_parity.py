@@ -48,12 +48,12 @@ def dense(name, layer):
 
 def sequence(layers, linears, norms):
     """Authors' names of the Linear and RMSNorm layers of a Sequential, in order."""
-    found = {}
+    named = {}
     for name, layer in zip(linears, (x for x in layers if isinstance(x, nn.Linear)), strict=True):
-        found |= dense(name, layer)
+        named |= dense(name, layer)
     for name, layer in zip(norms, (x for x in layers if isinstance(x, nn.RMSNorm)), strict=True):
-        found[f"{name}/scale"] = layer.weight
-    return found
+        named[f"{name}/scale"] = layer.weight
+    return named
 
 
 def numbered(name, count):
@@ -67,31 +67,31 @@ def parameters(agent):
         agent.world_model.prior,
         agent.world_model.posterior,
     )
-    found = {}
+    named = {}
     for i, layers in enumerate((prior.belief_in, prior.state_in, prior.action_in)):
-        found |= sequence(layers, [f"dyn/dynin{i}"], [f"dyn/dynin{i}norm"])
+        named |= sequence(layers, [f"dyn/dynin{i}"], [f"dyn/dynin{i}norm"])
     for name, layer in (("dyn/dynhid0", prior.hidden), ("dyn/dyngru", prior.gates)):
-        found |= {f"{name}/kernel": layer.weight.transpose(0, 1), f"{name}/bias": layer.bias}
-    found["dyn/dynhid0norm/scale"] = prior.hidden_norm[0].weight
+        named |= {f"{name}/kernel": layer.weight.transpose(0, 1), f"{name}/bias": layer.bias}
+    named["dyn/dynhid0norm/scale"] = prior.hidden_norm[0].weight
     names = ["dyn/prior0", "dyn/prior1", "dyn/priorlogit"]
-    found |= sequence(prior.head, names, numbered("dyn/prior{}norm", 2))
-    found |= sequence(posterior.head, ["dyn/obs0", "dyn/obslogit"], ["dyn/obs0norm"])
-    found |= sequence(model.encoder.mlp, numbered("enc/mlp{}", 3), numbered("enc/mlp{}norm", 3))
+    named |= sequence(prior.head, names, numbered("dyn/prior{}norm", 2))
+    named |= sequence(posterior.head, ["dyn/obs0", "dyn/obslogit"], ["dyn/obs0norm"])
+    named |= sequence(model.encoder.mlp, numbered("enc/mlp{}", 3), numbered("enc/mlp{}norm", 3))
     names = numbered("dec/mlp/linear{}", 3), numbered("dec/mlp/norm{}", 3)
-    found |= sequence(model.decoder.mlp, *names)
+    named |= sequence(model.decoder.mlp, *names)
     for key, head in zip(("position", "velocity"), model.decoder.heads, strict=True):
-        found |= dense(f"dec/vec/{key}/pred", head)
-    found |= sequence(model.reward, ["rew/mlp/linear0", "rew/head/logits"], ["rew/mlp/norm0"])
-    found |= sequence(model.cont, ["con/mlp/linear0", "con/head/logit"], ["con/mlp/norm0"])
+        named |= dense(f"dec/vec/{key}/pred", head)
+    named |= sequence(model.reward, ["rew/mlp/linear0", "rew/head/logits"], ["rew/mlp/norm0"])
+    named |= sequence(model.cont, ["con/mlp/linear0", "con/head/logit"], ["con/mlp/norm0"])
     names = numbered("pol/mlp/linear{}", 3), numbered("pol/mlp/norm{}", 3)
-    found |= sequence(agent.actor.mlp, *names)
-    found |= dense("pol/head/action/mean", agent.actor.head)
-    found |= dense("pol/head/action/stddev", agent.actor.std_head)
+    named |= sequence(agent.actor.mlp, *names)
+    named |= dense("pol/head/action/mean", agent.actor.head)
+    named |= dense("pol/head/action/stddev", agent.actor.std_head)
     for name, value in (("val", agent.value), ("slowval", agent.slow_value)):
         linears = [*numbered(name + "/mlp/linear{}", 3), f"{name}/head/logits"]
-        found |= sequence(value, linears, numbered(name + "/mlp/norm{}", 3))
-    found |= {"retnorm/lo/value": agent.actor_loss.low, "retnorm/hi/value": agent.actor_loss.high}
-    return {name: x.detach() for name, x in found.items()}
+        named |= sequence(value, linears, numbered(name + "/mlp/norm{}", 3))
+    named |= {"retnorm/lo/value": agent.actor_loss.low, "retnorm/hi/value": agent.actor_loss.high}
+    return {name: x.detach() for name, x in named.items()}
 
 
 def authors_agent(reference):
@@ -143,7 +143,7 @@ def forward(reference):
 
 
 def test_the_batch_is_a_hard_one(reference):
-    """Resets, terminal and other ends inside the windows, or the comparison would prove little."""
+    """Without resets and both kinds of ends in the windows, the comparison would prove little."""
     first, last, terminal = (reference[f"batch/{k}"][:, 1:] for k in OBSERVED[:3])
     assert first[:, 1:].any() and last[:, :-1].any()
     assert terminal.any() and (last & ~terminal).any()
@@ -170,15 +170,15 @@ def test_predictions(reference, forward):
 
 
 def test_losses_per_row(reference, forward):
-    """What the parts of the losses give for each row, before mean and scale."""
+    """Each loss term per row, before its mean and scale."""
     agent, td, dream, _ = forward
     model, loss, feat = agent.world_model, agent.model_loss, features(td)
     logits = td["posterior_logits"], td["prior_logits"]
     dynamic, representation = kl_losses(*logits, model.prior.unimix, loss.free_nats)
     reward = reward_loss(model.reward, feat, td["reward"], model.bins)
-    found = {"dyn": dynamic, "rep": representation, "rew": reward}
-    found["con"] = continue_loss(model.cont, feat, td["is_terminal"], loss.horizon)
-    for name, x in found.items():
+    losses = {"dyn": dynamic, "rep": representation, "rew": reward}
+    losses["con"] = continue_loss(model.cont, feat, td["is_terminal"], loss.horizon)
+    for name, x in losses.items():
         close(name, x, reference[f"out/losses/{name}"])
     both = reference["out/losses/position"] + reference["out/losses/velocity"]
     close("reconstruction", reconstruction_loss(model.decoder, td), both)
@@ -190,9 +190,9 @@ def test_losses_per_row(reference, forward):
 
 
 def test_policy_and_replay_losses_per_row(reference, forward):
-    """Where only the mean is returned: the loss of one start, or one sequence, at a time.
+    """These losses return only a mean, so they get one start, or one sequence, at a time.
 
-    The bounds of the returns come from all of them, so they are set and frozen.
+    The return bounds depend on all starts, so they are frozen.
     """
     agent, td, dream, _ = forward
     agent.actor_loss.eval()
@@ -213,7 +213,7 @@ def test_imagination_statistics(reference, forward):
     assert scale > 1.5  # the normalizer is at work
     returns, value = dream["lambda_target"][:, :-1], dream["value"]
     advantage, normed = (returns - value[:, :-1]) / scale, (returns - low) / scale
-    found = {
+    statistics = {
         "rew": dream["reward"].mean(),
         "con": dream["continue"].mean(),
         "weight": dream["weight"].mean(),
@@ -227,12 +227,12 @@ def test_imagination_statistics(reference, forward):
         "ret_max": normed.max(),
         "ent/action": dream["entropy"][:, :-1].mean(),
     }
-    for name, x in found.items():
+    for name, x in statistics.items():
         close(name, x, reference[f"out/metrics/{name}"], 2e-5)
 
 
 def test_42_total_loss(reference, forward):
-    """Every mean, and the scaled sum 13.7265 of them."""
+    """Every mean, and their scaled sum, 13.7265."""
     losses = forward[3]
     names = {
         "loss_model_reward": "rew",
@@ -254,18 +254,18 @@ def test_42_total_loss(reference, forward):
 
 def borderline(agent):
     """Entries of the two last layers whose gradient's square may round to a denormal number."""
-    found = {}
+    masks = {}
     for name, layer in (("rew", agent.world_model.reward[-1]), ("val", agent.value[-1])):
         for key, grad in (("kernel", layer.weight.grad.T), ("bias", layer.bias.grad)):
-            found[f"{name}/head/logits/{key}"] = (grad.abs() > 0) & (grad.abs() < 1e-16)
-    return found | {f"slow{k}": v for k, v in found.items() if k.startswith("val")}
+            masks[f"{name}/head/logits/{key}"] = (grad.abs() > 0) & (grad.abs() < 1e-16)
+    return masks | {f"slow{k}": v for k, v in masks.items() if k.startswith("val")}
 
 
 def compare_parameters(agent, reference, step, border):
-    """All within 1e-5, but for at most 1 % of the reward's and the values' last layers.
+    """All within 1e-5, except for at most 1 % of the reward's and the values' last layers.
 
-    Bins whose probability is about 1e-20 have gradients whose squares are at the border of the
-    denormal numbers; divided by their own root plus 1e-20, rounding decides how far they move.
+    Bins with probabilities of about 1e-20 have gradients whose squares border on denormal numbers;
+    LaProp divides by the root of these plus 1e-20, so rounding decides how far such bins move.
     The slow critic's biases, which reach 200, may be off by two roundings an update.
     """
     for name, x in parameters(agent).items():
@@ -284,7 +284,7 @@ def compare_parameters(agent, reference, step, border):
 
 
 def test_three_updates(reference):
-    """Loss at each, gradient norm, parameters, slow critic, return bounds after one and three."""
+    """Each update's loss and gradient norm; parameters and return bounds after one and three."""
     agent, border = authors_agent(reference), {}
     for step in (1, 2, 3):
         metrics, latents = agent.update(make_batch(reference), make_noise())
@@ -303,7 +303,7 @@ def test_three_updates(reference):
 
 
 def test_updates_move_every_tensor(reference):
-    """The authors' updates are large against the tolerance above, in each tensor."""
+    """In each tensor, the authors' updates are large compared with the tolerance above."""
     for name in (k[8:] for k in reference if k.startswith("params1/")):
         if "count" not in name:
             moved = np.abs(reference[f"params3/{name}"] - reference[f"params0/{name}"]).max()

@@ -38,10 +38,10 @@ def gates(x, axis):
 
 def parameters(agent, values):
     """[(authors' name, our tensor, the authors' values in our layout)]."""
-    model, found = agent.world_model, []
+    model, triples = agent.world_model, []
 
     def add(name, tensor, change=lambda x: x):
-        found.append((name, tensor, torch.from_numpy(np.ascontiguousarray(change(values[name])))))
+        triples.append((name, tensor, torch.from_numpy(np.ascontiguousarray(change(values[name])))))
 
     def dense(name, layer, change=lambda x: x):
         add(f"{name}/kernel", layer.weight, lambda x: change(x).T)
@@ -79,10 +79,10 @@ def parameters(agent, values):
         for i, layer in enumerate(hidden):
             dense(f"{name}/h{i}", layer)
         dense(f"{name}/hout", last)
-    return found
+    return triples
 
 
-def of_step(reference, step):
+def params_at(reference, step):
     return {k.split("/", 1)[1]: v for k, v in reference.items() if k.startswith(f"params{step}/")}
 
 
@@ -91,8 +91,8 @@ def authors_agent(reference):
         deter=16, hidden=16, stoch=6, units=20, depth=2, imagination_horizon=H, free_nats=0.5
     )
     agent = Agent(SPEC, args)
-    pairs = parameters(agent, of_step(reference, 0))
-    assert {name for name, *_ in pairs} == set(of_step(reference, 0))
+    pairs = parameters(agent, params_at(reference, 0))
+    assert {name for name, *_ in pairs} == set(params_at(reference, 0))
     ours = {id(p) for module in agent.modules.values() for p in module.parameters()}
     assert {id(tensor) for _, tensor, _ in pairs} == ours
     for name, tensor, value in pairs:
@@ -102,7 +102,7 @@ def authors_agent(reference):
 
 
 def make_batch(reference):
-    """[3, 6] rows: theirs, and before each of them the action that led to it."""
+    """[3, 6] rows of the authors, each with the action that led to it."""
     image, reward, action = (
         torch.from_numpy(reference[f"batch/{k}"]) for k in ("image", "reward", "action")
     )
@@ -133,8 +133,8 @@ def make_noise():
 def forward(reference):
     agent, noise = authors_agent(reference), make_noise()
     losses, td = agent.model_loss(make_batch(reference), noise["posterior"])
-    more, dream = agent.actor_loss(td.select("belief", "state").flatten(), noise["dream"])
-    losses.update(more).update(agent.value_loss(dream)[0])
+    actor_losses, dream = agent.actor_loss(td.select("belief", "state").flatten(), noise["dream"])
+    losses.update(actor_losses).update(agent.value_loss(dream)[0])
     return agent, losses, td, dream
 
 
@@ -188,23 +188,23 @@ def test_losses(reference, forward):
 def test_three_updates(reference):
     agent, batch, noise = authors_agent(reference), make_batch(reference), make_noise()
     for step in (1, 2, 3):
-        for optimizer in agent.optimizers.values():  # TensorFlow adds it before the correction
+        for optimizer in agent.optimizers.values():  # TensorFlow adds eps before correcting
             optimizer.param_groups[0]["eps"] = 1e-7 / (1 - 0.999**step) ** 0.5
         metrics = agent.update(batch.clone(), noise)
         model = sum(value for name, value in metrics.items() if "loss_model" in name)
-        found = {
+        losses = {
             "model": model,
             "actor": metrics["train/loss_actor"],
             "value": metrics["train/loss_value"],
         }
-        for name, loss in found.items():
+        for name, loss in losses.items():
             near(loss, reference[f"step{step}/{name}_loss"], 1e-5)
             ours = metrics[f"train/grad_norm_{'world_model' if name == 'model' else name}"]
             near(ours, reference[f"step{step}/{name}_grad_norm"], 1e-5)
         if step != 2:
-            start = of_step(reference, 0)
+            start = params_at(reference, 0)
             for (name, tensor, value), (_, _, old) in zip(
-                parameters(agent, of_step(reference, step)), parameters(agent, start), strict=True
+                parameters(agent, params_at(reference, step)), parameters(agent, start), strict=True
             ):
                 near(tensor, value, 1e-5, 1e-6)
                 assert (value != old).any(), name

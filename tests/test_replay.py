@@ -1,4 +1,4 @@
-"""The replay against a plain-list model, and against processes that are killed."""
+"""The replay against a plain-list model, and after its process is killed."""
 
 import copy
 import os
@@ -56,8 +56,8 @@ def fill(replay, rows, **options):
         replay.append(row.select(*replay.storage.keys()))
 
 
-def at(index):
-    """A batch of the rows `index` [B, T, 2], as far as write_back looks at it."""
+def batch_at(index):
+    """The part of a batch that write_back reads: the rows `index` [B, T, 2]."""
     return TensorDict(index=index, batch_size=index.shape[:2])
 
 
@@ -105,15 +105,15 @@ class Model:
             assert batch["index"][b].tolist() == [[env, row] for row in rows]
             assert batch["observation"][b].tolist() == [[env, row, 1] for row in rows]
             assert batch["pixels"][b, :, 3, 1, 2].tolist() == [(env + row) % 256 for row in rows]
-            wanted = [self.latent[env, row] for row in rows]
-            assert batch["belief"][b].tolist() == [[value, value] for value in wanted]
-            assert batch["state"][b].tolist() == [[value % 256] * 2 for value in wanted]
+            expected = [self.latent[env, row] for row in rows]
+            assert batch["belief"][b].tolist() == [[value, value] for value in expected]
+            assert batch["state"][b].tolist() == [[value % 256] * 2 for value in expected]
             first = [True] + [self.first[row] for row in rows[1:]]
             assert batch["is_first"][b].tolist() == first
             assert batch["is_last"][b].tolist() == [*first[1:], False]
 
     def check_sample(self, batch, windows):
-        """Of a window rows 1, 2, ..., each with the latents of the row before it."""
+        """Rows 1, 2, ... of a window, each with the latents of the row before it."""
         assert set(batch.keys()) == {*PLAIN.keys(), "pixels", "index", "previous"}
         assert batch.shape == batch["previous"].shape == (len(windows), self.length - 1)
         for b, (env, start) in enumerate(windows):
@@ -176,7 +176,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
                     ]
                 )
                 value = latent + 1 + torch.arange(index[..., 0].numel()).view(index.shape[:2])
-                replay.write_back(at(index), latents(index, value))
+                replay.write_back(batch_at(index), latents(index, value))
                 latent = int(value.max())
                 for (env, row), new in zip(
                     index.flatten(0, 1).tolist(), value.flatten().tolist(), strict=True
@@ -201,7 +201,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
 
 @pytest.mark.parametrize(("num_envs", "gate"), [(1, 1088), (16, 128)])
 def test_first_batch_is_the_queue(tmp_path, num_envs, gate):
-    """Details 51 and 53: 1,024 windows are there at row 1,088, or 128 rows of 16 environments."""
+    """Details 51 and 53: 1,024 windows take 1,088 rows, or 128 rows of 16 environments."""
     replay = Replay(PLAIN, 100_000, num_envs, 65, tmp_path, batch_size=16, online=True)
     while not replay.ready:
         assert len(replay) < 1024
@@ -213,8 +213,8 @@ def test_first_batch_is_the_queue(tmp_path, num_envs, gate):
     else:
         assert windows == [[env, 1] for env in range(16)]
     assert not replay.queue
-    again = replay.draw(16)["index"][:, 0].tolist()
-    assert again != windows and len(again) == 16
+    second = replay.draw(16)["index"][:, 0].tolist()
+    assert second != windows and len(second) == 16
 
 
 def test_online_can_be_switched_off(tmp_path):
@@ -245,8 +245,8 @@ def test_starts_are_uniform_and_never_cross_the_write_head(tmp_path, rows):
     assert abs(chi - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def episodes_of(lengths, replay):
-    """Append episodes of these lengths, lists of one for each environment, in lockstep."""
+def append_episodes(lengths, replay):
+    """Append episodes of these lengths, a list for each environment, in lockstep."""
     flags = [[(t == 0, t == n - 1) for n in lines for t in range(n)] for lines in lengths]
     for flag in zip(*flags, strict=False):
         row = make_row(replay.total, replay.num_envs)
@@ -260,7 +260,7 @@ def test_windows_of_episodes(tmp_path, reopened):
     length = 5  # the row before the window and T = 4
     lengths = [[3, 9, 5, 4, 6, 12, 2, 11], [20, 4, 5, 7, 16]]
     replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
-    episodes_of(lengths, replay)
+    append_episodes(lengths, replay)
     if reopened:
         state = replay.state_dict()
         replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
@@ -272,20 +272,20 @@ def test_windows_of_episodes(tmp_path, reopened):
             if n > 4 and first >= oldest and first + n <= replay.total:
                 expected |= {(env, first + k): 1 / (n - 4) for k in range(n - 4)}
             first += n
-    whole = round(sum(expected.values()))  # of 13: some episodes are too short, some overwritten
+    whole = round(sum(expected.values()))  # of 13; the others are too short or overwritten
     assert whole == 7 and oldest > 0
     draws = 40_000
     index = replay.draw_in_episodes(draws)["index"]
     assert index.shape == (draws, 5, 2) and (index.diff(dim=1)[..., 1] == 1).all()
     starts = torch.unique(index[:, 1], dim=0, return_counts=True)
-    found = {
+    counts = {
         tuple(place): n for place, n in zip(starts[0].tolist(), starts[1].tolist(), strict=True)
     }
-    assert found.keys() == expected.keys()
+    assert counts.keys() == expected.keys()
     chi = sum(
-        (found[k] - draws * p / whole) ** 2 / (draws * p / whole) for k, p in expected.items()
+        (counts[k] - draws * p / whole) ** 2 / (draws * p / whole) for k, p in expected.items()
     )
-    assert abs(chi - len(found)) < 4 * (2 * len(found)) ** 0.5
+    assert abs(chi - len(counts)) < 4 * (2 * len(counts)) ** 0.5
     ends = {(env, first + n - 1) for env, first, n in replay.long_episodes().tolist()}
     options = dict(slack=4, seed=5, last_window=True)
     with_ends = Replay(PLAIN, 80, 2, length, tmp_path, **options)
@@ -300,7 +300,7 @@ def test_windows_of_episodes(tmp_path, reopened):
 def test_shortest_episodes_and_abandoned_ones(tmp_path):
     """An episode of T rows has one window, the last; rows without an end are never drawn."""
     replay = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, online=False)
-    episodes_of([[4, 3]], replay)
+    append_episodes([[4, 3]], replay)
     assert not len(replay.long_episodes())
     with_ends = Replay(PLAIN, 80, 1, 5, tmp_path, seed=5, last_window=True)
     with_ends.load_state_dict(replay.state_dict())
@@ -317,7 +317,7 @@ def test_shortest_episodes_and_abandoned_ones(tmp_path):
 
 def test_no_episode_to_draw(tmp_path):
     replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
-    episodes_of([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
+    append_episodes([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
     with pytest.raises(RunError, match="no whole episode of 5 rows"):
         replay.draw_in_episodes(3)
 
@@ -325,8 +325,8 @@ def test_no_episode_to_draw(tmp_path):
 @pytest.mark.parametrize(
     "options", [{}, {"online": True}, {"episodes": True}, {"episodes": True, "last_window": True}]
 )
-def test_a_sample_is_rows_and_what_came_before_them(tmp_path, options):
-    """Of the same draws: rows 1, 2, ..., and `previous` with action and latents of 0, 1, ..."""
+def test_a_sample_has_rows_and_what_precedes_them(tmp_path, options):
+    """A sample has rows 1, 2, ... of a window, and in `previous` action and latents of 0, 1, ..."""
     example = EXAMPLE.clone().set("action", torch.zeros(2))
     options = options | dict(batch_size=6, seed=7)
     first, second = (Replay(example, 200, 2, 5, tmp_path / n, **options) for n in "ab")
@@ -347,22 +347,22 @@ def test_a_sample_is_rows_and_what_came_before_them(tmp_path, options):
     number = batch["index"] - torch.tensor([0, 1])  # of the row before
     assert torch.equal(batch["previous", "action"], number + 0.5)
     assert (batch["previous", "belief"] == number[..., 1:]).all()
-    same = with_previous(window)
-    assert all(torch.equal(batch[key], same[key]) for key in batch.exclude("previous").keys())
-    assert (batch["previous"] == same["previous"]).all()
+    expected = with_previous(window)
+    assert all(torch.equal(batch[key], expected[key]) for key in batch.exclude("previous").keys())
+    assert (batch["previous"] == expected["previous"]).all()
     assert first.sample(3).shape == (3, 4)
     first.write_back(batch, latents(batch["index"], 1234.0))
     env, row = batch["index"].flatten(0, 1).unbind(-1)
     where = row * 2 + env
-    found = first.storage["belief"][where * 2 + first.current[where].long()]
-    assert (found == 1234).all() and (first.storage["observation"][where, 1] == row).all()
+    stored = first.storage["belief"][where * 2 + first.current[where].long()]
+    assert (stored == 1234).all() and (first.storage["observation"][where, 1] == row).all()
 
 
 @pytest.mark.parametrize(("last", "rows"), [(False, 5), (True, 4)])
 def test_ready_for_episodes(tmp_path, last, rows):
     """Ready once an episode that holds a window is over, however few windows there are."""
     replay = Replay(PLAIN, 80, 1, 5, tmp_path, batch_size=16, episodes=True, last_window=last)
-    episodes_of([[rows - 1]], replay)
+    append_episodes([[rows - 1]], replay)
     assert not replay.ready
     fill(replay, 1, first=True)
     fill(replay, rows - 2)
@@ -374,8 +374,8 @@ def test_ready_for_episodes(tmp_path, last, rows):
     assert replay.sample()["index"][0, :, 1].tolist() == [rows - 1 + k for k in range(4)]
 
 
-def test_the_replay_of_a_run(tmp_path, capsys):
-    """No larger than its steps can fill, else with room for a save interval."""
+def test_the_size_of_a_runs_replay(tmp_path, capsys):
+    """No larger than its steps can fill; if smaller, with room for a save interval."""
     flags = dict(num_envs=2, action_repeat=2, steps=90, batch_length=4, batch_size=3, seed=5)
     flags |= dict(replay_size=1000, save_every=10)
     replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "a", last_window=True)
@@ -393,12 +393,12 @@ def test_the_replay_of_a_run(tmp_path, capsys):
     replay = make_replay(SimpleNamespace(**flags), PLAIN, tmp_path / "b", online=True)
     assert (replay.capacity, replay.allocated, replay.online) == (20, 24, True)
     other = Replay(PLAIN, 40, 2, 5, tmp_path / "c", slack=4, seed=5, online=True)
-    for part in (replay, other):
-        fill(part, 20)
+    for each in (replay, other):
+        fill(each, 20)
     assert (replay.draw(30) == other.draw(30)).all()  # the seed is that of the run
 
 
-def test_annotation_touches_only_the_copy(tmp_path):
+def test_a_draw_changes_flags_only_in_its_copy(tmp_path):
     replay = Replay(PLAIN, 12, 1, 12, tmp_path, online=True)
     for row in range(12):
         fill(replay, 1, first=row in (0, 5, 9))
@@ -412,7 +412,7 @@ def test_annotation_touches_only_the_copy(tmp_path):
 
 
 def test_dtypes_and_write_back(tmp_path):
-    """Detail 49: the following draw sees the latents, in the stored dtypes."""
+    """Detail 49: the next draw has the latents, in the stored dtypes."""
     replay = Replay(EXAMPLE, 10, 1, 10, tmp_path, online=True)
     fill(replay, 10, latent=3)
     batch = replay.draw(2)
@@ -440,7 +440,7 @@ def test_last_duplicate_wins(tmp_path):
     index[..., 1] = torch.arange(64) % 2 + 10
     for trial in range(20):
         value = torch.arange(32 * 64).view(32, 64) % 1999 + trial
-        replay.write_back(at(index), latents(index, value))
+        replay.write_back(batch_at(index), latents(index, value))
         live = torch.tensor([10, 11]) * 2 + replay.current[10:12].long()
         assert replay.storage["belief"][live][:, 0].tolist() == value[-1, -2:].tolist()
 
@@ -491,16 +491,16 @@ def test_lost_files_are_noticed(tmp_path):
     state = replay.state_dict()
     path = tmp_path / "observation"
     whole = path.read_bytes()
-    for part in (whole[:-4], whole[:1], None):
-        path.unlink() if part is None else path.write_bytes(part)
+    for content in (whole[:-4], whole[:1], None):
+        path.unlink() if content is None else path.write_bytes(content)
         for _ in range(2):
             with pytest.raises(RunError, match="lacks observation"):
                 Replay(PLAIN, 10, 1, 4, tmp_path).load_state_dict(state)
-        assert path.read_bytes() == (part or b"")  # not filled up with zeros
+        assert path.read_bytes() == (content or b"")  # not filled up with zeros
     path.write_bytes(whole)
-    again = Replay(PLAIN, 10, 1, 4, tmp_path)
-    again.load_state_dict(state)
-    assert again.storage["observation"][:9, 1].tolist() == list(range(9))
+    reopened = Replay(PLAIN, 10, 1, 4, tmp_path)
+    reopened.load_state_dict(state)
+    assert reopened.storage["observation"][:9, 1].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize(
@@ -522,15 +522,15 @@ def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message
     replay = Replay(**same)
     fill(replay, 30)
     state = replay.state_dict()
-    wanted = replay.draw(9)
+    expected = replay.draw(9)
     with pytest.raises(RunError, match=message):
         Replay(**same | change).load_state_dict(state)
-    again = Replay(**same)
-    again.load_state_dict(state)
-    assert (again.draw(9) == wanted).all()
+    reopened = Replay(**same)
+    reopened.load_state_dict(state)
+    assert (reopened.draw(9) == expected).all()
 
 
-def test_sizes(tmp_path, monkeypatch):
+def test_disk_space(tmp_path, monkeypatch):
     """A disk that is too small is refused at once; the files take what was asked for."""
     arguments = dict(example=EXAMPLE, capacity=60_000, num_envs=2, slack=500)
     row = 2 * (2 * 2 + 2 * 1) + 3 * 4 + 4 * 4 * 3 + 1 + 1  # bytes, the latents twice
@@ -545,10 +545,10 @@ def test_sizes(tmp_path, monkeypatch):
     Replay(**arguments, length=5, directory=tmp_path)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) == round(size * 1e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    Replay(**arguments, length=5, directory=tmp_path)  # the blocks are its own already
+    Replay(**arguments, length=5, directory=tmp_path)  # its files already hold the blocks
 
 
-def test_too_small_or_empty(tmp_path):
+def test_a_replay_too_small_or_empty_is_refused(tmp_path):
     with pytest.raises(RunError, match="16 rows for each of 4 environments .* window of 65"):
         Replay(PLAIN, 64, 4, 65, tmp_path)
     replay = Replay(PLAIN, 64, 4, 5, tmp_path)
@@ -563,20 +563,20 @@ def test_too_small_or_empty(tmp_path):
 KILLED = """
 import os, sys, torch
 sys.path.insert(0, "tests")
-from test_replay import EXAMPLE, Replay, at, fill, latents
+from test_replay import EXAMPLE, Replay, batch_at, fill, latents
 folder = sys.argv[1]
 replay = Replay(EXAMPLE, 100, 2, 5, folder + "/replay", slack=7, online=True)
-for turn in range(1, 10**9):
+for cycle in range(1, 10**9):
     for _ in range(7):
         assert not replay.exhausted
-        fill(replay, 1, latent=turn % 1000)
+        fill(replay, 1, latent=cycle % 1000)
         rows = range(max(0, replay.total - 50), replay.total)
         index = torch.tensor([[(env, row) for row in rows] for env in range(2)])
-        replay.write_back(at(index), latents(index, 1999))  # must never be seen after a kill
-    replay.write_back(at(index), latents(index, turn % 1000))
-    torch.save({"turn": turn, "replay": replay.state_dict()}, folder + "/tmp")
+        replay.write_back(batch_at(index), latents(index, 1999))  # must never be seen after a kill
+    replay.write_back(batch_at(index), latents(index, cycle % 1000))
+    torch.save({"cycle": cycle, "replay": replay.state_dict()}, folder + "/tmp")
     os.replace(folder + "/tmp", folder + "/checkpoint.pt")
-    print(turn, flush=True)
+    print(cycle, flush=True)
 """
 
 
@@ -594,15 +594,15 @@ def test_a_killed_process_resumes_at_its_checkpoint(tmp_path):
         assert process.wait() == -signal.SIGKILL
         process.stdout.close()
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        turn = state["turn"]
+        cycle = state["cycle"]
         replay = Replay(EXAMPLE, 100, 2, 5, folder / "replay", slack=7, online=True)
         replay.load_state_dict(state["replay"])
-        assert replay.total == 7 * turn >= 210
+        assert replay.total == 7 * cycle >= 210
         batch = replay.draw(500)
         assert (batch["observation"][..., :2] == batch["index"]).all()
         assert len(batch["index"].flatten(0, 1).unique(dim=0)) == replay.rows == 100
-        assert (batch["belief"] == turn % 1000).all()
-        assert (batch["state"] == turn % 1000 % 256).all()
+        assert (batch["belief"] == cycle % 1000).all()
+        assert (batch["state"] == cycle % 1000 % 256).all()
 
 
 def test_a_longer_run_may_ask_for_a_larger_ring(tmp_path):
@@ -614,6 +614,6 @@ def test_a_longer_run_may_ask_for_a_larger_ring(tmp_path):
     assert (large.total, len(large)) == (25, len(small))
     ours, theirs = large.draw(40), small.draw(40)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours.keys())
-    fill(small, 20)  # once the small ring has come round, its rows lie elsewhere in a larger one
+    fill(small, 20)  # once the small ring wraps around, its rows lie elsewhere in a larger one
     with pytest.raises(RunError, match="capacity is 30"):
         Replay(EXAMPLE, 200, 2, 5, tmp_path, slack=7).load_state_dict(small.state_dict())

@@ -96,7 +96,7 @@ def test_interrupted_equals_uninterrupted(start, tmp_path, case):
     same_runs(whole, killed, argv)
 
 
-def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
+def test_an_extended_run_equals_one_long_run(start, tmp_path):
     argv = [*TINY, "--env-id", "running:Walk-v0", "--save-every", "1000", "--train-ratio", "8"]
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     first = start(*argv, "--steps", 90, "--run", whole)
@@ -109,7 +109,7 @@ def test_a_longer_run_equals_one_in_one_go(start, tmp_path):
 
 @pytest.mark.parametrize("stop", [30, 95])
 def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
-    """The update under way ends, the others come after the resume, and all is as if never stopped.
+    """The current update ends, the others follow the resume, and all is as if never stopped.
 
     25 updates for each row: the first one after row 24, the last burst after row 28.
     """
@@ -140,11 +140,11 @@ def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
 def test_resume_when_no_update_precedes_a_save_or_a_picture(start, tmp_path):
     argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--save-every", 61]
     start(*argv, "--train-ratio", 0.5, "--steps", 60).done()
-    assert checkpoint.load(tmp_path / "run")["updates"] == 2  # rows 24 and 56, so the next is 88
+    assert checkpoint.load(tmp_path / "run")["updates"] == 2  # at rows 24 and 56; the next is at 88
     start(*argv, "--train-ratio", 0.5, "--steps", 61).done()
 
 
-def test_the_seed_decides(start, tmp_path):
+def test_the_seed_determines_the_run(start, tmp_path):
     argv = [*TINY, "--env-id", "dummy_envs:EchoDiscrete-v0", "--steps", "110"]
     seeds = {"a": 1, "b": 1, "c": 2}
     runs = [start(*argv, "--run", tmp_path / k, "--seed", seed) for k, seed in seeds.items()]
@@ -158,7 +158,7 @@ def test_the_seed_decides(start, tmp_path):
     assert not torch.allclose(a, c)
 
 
-def test_changed_arguments_and_fresh(start, tmp_path):
+def test_changed_arguments_need_fresh(start, tmp_path):
     argv = [*TINY, "--env-id", "running:Walk-v0", "--run", tmp_path / "run", "--steps", 40]
     start(*argv).done()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
@@ -264,7 +264,7 @@ def test_a_flag_beats_the_preset():
     assert parse_args(["--train-ratio", "7", "--preset", "crafter"]).train_ratio == 7
 
 
-def test_flags_that_do_not_exist(capsys):
+def test_unknown_flags_and_values(capsys):
     for argv in (["--lerning-rate", "1"], ["--preset", "dmc"], ["--size", "2m"], ["--steps", "x"]):
         with pytest.raises(SystemExit) as stop:
             parse_args(argv)
@@ -276,7 +276,7 @@ def test_flags_that_do_not_exist(capsys):
 def test_every_flag_is_read(script):
     """`args.name` or getattr(args, "name") somewhere in the script or in common/.
 
-    Two kinds are read by another name: options of environments, periods by Run.interval_passed.
+    Two kinds are read another way: environment options, and periods by Run.interval_passed.
     """
     read, options = set(), {field.name for field in dataclasses.fields(Options)}
     for path in (Path(script.__file__), *(REPO / "common").glob("*.py")):
@@ -298,21 +298,21 @@ def test_every_flag_is_read(script):
 
 def test_help_lists_presets_and_flags():
     command = [sys.executable, str(SCRIPT), "--help"]
-    found = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
-    assert found.returncode == 0 and "DreamerV3 (Hafner" in found.stdout
-    words = set(re.findall(r"[\w-]+", found.stdout))
+    process = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=400)
+    assert process.returncode == 0 and "DreamerV3 (Hafner" in process.stdout
+    words = set(re.findall(r"[\w-]+", process.stdout))
     flags = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(dreamer_v3.Args)}
     assert not flags - words
     assert not {*BENCHMARKS, "debug", "default", *SIZES} - words
 
 
-def test_debug_as_it_is(tmp_path):
+def test_the_debug_preset_runs(tmp_path):
     """The real command in a bare process: what a newcomer does first."""
     command = [sys.executable, str(SCRIPT), "--preset", "debug", "--threads", "1", "--run", "run"]
-    found = subprocess.run(
+    process = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT, timeout=400
     )
-    assert found.returncode == 0, found.stderr
+    assert process.returncode == 0, process.stderr
     rows = lines_of(tmp_path / "run")
     assert rows[-1]["step"] == 1000 and np.isfinite(rows[-1]["eval/return"])
     losses = "model_reco model_reward model_continue model_dynamic model_representation actor value"
@@ -322,11 +322,11 @@ def test_debug_as_it_is(tmp_path):
     expected = {"args.json", "checkpoint.pt", "learning_curve.png", "policy.mp4", "tensorboard"}
     assert not expected - names
     for name in ("policy.mp4", "learning_curve.png", "1,000 of 1,000", "eval/return "):
-        assert name in found.stdout + found.stderr
+        assert name in process.stdout + process.stderr
 
 
 @pytest.mark.parametrize("preset", [*BENCHMARKS, "default"])
-def test_smallest_form_of_each_preset(start, tmp_path, preset):
+def test_each_preset_in_its_smallest_form(start, tmp_path, preset):
     """A few updates on the preset's own environment; evaluation would take whole episodes."""
     number = 2 if preset.startswith("dmc") else 1
     argv = ["--preset", preset, *SMALL, "--num-envs", number, "--log-every", 8, "--train-ratio", 16]
@@ -395,59 +395,59 @@ def test_when_updates_happen(
     inside, monkeypatch, num_envs, action_repeat, ratio, rows, gate, period
 ):
     """Details 53 and 54: none before 1,024 windows, then one per `period` rows of experience."""
-    seen = []
+    update_rows = []
 
     def update(agent, batch):
-        seen.append(held[0].num_envs * held[0].total)
+        update_rows.append(replays[0].num_envs * replays[0].total)
         assert batch.shape == batch["previous"].shape == (16, 64)
         return {"train/loss": torch.zeros(())}, batch["previous"].select("belief", "state")
 
-    held = catch(monkeypatch)
+    replays = catch_replay(monkeypatch)
     monkeypatch.setattr(Agent, "update", update)
     argv = [*SMALL, "--batch-size", 16, "--batch-length", 64, "--env-id", "running:Long-v0"]
     argv += ["--num-envs", num_envs, "--action-repeat", action_repeat, "--train-ratio", ratio]
     inside(*argv, "--steps", rows * action_repeat)
-    assert seen[0] == gate
+    assert update_rows[0] == gate
     after = [row for row in range(gate, rows + 1, num_envs)]
-    assert [seen.count(row) for row in after] == [
+    assert [update_rows.count(row) for row in after] == [
         1 if row == gate else (row - gate) // period - (row - num_envs - gate) // period
         for row in after
     ]
 
 
-def catch(monkeypatch):
-    """The replay that main makes, in a list."""
-    held, make = [], dreamer_v3.make_replay
+def catch_replay(monkeypatch):
+    """Returns a list that will hold the replay that main makes."""
+    replays, make = [], dreamer_v3.make_replay
     monkeypatch.setattr(
-        dreamer_v3, "make_replay", lambda *a, **k: held.append(make(*a, **k)) or held[-1]
+        dreamer_v3, "make_replay", lambda *a, **k: replays.append(make(*a, **k)) or replays[-1]
     )
-    return held
+    return replays
 
 
 @pytest.mark.parametrize(("num_envs", "action_repeat", "rows"), [(1, 1, 6), (3, 2, 4)])
 def test_returns_and_axis(inside, tmp_path, num_envs, action_repeat, rows):
-    """Detail 58: rewards 1 to 5, so 15; the x-axis is rows times repeat, of all environments."""
+    """Detail 58: rewards 1 to 5 make 15; the x-axis is rows times repeat of all environments."""
     argv = [*TINY, "--env-id", "dummy_envs:Base-v0", "--train-ratio", 0, "--log-every", 1000]
     argv += ["--num-envs", num_envs, "--action-repeat", action_repeat, "--seed", 3]
     inside(*argv, "--steps", 3 * rows * num_envs * action_repeat)
-    found = [(row["step"], row["episode/return"]) for row in lines_of(tmp_path / "run")[:-1]]
+    points = [(row["step"], row["episode/return"]) for row in lines_of(tmp_path / "run")[:-1]]
     steps = [k * rows * num_envs * action_repeat for k in (1, 2, 3)]
-    assert found == [(step, 15.0) for step in steps for _ in range(num_envs)]
+    assert points == [(step, 15.0) for step in steps for _ in range(num_envs)]
 
 
 def test_no_action_on_last_rows(inside, monkeypatch):
     """Detail 55, in the replay itself."""
-    held = catch(monkeypatch)
+    replays = catch_replay(monkeypatch)
     inside(*TINY, "--env-id", "dummy_envs:Base-v0", "--num-envs", 2, "--steps", 60)
-    window = held[0].draw(200)
+    window = replays[0].draw(200)
     last, action = window["is_last"], window["action"]
     assert 0.1 < last.float().mean() < 0.25
     assert not action[last].any() and (action[~last] != 0).all()
 
 
 def test_latents_are_written_back(inside, monkeypatch):
-    """Detail 49: what the last update returned is what the next sample sees, context untouched."""
-    held, drawn, calls = catch(monkeypatch), [], []
+    """Detail 49: the next sample has what the last update returned; context rows are unchanged."""
+    replays, drawn, calls = catch_replay(monkeypatch), [], []
     draw, update = Replay.draw, Agent.update
 
     def spy_draw(replay, batch_size):
@@ -467,19 +467,19 @@ def test_latents_are_written_back(inside, monkeypatch):
     expected = {}
     for i, t in itertools.product(range(2), range(1, 9)):  # in order: the last duplicate counts
         expected[tuple(index[i, t].tolist())] = after[i, t - 1]
-    held[0].queue.clear()
-    now, changed, found = held[0].draw(2000), 0, set()
+    replays[0].queue.clear()
+    now, changed, checked = replays[0].draw(2000), 0, set()
     rows = now["index"].flatten(0, 1).tolist()
     now = now.flatten()
     for place, key in enumerate(map(tuple, rows)):
-        if key in expected and key not in found:
-            found.add(key)
+        if key in expected and key not in checked:
+            checked.add(key)
             for name in ("belief", "state"):
                 assert torch.equal(now[name][place], expected[key][name].to(now[name].dtype)), key
             old = before.flatten()[index.flatten(0, 1).tolist().index(list(key))]["belief"]
             changed += not torch.equal(old, now["belief"][place])
-    assert found == set(expected) and changed > len(found) // 2
-    for i in range(2):  # the context rows, unless another window holds them as its own
+    assert checked == set(expected) and changed > len(checked) // 2
+    for i in range(2):  # the context rows, unless another window trained on them
         key = tuple(index[i, 0].tolist())
         if key not in expected:
             place = rows.index(list(key))
@@ -487,7 +487,7 @@ def test_latents_are_written_back(inside, monkeypatch):
 
 
 def test_evaluation_samples():
-    """Detail 57: at first the policy is N(0, 0.89), and evaluation plays exactly that."""
+    """Detail 57: a fresh policy is N(0, 0.89), and evaluation samples from exactly that."""
     args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
     envs = make_envs(args, num_envs=1, seed=0)
     torch.manual_seed(0)
@@ -495,16 +495,16 @@ def test_evaluation_samples():
     envs.close()
     state = torch.get_rng_state()
     act, latents = agent.act, []
-    agent.act = lambda *given: latents.append((given[0], act(*given))) or latents[-1][1]
+    agent.act = lambda *inputs: latents.append((inputs[0], act(*inputs))) or latents[-1][1]
 
     def played(episodes, seed):
         """Returns, frames, and the actions of the first episode."""
         latents.clear()
-        found = evaluate(agent, episodes, seed=seed)
-        return *found, torch.cat([latent["action"] for _, latent in latents[:101]])
+        results = evaluate(agent, episodes, seed=seed)
+        return *results, torch.cat([latent["action"] for _, latent in latents[:101]])
 
     returns, frames, actions = played(3, 5)
-    assert torch.equal(torch.get_rng_state(), state), "evaluation leaves the training's numbers"
+    assert torch.equal(torch.get_rng_state(), state), "evaluation must not use the training's draws"
     assert returns == [5050.0] * 3 and frames == [] and len(latents) == 303
     action, first = actions[:-1], latents[0][0]
     assert abs(action.mean()) < 0.15 and abs(action.std() - 0.8927) < 0.12
@@ -523,8 +523,8 @@ def test_the_readmes_python_runs(start, tmp_path):
     start(*TINY, "--env-id", "running:Long-v0", "--steps", 40, "--run", tmp_path / "run").done()
     blocks = re.findall("```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
     blocks = [block for block in blocks if block.startswith("from dreamer_v3 import")]
-    here = [b.replace("runs/dreamer_v3/Pendulum-v1/seed0", str(tmp_path / "run")) for b in blocks]
-    act, dream, gym = here
+    local = [b.replace("runs/dreamer_v3/Pendulum-v1/seed0", str(tmp_path / "run")) for b in blocks]
+    act, dream, gym = local
     assert len(act.strip().splitlines()) == 8, "six lines, an import and a blank one"
     names = {}
     exec(act, names)
@@ -544,13 +544,13 @@ def test_eval_load_and_act(start, tmp_path):
     start(*argv, "--run", folder, prepare="all_pictures").done()
     names = {path.name for path in folder.iterdir()}
     assert "policy.mp4" in names
-    kept = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
+    before = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
 
     text = start(
         "--eval", folder, "--eval-episodes", 3, "--threads", 1, prepare="all_pictures"
     ).done()
     assert "return 210.0 +- 0.0 over 3 episodes" in text  # 1 + 2 + ... + 20
-    assert {name: (folder / name).read_bytes() for name in kept} == kept
+    assert {name: (folder / name).read_bytes() for name in before} == before
     assert str(folder / "eval.mp4") in text
     import imageio_ffmpeg
 
@@ -611,10 +611,10 @@ def test_benchmark(start):
     argv = [*TINY, "--env-id", "running:Long-v0", "--benchmark", "--action-repeat", 2]
     text = start(*argv).done()
     assert "0.25 updates per row" in text and "float32 product" in text
-    found = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
-    times = [float(time) for time, _ in found]
+    operations = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
+    times = [float(time) for time, _ in operations]
     assert len(times) == 8 and times == sorted(times, reverse=True) and times[0] > 0
-    assert "aten::mm" in dict(map(reversed, found))
+    assert "aten::mm" in dict(map(reversed, operations))
 
 
 def make_batch(spec, args, size=2, seed=0):
@@ -652,10 +652,10 @@ def test_open_loop():
     for key in ("eye", "place", "reward"):
         assert torch.equal(dream["true", key], rows[key][:, 1:])
 
-    def changed(**parts):
-        """Times of the prediction that differ when the rows `parts[key]` are shifted."""
+    def changed(**shifted):
+        """Times at which the prediction differs when the rows `shifted[key]` are shifted."""
         other = rows.clone()
-        for key, row in parts.items():
+        for key, row in shifted.items():
             other[key][:, row] += 100 if key == "eye" else 1
         place = open_loop(agent, with_previous(other), context)["place"]
         return [t for t in range(12) if not torch.equal(place[:, t], dream["place"][:, t])]
@@ -668,9 +668,9 @@ def test_open_loop():
     for row in (0, 3, context, 8, 11):
         assert changed(action=row) == list(range(row, 12))
     assert changed(action=12) == []
-    twice = rows.clone()
-    twice["is_first"][:, 4] = True
-    place = open_loop(agent, with_previous(twice), context)["place"]
+    reset = rows.clone()
+    reset["is_first"][:, 4] = True
+    place = open_loop(agent, with_previous(reset), context)["place"]
     assert torch.equal(place[:, :3], dream["place"][:, :3])
 
 
@@ -685,7 +685,7 @@ def test_bfloat16_is_close_to_float32():
         agent = Agent(SPEC, dataclasses.replace(args, precision=precision))
         for head in (agent.world_model.reward, agent.value, agent.slow_value, agent.actor):
             last = [m for m in head.modules() if isinstance(m, torch.nn.Linear)][-1]
-            torch.nn.init.normal_(last.weight, std=0.05)  # zeros would agree by themselves
+            torch.nn.init.normal_(last.weight, std=0.05)  # zeros would always agree
         batch = with_previous(make_batch(SPEC, args, size=8, seed=1))
         noise = {"posterior": torch.rand(8, 16, 8, 4).add_(0.01), "dream": None}
         noise["dream"] = agent.actor_loss.draw_noise(8 * 16)
@@ -693,12 +693,12 @@ def test_bfloat16_is_close_to_float32():
         losses.append({k: v.item() for k, v in metrics.items() if "loss" in k})
         agents.append(agent)
         assert latents["belief"].dtype == torch.float32
-    assert losses[0] != losses[1], "autocast did something"
+    assert losses[0] != losses[1], "autocast must change something"
     assert losses[0] == pytest.approx(losses[1], rel=0.03)
     for module in agents[1].modules.values():
         assert {p.dtype for p in module.parameters()} == {torch.float32}
-    kept = agents[1].optimizer.state.values()
-    assert {x.dtype for state in kept for x in state.values()} == {torch.float32}
+    states = agents[1].optimizer.state.values()
+    assert {x.dtype for state in states for x in state.values()} == {torch.float32}
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -751,7 +751,7 @@ def test_nan_observation_keeps_the_run(start, tmp_path):
     state = checkpoint.load(tmp_path / "run")
     assert state["step"] == 91 and state["updates"] > 0  # it happens at row 4 * 21 + 8 = 92
     assert state["step"] == state["replay"]["total"]
-    assert "step 7" in start(*argv, "--run", tmp_path / "run").error()  # it comes back to there
+    assert "step 7" in start(*argv, "--run", tmp_path / "run").error()  # it returns to that row
 
 
 def test_a_killed_worker_loses_nothing(start, tmp_path):
@@ -776,11 +776,11 @@ def test_nan_loss_keeps_the_checkpoint(start, tmp_path):
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     message = start(*argv, "--steps", 90).error()
     assert "loss_model_reco" in message and "not finite at update" in message
-    assert "loss_model_reward" not in message, "only what is broken is named"
+    assert "loss_model_reward" not in message, "only what is broken may be named"
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
 
 
-def test_huge_numbers_do_not_break_it(start, tmp_path):
+def test_huge_numbers_keep_the_agent_finite(start, tmp_path):
     start(*TINY, "--env-id", "running:Huge-v0", "--steps", 60, "--run", tmp_path / "run").done()
     agent = checkpoint.load(tmp_path / "run")["agent"]
     assert all(x.isfinite().all() for _, x in leaves(agent) if isinstance(x, torch.Tensor))
@@ -807,8 +807,8 @@ def test_bad_checkpoints(start, tmp_path, damage):
         assert words.get(damage, "run folder") in start(*command).error()
 
 
-def test_what_changed_under_a_run_is_named(start, tmp_path):
-    """Other observations, lost rows, fewer steps than were run: one line, or it just goes on."""
+def test_what_changed_under_a_run_is_reported(start, tmp_path):
+    """Other observations and lost rows: a one-line error; fewer steps than were run: none."""
     folder = tmp_path / "run"
     argv = [*TINY, "--run", folder, "--env-id", "running:Long-v0"]
     start(*argv, "--steps", 60).done()
@@ -817,7 +817,7 @@ def test_what_changed_under_a_run_is_named(start, tmp_path):
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(folder / "replay")
-    for _ in range(2):  # what the first one creates is not taken for rows by the second one
+    for _ in range(2):  # the second one must not take what the first one creates for rows
         assert "replay/ lacks" in start(*argv, "--steps", 80).error()
 
 
@@ -825,7 +825,7 @@ def test_a_replay_that_does_not_fit(start, tmp_path):
     argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--steps", 60]
     message = start(*argv, prepare="full_disk").error()
     assert "GB" in message and "--replay-size" in message
-    start(*argv).done()  # nothing is in its way later
+    start(*argv).done()  # the failure leaves nothing in its way
 
 
 def test_a_disk_that_fills_up(start, tmp_path):
@@ -836,14 +836,14 @@ def test_a_disk_that_fills_up(start, tmp_path):
 
 
 def test_an_environment_that_raises(start, tmp_path):
-    """Saved before the row that failed, again and again; once mended, the run goes on from there.
+    """It is saved before the row that failed, every time; once mended, it goes on from there.
 
-    Bit for bit as if nothing had been: no row is lost and none comes twice.
+    Bit for bit as if nothing had happened: no row is lost and none comes twice.
     """
     argv = [*TINY, "--env-id", "running:Fails-v0", "--steps", 110]
     whole, run = tmp_path / "whole", tmp_path / "run"
     first = start(*argv, "--run", whole, prepare="mended")
-    for _ in range(2):  # the second one comes back to the same place
+    for _ in range(2):  # the second one fails at the same row
         process = start(*argv, "--run", run)
         message = process.error()
         assert "OSError('the simulator is gone')" in message

@@ -59,7 +59,7 @@ def working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def test_threads_are_those_of_torch_and_of_numpy():
+def test_threads_apply_to_torch_and_numpy():
     before = torch.get_num_threads()
     with threadpool_limits(2):  # restores what it finds
         prepare(SimpleNamespace(seed=0, threads=1))
@@ -87,7 +87,7 @@ def test_run_names_the_folder_and_it_may_move(tmp_path):
     assert state["step"] == 1
 
 
-def test_other_arguments_are_shown_with_both_ways_out(tmp_path):
+def test_changed_arguments_are_shown_with_both_ways_out(tmp_path):
     folder, _ = open_run("dreamer", Settings())
     save(folder, step=1)
     with pytest.raises(RunError) as error:
@@ -128,8 +128,8 @@ def test_what_may_change(script):
     assert may_change(Settings) == ["steps", "run", "fresh", "eval"]
 
 
-def test_a_checkpoint_of_the_first_format_names_both_ways_out(tmp_path, monkeypatch):
-    """Also where arguments differ, which came with the format: the message is about that."""
+def test_a_checkpoint_of_an_older_format_names_both_ways_out(tmp_path, monkeypatch):
+    """The message is about the format, even if arguments differ as well."""
     with monkeypatch.context() as patch:
         patch.setattr("common.checkpoint.FORMAT", 2)
         folder, _ = open_run("dreamer", Settings())
@@ -185,7 +185,7 @@ def test_fresh_follows_no_links(tmp_path):
     assert (scratch / "rows").exists() and not (folder / "replay").exists()
 
 
-def test_without_a_checkpoint_the_leftovers_go_and_the_notes_stay(tmp_path):
+def test_without_a_checkpoint_leftovers_are_deleted_and_notes_kept(tmp_path):
     folder, _ = open_run("dreamer", Settings())
     for name in ("metrics.jsonl", "checkpoint.pt.tmp", "notes.txt"):
         (folder / name).write_text("x")
@@ -194,7 +194,7 @@ def test_without_a_checkpoint_the_leftovers_go_and_the_notes_stay(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"args.json", "lock", "notes.txt"}
 
 
-HOLD = """
+LOCK = """
 import sys, time
 from dataclasses import dataclass
 from common.run import open_folder, args_dict
@@ -205,15 +205,15 @@ class Settings:
     fresh: bool = False
 args = Settings(sys.argv[1])
 open_folder("dreamer", args, {"script": "dreamer", **args_dict(args)})
-print("held", flush=True)
+print("locked", flush=True)
 time.sleep(60)
 """
 
 
 def test_two_processes_cannot_share_a_folder(tmp_path):
-    command, env = [sys.executable, "-c", HOLD, tmp_path / "a"], {**os.environ, "PYTHONPATH": REPO}
+    command, env = [sys.executable, "-c", LOCK, tmp_path / "a"], {**os.environ, "PYTHONPATH": REPO}
     other = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    assert other.stdout.readline() == "locked\n"
     before = (tmp_path / "a" / "args.json").read_text()
     with pytest.raises(RunError, match="another process is running"):
         open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
@@ -233,7 +233,7 @@ class Clocks(Settings):
 
 @pytest.fixture
 def make_run():
-    """Runs of nothing, whose clock a test sets."""
+    """Make runs without an environment, whose step a test sets."""
     agent = SimpleNamespace(spec={})
     with ExitStack() as stack:
 
@@ -245,29 +245,29 @@ def make_run():
         yield make
 
 
-def due_at(run, name, steps):
-    """The steps at which something is due, each of them reported."""
-    found = []
+def passed_at(run, name, steps):
+    """The steps at which the interval has passed; every step is reported."""
+    passed = []
     for run.step in steps:
-        found += [run.step] if run.interval_passed(name) else []
+        passed += [run.step] if run.interval_passed(name) else []
         run.reported = run.step
-    return found
+    return passed
 
 
-def test_what_is_due_keeps_to_multiples(make_run):
+def test_intervals_keep_to_multiples(make_run):
     run = make_run()
-    assert due_at(run, "log", (0, 4, 9, 13, 19, 20, 45, 46, 50)) == [13, 20, 45, 50]
+    assert passed_at(run, "log", (0, 4, 9, 13, 19, 20, 45, 46, 50)) == [13, 20, 45, 50]
     for name in ("save", "dream"):  # switched off; not a flag of the script
         run = make_run()
-        assert not due_at(run, name, range(5))
+        assert not passed_at(run, name, range(5))
 
 
-def test_what_is_due_resumes_also_with_another_period(make_run):
+def test_intervals_resume_with_another_period(make_run):
     for before in (10, 0):  # 0: it had been switched off
         old, new = make_run(log_every=before), make_run(log_every=25)
-        due_at(old, "log", [33])
+        passed_at(old, "log", [33])
         new.step, new.reported = old.step, old.reported
-        assert due_at(new, "log", range(34, 80)) == [50, 75]
+        assert passed_at(new, "log", range(34, 80)) == [50, 75]
 
 
 def test_an_error_before_anything_is_loaded_keeps_its_message():
@@ -280,8 +280,8 @@ def test_an_error_before_anything_is_loaded_keeps_its_message():
 
 
 @pytest.fixture
-def learning():
-    """Runs in the middle of a training: what `resume` and `training` leave behind."""
+def make_training_run():
+    """Make runs in the middle of training, as `resume` and `training` leave them."""
 
     def make(**counters):
         run = Run("dreamer", Clocks(fresh=True), SimpleNamespace(spec={}))
@@ -292,9 +292,9 @@ def learning():
     return make
 
 
-def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, monkeypatch, capfd):
+def test_a_signal_while_a_failed_run_is_saved_costs_nothing(make_training_run, monkeypatch, capfd):
     writes, write = [], checkpoint.atomic_write
-    run = learning(step=7)
+    run = make_training_run(step=7)
 
     def interrupted(path, fill):
         writes.append(path.name)
@@ -309,14 +309,14 @@ def test_a_signal_while_a_failed_environment_is_saved_costs_nothing(learning, mo
     assert "saved; the same command resumes" in out and "will stop soon" in err
 
 
-def test_only_a_run_without_an_error_is_called_whole(learning, capsys):
+def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsys):
     for error, words in (
         (RunError("NaN"), ""),
         (KeyboardInterrupt(), ""),
         (EnvError("evaluation"), "saved; the same command resumes\n"),
         (None, "everything is in "),
     ):
-        run = learning()
+        run = make_training_run()
         run.done = run.total
         with suppress(BaseException), run:
             if error is not None:
@@ -347,7 +347,7 @@ def test_origins_of_a_run(tmp_path):
 
 
 def test_a_full_disk_and_other_errors_of_a_run():
-    """One line for what the user can mend, a traceback for the rest."""
+    """One line for what the user can fix, a traceback for the rest."""
     for error, text in (
         (OSError(errno.ENOSPC, "No space left"), "disk full"),
         (KeyboardInterrupt(), "stopped"),
