@@ -519,24 +519,6 @@ def test_evaluation_samples():
 # --- use ----------------------------------------------------------------------------------------
 
 
-def test_the_readmes_python_runs(start, tmp_path):
-    start(*TINY, "--env-id", "running:Long-v0", "--steps", 40, "--run", tmp_path / "run").done()
-    blocks = re.findall("```python\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
-    blocks = [block for block in blocks if block.startswith("from dreamer_v3 import")]
-    local = [b.replace("runs/dreamer_v3/Pendulum-v1/seed0", str(tmp_path / "run")) for b in blocks]
-    act, dream, gym = local
-    assert len(act.strip().splitlines()) == 8, "six lines, an import and a blank one"
-    names = {}
-    exec(act, names)
-    assert names["rows"]["is_last"].all()
-    *lines, reward_and_picture = dream.strip().splitlines()
-    exec("\n".join(lines), names)
-    reward, observation = eval(reward_and_picture, names)
-    assert reward.shape == (1, 15) and observation.shape == (1, 15, 2)
-    exec(gym, names)
-    assert names["observations"].shape == (16, 2) and names["rewards"].shape == (16,)
-
-
 def test_eval_load_and_act(start, tmp_path):
     """One run with vectors and images, then --eval, then the six lines of the README."""
     folder = tmp_path / "run"
