@@ -1,4 +1,4 @@
-"""A script for test_sweep.py: counts to --steps, logs every step in metrics.jsonl, resumes."""
+"""A script for test_sweep.py: writes a line of metrics.jsonl per step up to --steps; it resumes."""
 
 import argparse
 import fcntl

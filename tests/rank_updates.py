@@ -1,8 +1,8 @@
-"""A script for test_ranks.py: updates on a share of fixed batches, with fixed noise.
+"""A script for test_ranks.py: updates on this rank's share of fixed batches, with fixed noise.
 
     torchrun --nproc-per-node 2 -m -- tools.ranks tests/rank_updates.py dreamer OUT
 
-Every rank takes its rows of the same batches, and writes rank<k>.pt into the folder OUT.
+Every rank takes its rows of the same batches and writes rank<k>.pt into the folder OUT.
 """
 
 import importlib
@@ -15,8 +15,8 @@ from common.replay import with_previous
 from tools import ranks
 
 ROWS, LENGTH, UPDATES = 4, 6, 4
-# The first KLs of the two halves are 2.09 and 2.40 nats: below and above the free nats. The clip
-# is active, so gradients must be averaged before it.
+# The first KL is 2.09 nats on one half and 2.40 on the other, below and above the free nats. The
+# gradients exceed the clip, so a rank that clips before averaging takes another step.
 FLAGS = {
     "dreamer": "--deter 12 --hidden 10 --stoch 5 --units 9 --free-nats 2.2 --pcont --clip 0.5",
     "dreamer_v3": "--deter 16 --hidden 8 --stoch 4 --classes 5 --units 8 --warmup 0 --lr 1e-2",
@@ -35,7 +35,7 @@ def make_agent(script: str):
 
 
 def make_batch(agent, seed: int) -> tuple[TensorDict, dict]:
-    """A batch [B, T] with an episode end in the middle, and the noise of an update."""
+    """A replay batch [B, T] in which an episode ends midway, and the noise of an update."""
     generator = torch.Generator().manual_seed(seed)
     size, args = (ROWS, LENGTH + 1), agent.args
     draw = lambda *shape: torch.randn(*size, *shape, generator=generator)  # noqa: E731
@@ -72,7 +72,7 @@ def updates(agent, rank: int = 0, size: int = 1) -> list[dict]:
 
 
 def parse_args(argv: list[str]):
-    """The flags of the script, with a run folder inside OUT."""
+    """The flags of the script that is updated; its run folder is in OUT."""
     script, out = argv
     args = importlib.import_module(script).parse_args(flags_of(script))
     args.device, args.run = "cpu", f"{out}/run"
@@ -83,12 +83,12 @@ def main(argv: list[str]):
     torch.set_num_threads(1)
     (script, out), args = argv, parse_args(argv)
     module = importlib.import_module(script)
-    ranks.several(module)
+    ranks.patch(module)
     agent = make_agent(script)
-    if ranks.rank():  # rank 0's must replace these
+    if ranks.rank():  # RanksRun must replace these by rank 0's
         for network in agent.modules.values():
             for p in network.parameters():
                 p.data.add_(1.0)
     module.Run(script, args, agent)
-    states = updates(agent, ranks.rank(), ranks.size())
+    states = updates(agent, ranks.rank(), ranks.world_size())
     torch.save(states, f"{out}/rank{ranks.rank()}.pt")

@@ -38,31 +38,31 @@ def command(monkeypatch, *argv):
 
 @pytest.mark.parametrize("script", FLAGS)
 def test_pictures_of_a_run(tmp_path, monkeypatch, capsys, script):
-    """Images become videos, the reward and numbers a plot; the run stays as it was."""
+    """Images become videos, reward and numbers become a plot, and the run stays as it was."""
     side = run_of(script, tmp_path, "running:Both-v0").spec["shapes"]["eye"][0] + 4
-    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
+    kept = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
     capsys.readouterr()
     command(monkeypatch, tmp_path, "--episodes", 3)
     names = {"dream.png", "dream_eye.mp4", "dream_depth.mp4"}
     assert set(capsys.readouterr().out.split()) == {str(tmp_path / name) for name in names}
-    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
     with Image.open(tmp_path / "dream.png") as picture:
         assert min(picture.size) > 200 and len(picture.convert("L").getcolors()) > 10
     frames = imageio_ffmpeg.read_frames(str(tmp_path / "dream_eye.mp4"))
-    width, height = next(frames)["size"]  # three episodes of three pictures, each with a border
+    width, height = next(frames)["size"]  # three episodes by three pictures, with their borders
     assert (width, height) == (3 * side, 3 * side)
     pictures = [np.frombuffer(f, np.uint8).reshape(height, width, 3) for f in frames]
-    assert len(pictures) == 20  # an episode has 21 rows; the first only precedes the batch
+    assert len(pictures) == 20  # of an episode's 21 rows the first is only `previous`
     red, green = (np.array([p[:2, :, channel].mean() for p in pictures]) for channel in (0, 1))
-    assert (green[:5] > 100).all() and (red[:5] < 50).all()  # a quarter is context
+    assert (green[:5] > 100).all() and (red[:5] < 50).all()  # the model sees a quarter
     assert (green[5:] < 50).all() and (red[5:] > 100).all()
 
 
 def test_the_batch_is_what_was_played(tmp_path):
     agent = run_of(dreamer_v3, tmp_path, "running:Both-v0")
-    batch, shorter = (dreams.play(agent, 2, rows, seed=1) for rows in (100, 12))
-    assert batch.shape == (2, 20) and shorter.shape == (2, 12)
-    assert torch.equal(batch["reward"][:, :12], shorter["reward"])
+    batch, again = (dreams.play(agent, 2, rows, seed=1) for rows in (100, 12))
+    assert batch.shape == (2, 20) and again.shape == (2, 12)
+    assert torch.equal(batch["reward"][:, :12], again["reward"])
     assert batch["reward"].tolist() == [[float(t) for t in range(1, 21)]] * 2
     assert torch.equal(batch["previous", "action"][:, 1:], batch["action"][:, :-1])
 
@@ -94,10 +94,10 @@ def test_the_plot_begins_with_the_reward_and_has_eight_curves(tmp_path, monkeypa
         truth, model = plotted[f"place {i}"]
         assert torch.equal(model, rows["place"][0, :, i]) and torch.equal(truth, model + 1)
     monkeypatch.undo()
-    drawing = dreams.plot(plotted, 2)
-    labels = [axes.get_ylabel() for axes in drawing.axes]
+    plot = dreams.plot(plotted, 2)
+    labels = [axes.get_ylabel() for axes in plot.axes]
     assert labels == ["reward", *(f"place {i}" for i in range(7))]
-    truth, model = (line.get_ydata() for line in drawing.axes[3].lines)
+    truth, model = (line.get_ydata() for line in plot.axes[3].lines)
     assert list(truth) == plotted["place 2"][0].tolist()
     assert list(model) == plotted["place 2"][1].tolist()
 
@@ -106,7 +106,7 @@ def figure():
     return dreams.Figure()
 
 
-def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
+def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="there is no such folder"):
         command(monkeypatch, tmp_path / "nothing")
     pilco.main(f"--preset debug --trials 1 --no-tensorboard --run {tmp_path / 'p'}".split())
@@ -114,6 +114,6 @@ def test_what_cannot_be_drawn_is_named(tmp_path, monkeypatch):
         command(monkeypatch, tmp_path / "p")
     agent = run_of(dreamer_v3, tmp_path / "v3", "dummy_envs:Base-v0")
     assert gymnasium.make("dummy_envs:Base-v0").unwrapped.length == 5
-    with pytest.raises(RunError, match="an episode is over after 5 actions"):
+    with pytest.raises(RunError, match="an episode ends after 5 actions"):
         dreams.play(agent, 2, 100, seed=0)
     assert json.loads((tmp_path / "v3/args.json").read_text())["script"] == "dreamer_v3"

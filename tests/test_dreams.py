@@ -1,4 +1,4 @@
-"""World models as gymnasium environments: of hand-made dynamics, and of runs of the scripts."""
+"""World models as gymnasium environments: hand-made dynamics, and runs of the scripts."""
 
 import importlib
 import json
@@ -19,7 +19,7 @@ import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.imagination import ModelBasedEnvBase
-from tools.dream_env import DreamVectorEnv, dream_env, gaussian_dreams, posteriors, prediction
+from tools.dream_env import DreamVectorEnv, dream_env, pilco_dream, posterior_sampler, predict
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
 SHORT = {
@@ -30,7 +30,7 @@ SHORT = {
 
 
 class Line(ModelBasedEnvBase):
-    """x' = x + action, reward -x'^2, and what follows is worth 1 while |x'| < 2."""
+    """x' = x + action, reward -x'^2, and the episode goes on while |x'| < 2."""
 
     def __init__(self):
         super().__init__(lambda td: td, {"x": (1,)})
@@ -45,7 +45,7 @@ class Line(ModelBasedEnvBase):
 
 
 def line(num_envs=2, horizon=5, latent=False, classes=()):
-    """Starts are 0, 0.001, 0.002, ... in an order of the seed; the observation is 10 x."""
+    """Starts are 0, 0.001, 0.002, ... in an order set by the seed; the observation is 10 x."""
 
     def draw(seed):
         return TensorDict(x=torch.arange(8)[:, None] / 1000, batch_size=8)
@@ -76,7 +76,7 @@ def test_rewards_ends_and_final_observations():
         _, _, terminated, truncated, _ = envs.step(still)
         ends.append(truncated.tolist())
         assert not terminated.any()
-    # five actions an episode: the second began three steps before the first's second one
+    # five actions per episode: environment 1 began its episode three steps before environment 0
     no = [False, False]
     assert ends == [no, [False, True], no, no, [True, False], no]
 
@@ -125,32 +125,32 @@ def test_actions_are_clipped_or_become_one_hots():
     [((), [[np.nan], [0]]), ((), [[0], [np.inf]]), ((), [0, 0]), ((), [[0]]), ([3], [0, 3]),
      ([3], [-1, 0]), ([3], [0.5, 0]), ([3], [[0], [1]]), ([2, 3], [[0, 3], [0, 0]])],
 )  # fmt: skip
-def test_actions_that_are_not_of_the_space(classes, action):
+def test_actions_outside_the_space(classes, action):
     envs = line(classes=classes)
     envs.reset(seed=0)
     before = envs.state.clone()
-    with pytest.raises(gymnasium.error.InvalidAction, match="is not of the space"):
+    with pytest.raises(gymnasium.error.InvalidAction, match="is not in the space"):
         envs.step(np.array(action))
     assert (envs.state == before).all()
 
 
-def test_ppo_is_evaluated_when_it_has_learned_from_all_its_actions(monkeypatch):
+def test_ppo_is_evaluated_after_it_has_learned_from_all_its_actions(monkeypatch):
     reason = "Stable-Baselines3 is not installed (requirements-extra.txt)"
     pytest.importorskip("stable_baselines3", reason=reason)
     from tools import dream_ppo
 
-    seen = []
+    params = []
 
     class Watch(dream_ppo.Evaluate):
         def play(self):
-            seen.append(torch.cat([p.detach().flatten() for p in self.model.policy.parameters()]))
+            params.append(torch.cat([p.detach().flatten() for p in self.model.policy.parameters()]))
             super().play()
 
     monkeypatch.setattr(dream_ppo, "Evaluate", Watch)
     settings = dict(n_steps=16, batch_size=16)
     scores = dream_ppo.train(line(2), One(line(1)), actions=64, seed=0, **settings)
     assert [actions for actions, _ in scores] == [0, 32, 64]
-    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert not torch.equal(params[0], params[1]) and not torch.equal(params[1], params[2])
     assert all(-4 * 5 < value < 0 for _, value in scores)
 
 
@@ -175,14 +175,14 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def dream(runs):
-    """dream(script, ...): a dream_env of an agent of its own."""
+    """dream(script, ...): a dream_env of a newly loaded agent."""
     return lambda script, *args, **options: dream_env(
         SCRIPTS[script].load(runs / script), *args, **options
     )
 
 
 class One(gymnasium.Env):
-    """The only environment of a vector environment, for the checker, which wants a single one."""
+    """A vector environment of one as a single one, which gymnasium's checker needs."""
 
     def __init__(self, envs):
         self.envs, self.action_space = envs, envs.single_action_space
@@ -195,14 +195,14 @@ class One(gymnasium.Env):
 
     def step(self, action):
         observation, reward, terminated, truncated, infos = self.envs.step(np.array([action]))
-        over = terminated[0] or truncated[0]
-        observation = infos["final_obs"] if over else observation
+        ended = terminated[0] or truncated[0]
+        observation = infos["final_obs"] if ended else observation
         return observation[0], float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
 
 @pytest.mark.parametrize("latent", [False, True])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_gymnasiums_checker(dream, script, latent):
+def test_gymnasium_env_checker(dream, script, latent):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".*(infinity|not having a spec).*")
@@ -220,7 +220,7 @@ def test_gymnasiums_checker(dream, script, latent):
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_rewards_and_terminations_are_the_heads(runs, dream, script):
+def test_rewards_and_terminations_are_those_of_the_heads(runs, dream, script):
     envs = dream(script, 4, horizon=50, latent=True)
     agent = SCRIPTS[script].load(runs / script)
     model, belief_dim = agent.world_model, agent.args.deter
@@ -249,7 +249,7 @@ def test_rewards_and_terminations_are_the_heads(runs, dream, script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_making_one_leaves_the_global_generator_alone(runs, script):
+def test_making_a_dream_env_leaves_the_global_generator_alone(runs, script):
     agent = SCRIPTS[script].load(runs / script)
     before = torch.get_rng_state()
     dream_env(agent, latent=True)
@@ -257,9 +257,9 @@ def test_making_one_leaves_the_global_generator_alone(runs, script):
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_decoded_observations_are_the_decoders(runs, dream, script):
+def test_observations_are_those_of_the_decoder(runs, dream, script):
     latents = dream(script, 3, latent=True).reset(seed=2)[0]
-    seen = dream(script, 3).reset(seed=2)[0]
+    observation = dream(script, 3).reset(seed=2)[0]
     agent = SCRIPTS[script].load(runs / script)
     belief, state = torch.as_tensor(latents).split(
         [agent.args.deter, latents.shape[1] - agent.args.deter], -1
@@ -270,32 +270,32 @@ def test_decoded_observations_are_the_decoders(runs, dream, script):
     with torch.no_grad():
         td = TensorDict(belief=belief, state=state, batch_size=3)
         wanted = SCRIPTS[script].DreamerDecoder(agent.world_model)(td)["observation"]
-    np.testing.assert_allclose(seen, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(observation, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_starts_are_posteriors_of_rows_from_which_an_episode_goes_on(runs, script):
+def test_starts_are_posteriors_of_rows_that_end_no_episode(runs, script):
     agent = SCRIPTS[script].load(runs / script)
-    seen = []
-    agent.world_model.register_forward_hook(lambda module, inputs, output: seen.append(output))
-    draw = posteriors(agent)
+    outputs = []
+    agent.world_model.register_forward_hook(lambda module, inputs, out: outputs.append(out))
+    draw = posterior_sampler(agent)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         starts = draw(seed)
-        td = seen[-1]
+        td = outputs[-1]
         wanted = td["belief"].flatten(0, 1)[~td["is_last"].flatten()]
         assert torch.equal(starts["belief"], wanted) and len(wanted)
     assert script == "dreamer" or len(wanted) < td.numel()  # CartPole's episodes are short
-    assert torch.equal(seen[0]["observation"], seen[1]["observation"])
-    assert not torch.equal(seen[0]["observation"], seen[2]["observation"])
+    assert torch.equal(outputs[0]["observation"], outputs[1]["observation"])
+    assert not torch.equal(outputs[0]["observation"], outputs[2]["observation"])
     raw = torch.load(runs / script / "checkpoint.pt", weights_only=True)["replay"]
-    assert seen[0]["index"][..., 1].max() < raw["total"]
+    assert outputs[0]["index"][..., 1].max() < raw["total"]
 
 
 def test_pilcos_prediction_is_moment_matching_without_uncertainty(runs):
     agent = pilco.load(runs / "pilco")
     model, x = agent.world_model, torch.randn(6, 4, dtype=torch.float64)
-    mean, variance = prediction(x, model.factors, model.hyper)
+    mean, variance = predict(x, model.factors, model.hyper)
     matched, cov, _ = model(*pilco.certain(x))
     torch.testing.assert_close(mean, matched)
     torch.testing.assert_close(variance, cov.diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9)
@@ -306,7 +306,7 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
     agent = pilco.load(runs / "pilco")
     agent.args.noise = noise
     agent.env.noise = noise
-    envs, *_ = gaussian_dreams(agent)
+    envs, *_ = pilco_dream(agent)
     state, action = torch.tensor([[0.3, 2.0]]).double(), torch.tensor([[0.4]]).double()
     torch.manual_seed(0)
     many = TensorDict(
@@ -341,7 +341,7 @@ def test_a_fork_of_pilco_under_another_name_dreams(runs, tmp_path, monkeypatch):
 def test_pilcos_starts_are_its_start_distribution(runs):
     agent = pilco.load(runs / "pilco")
     torch.manual_seed(0)
-    _, draw, _ = gaussian_dreams(agent)
+    _, draw, _ = pilco_dream(agent)
     states = torch.cat([draw(0)["state"] for _ in range(20)])
     mean, cov = agent.start()
     torch.testing.assert_close(states.mean(0), mean[0], rtol=0, atol=0.005)
@@ -366,7 +366,7 @@ def test_errors_name_what_is_missing(runs, tmp_path):
     for script in ("dreamer", "dreamer_v3"):
         with pytest.raises(RunError, match="--device gpu cannot be used"):
             SCRIPTS[script].load(runs / script, device="gpu")
-    early = tmp_path / "early"  # as it is after the random rollout
+    early = tmp_path / "early"  # as after the random rollout
     shutil.copytree(runs / "pilco", early)
     state = torch.load(early / "checkpoint.pt", weights_only=True)
     state["agent"] |= {"drawn": False, "hyper": None}

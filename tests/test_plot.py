@@ -638,7 +638,7 @@ def test_arguments_that_may_differ(tmp_path, run):
     other = run_folder(tmp_path / "other", seed=1, **more)
     assert join([*runs_of(run), *runs_of(other)])["run"].nunique() == 2
     for script in (dreamer, dreamer_v3, pilco):
-        assert set(may_change(script.Args)) <= set(collect.FREE)
+        assert set(may_change(script.Args)) <= set(collect.MAY_DIFFER)
 
 
 def test_other_action_repeats_are_told(tmp_path):
@@ -727,7 +727,7 @@ def test_an_error_is_one_line(tmp_path):
 # --- tools/collect.py -------------------------------------------------------------------------
 
 
-def test_export(tmp_path):
+def test_a_collected_run(tmp_path):
     run = run_folder(tmp_path / "run", seed=4, episodes=[(10, 1.23456), (20, -2.5)])
     with (run / "metrics.jsonl").open("a") as file:
         row = {"step": 24, "eval/return": 5.55555, "eval/return_std": 0.25, "time/wall": 120.4}
@@ -764,7 +764,7 @@ def test_a_seed_is_replaced_and_the_others_stay(tmp_path):
     assert (entries["3"]["steps"], after["3"]["steps"]) == (20, 5)
 
 
-def test_a_run_with_other_arguments_gets_no_place_beside_the_others(tmp_path, capsys):
+def test_a_run_with_other_arguments_needs_a_tag(tmp_path, capsys):
     first = run_folder(tmp_path / "first", seed=0, steps=100)
     path = collect.collect(first, tmp_path / "out")
     before = path.read_text(), path.with_name("manifest.json").read_text()
@@ -809,7 +809,7 @@ def test_collect_from_the_command_line(tmp_path):
 
 
 def test_what_cannot_be_collected(tmp_path):
-    with pytest.raises(RunError, match="is no run folder"):
+    with pytest.raises(RunError, match="is not a run folder"):
         collect.collect(tmp_path, tmp_path)
     early = run_folder(tmp_path / "early", episodes=())
     with pytest.raises(RunError, match="no finished training episode"):

@@ -21,7 +21,7 @@ from common import checkpoint
 from common.checkpoint import RunError
 from tools import ranks
 
-SCRIPT = REPO / "dreamer_v3.py"  # what the fixtures `start` and `two` start
+SCRIPT = REPO / "dreamer_v3.py"  # the script that the fixtures `start` and `two` run
 FLAGS = "--preset debug --num-envs 4 --save-every 40 --log-every 40 --threads 1"
 FLAGS = [*FLAGS.split(), "--no-tensorboard"]
 
@@ -50,24 +50,24 @@ for cls in (Uneven, ShortAtFirst):
 
 
 @pytest.fixture
-def other(monkeypatch):
-    """other(path): the script that `two` starts in this test."""
+def use_script(monkeypatch):
+    """use_script(path): let `two` run this script in this test."""
     return lambda path: monkeypatch.setitem(globals(), "SCRIPT", path)
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
-def test_two_ranks_make_the_updates_of_one_process(other, two, script, tmp_path):
-    other(REPO / "tests" / "rank_updates.py")
+def test_two_ranks_make_the_updates_of_one_process(use_script, two, script, tmp_path):
+    use_script(REPO / "tests" / "rank_updates.py")
     for process in two(script, tmp_path):
         process.done()
     alone = rank_updates.updates(rank_updates.make_agent(script))
     together = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for states in together:
-        for wanted, state in zip(alone, states, strict=True):
-            for a, b in zip(wanted["params"], state["params"], strict=True):
+        for expected, state in zip(alone, states, strict=True):
+            for a, b in zip(expected["params"], state["params"], strict=True):
                 torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6)
-            wanted["metrics"].pop("train/policy_entropy", None)  # has noise of its own
-            for name, value in wanted["metrics"].items():
+            expected["metrics"].pop("train/policy_entropy", None)  # each rank draws its own noise
+            for name, value in expected["metrics"].items():
                 assert state["metrics"][name] == pytest.approx(value, rel=2e-5, abs=1e-5), name
     pairs = zip(together[0][-1]["params"], together[1][-1]["params"], strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -103,23 +103,23 @@ def test_torchrun_and_a_signal_that_stops_all_ranks(tmp_path):
     assert (folder / f"rank1-{saved['step']}-{saved['updates']}.pt").exists()
 
 
-@pytest.mark.parametrize("told", [0, 1])
-def test_a_signal_to_one_rank_stops_both_at_the_same_step(two, tmp_path, told):
+@pytest.mark.parametrize("signaled", [0, 1])
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(two, tmp_path, signaled):
     folder = tmp_path / "run"
     argv = ["--run", folder, *FLAGS, "--save-every", 10**6]
     processes = two(*argv, "--steps", 10**6)
     until(lambda: count_lines(folder) > 3 or any(p.path(".rc").exists() for p in processes))
     assert not (folder / "checkpoint.pt").exists()
-    processes[told].signal(signal.SIGTERM)
+    processes[signaled].signal(signal.SIGTERM)
     texts = [process.done() for process in processes]
-    assert ["will stop soon" in text for text in texts] == [told == 0, told == 1]
+    assert ["will stop soon" in text for text in texts] == [signaled == 0, signaled == 1]
     assert "saved; the same command resumes" in texts[0]
     saved = checkpoint.load(folder)
     assert saved["step"] > 0 and saved["updates"] > 0
-    (own,) = folder.glob("rank1-*.pt")
-    assert own.name == f"rank1-{saved['step']}-{saved['updates']}.pt"
-    theirs = checkpoint.load(folder, "dreamer_v3", own.name)
-    assert theirs["replay"]["total"] == saved["replay"]["total"] == saved["step"] // 4
+    (path,) = folder.glob("rank1-*.pt")
+    assert path.name == f"rank1-{saved['step']}-{saved['updates']}.pt"
+    rank1 = checkpoint.load(folder, "dreamer_v3", path.name)
+    assert rank1["replay"]["total"] == saved["replay"]["total"] == saved["step"] // 4
     end = (saved["step"] // 40 + 2) * 40
     first, second = two(*argv, "--steps", end)
     second.done()
@@ -129,9 +129,9 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(two, tmp_path, told):
     assert checkpoint.load(folder)["updates"] > saved["updates"]
 
 
-def test_ranks_owe_no_update_before_all_of_them_can_draw(other, two, tmp_path):
-    """Rank 0 has a whole episode after 22 steps, rank 1 after 122; neither waits for the other."""
-    other(REPO / "dreamer.py")
+def test_ranks_owe_no_update_before_all_of_them_can_draw(use_script, two, tmp_path):
+    """Rank 0 has a whole episode after 22 steps, rank 1 after 122; until then no rank updates."""
+    use_script(REPO / "dreamer.py")
     argv = "--preset debug --env-id test_ranks:Uneven-v0 --steps 200 --prefill 20 --train-every 20"
     argv += " --action-repeat 1 --eval-every 0 --log-every 20 --threads 1"
     argv += " --no-tensorboard"
@@ -148,9 +148,9 @@ def test_ranks_owe_no_update_before_all_of_them_can_draw(other, two, tmp_path):
     assert (tmp_path / "run" / "rank1-200-10.pt").exists() and "eval/return_std" in rows[-1]
 
 
-def test_ranks_wait_for_one_whose_episodes_are_too_short_so_far(other, two, tmp_path):
-    """Alone it would say that --batch-length is too long; here the other rank has episodes."""
-    other(REPO / "dreamer.py")
+def test_ranks_wait_for_one_whose_episodes_are_too_short_so_far(use_script, two, tmp_path):
+    """Alone it would report that --batch-length is too long; here the other rank has episodes."""
+    use_script(REPO / "dreamer.py")
     argv = "--preset debug --env-id test_ranks:ShortAtFirst-v0 --steps 160 --prefill 20"
     argv += " --train-every 20 --action-repeat 1 --eval-every 0 --log-every 20"
     for process in two("--run", tmp_path / "run", *argv.split(), "--threads", 1):
@@ -160,17 +160,17 @@ def test_ranks_wait_for_one_whose_episodes_are_too_short_so_far(other, two, tmp_
     assert first > 22 and rows[-1]["step"] == 160 and rows[-1]["eval/return_std"] == 0
 
 
-def test_numbers_that_the_ranks_do_not_divide(monkeypatch):
+def test_the_number_of_ranks_must_divide_environments_and_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     args = dreamer_v3.parse_args(["--preset", "debug", "--num-envs", "6", "--batch-size", "4"])
     with pytest.raises(RunError, match="--batch-size 4 must be a multiple of 3"):
-        ranks.share(args)
+        ranks.rank_args(args)
     args.num_envs = 2
     with pytest.raises(RunError, match="--num-envs 2 must be a multiple of 3"):
-        ranks.share(args)
+        ranks.rank_args(args)
     args.num_envs, args.batch_size = 6, 9
-    own = ranks.share(args)
-    assert (own.num_envs, own.batch_size, own.steps) == (2, 3, -(-args.steps // 3))
+    third = ranks.rank_args(args)
+    assert (third.num_envs, third.batch_size, third.steps) == (2, 3, -(-args.steps // 3))
 
 
 def test_ranks_draw_different_windows_from_replays_of_the_same_length(monkeypatch, tmp_path):
@@ -180,7 +180,7 @@ def test_ranks_draw_different_windows_from_replays_of_the_same_length(monkeypatc
         monkeypatch.setenv("RANK", rank)
         args = dreamer_v3.parse_args(["--preset", "debug"])
         example = TensorDict({key: torch.zeros(()).bool() for key in ("is_first", "is_last")})
-        replay = ranks.make_own_replay(args, example, tmp_path, online=False)
+        replay = ranks.make_rank_replay(args, example, tmp_path, online=False)
         for _ in range(60):
             replay.append(example.expand(args.num_envs // 2).clone())
         draws.append(replay.sample(8)["index"])
@@ -189,7 +189,7 @@ def test_ranks_draw_different_windows_from_replays_of_the_same_length(monkeypatc
     assert (tmp_path / "rank1" / "replay" / "is_last").exists()
 
 
-def test_what_the_ranks_refuse_costs_no_run(monkeypatch, tmp_path):
+def test_an_error_comes_before_fresh_deletes_the_run(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "3")
     argv = ["--preset", "debug", "--num-envs", "4", "--run", str(tmp_path), "--fresh"]
     (tmp_path / "args.json").write_text('{"script": "dreamer_v3"}')
@@ -210,7 +210,7 @@ def test_more_ranks_than_gpus(monkeypatch):
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3])
 @pytest.mark.parametrize("flags", [["--eval", "runs/x"], ["--benchmark"]])
-def test_one_process_plays_and_times(monkeypatch, script, flags):
+def test_evaluation_and_benchmark_refuse_ranks(monkeypatch, script, flags):
     argv = ["--preset", "debug", *flags]
     script.parse_args(argv)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -227,16 +227,16 @@ def test_pilco_trains_in_one_process(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["nothing.py", str(REPO / "README.md")])
-def test_a_script_that_is_not_there(path):
+def test_a_missing_script(path):
     with pytest.raises(RunError, match=f"there is no script .*{path}"):
         ranks.main([path, "--preset", "debug"])
 
 
-def test_alone_nothing_is_changed():
+def test_one_process_is_not_patched():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
     assert common.run.mean(x) is x and common.run.gather(x) is x
     common.run.mean_([x])
     assert x.tolist() == [1.0, 2.0]
-    assert ranks.size() == 1 and ranks.rank() == 0 and ranks.own_seed(5) == 5
+    assert ranks.world_size() == 1 and ranks.rank() == 0 and ranks.rank_seed(5) == 5
     for script in (dreamer, dreamer_v3):
         assert script.Run is common.run.Run and script.mean_ is common.run.mean_

@@ -1,4 +1,4 @@
-"""Sweeps on a real Ray: all runs come to their end once, whatever dies on the way."""
+"""Sweeps on a real Ray: every run finishes exactly once, whatever dies on the way."""
 
 import json
 import os
@@ -26,19 +26,19 @@ def cluster():
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}
     from ray.cluster_utils import Cluster
 
-    # A shell that starts it in the background has Ctrl-C ignored, from then on in every process.
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # As if a shell had started Ray in the background: all its processes inherit the ignored SIGINT.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     cluster = Cluster(
         initialize_head=True, head_node_args=dict(num_cpus=2, include_dashboard=False)
     )
-    signal.signal(signal.SIGINT, usual)
+    signal.signal(signal.SIGINT, handler)
     yield cluster
     cluster.shutdown()
 
 
 @pytest.fixture
 def counting(cluster, tmp_path, monkeypatch, capsys):
-    """counting(argv...): a sweep of counting.py; its exit status and what it printed."""
+    """counting(argv...): sweep counting.py; returns the exit status and what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def launch(*argv):
@@ -60,7 +60,7 @@ def in_background(function):
 
 
 def process_of(*words):
-    """The process whose command holds all of these words."""
+    """The process whose command line has all of these words."""
     for process in psutil.process_iter(["cmdline"]):
         if set(words) <= set(process.info["cmdline"] or ()):
             return process
@@ -71,7 +71,7 @@ def steps(folder):
     return [row["step"] for row in lines_of(folder)]
 
 
-def test_runs_fail_for_good_and_the_others_go_on(counting, tmp_path):
+def test_a_run_fails_for_good_and_the_others_go_on(counting, tmp_path):
     code, text = counting("--env-ids", "Good", "Bad", "--retries", 1)
     assert code == 1
     good, bad = (tmp_path / "runs/counting" / name / "seed0" for name in ("Good", "Bad"))
@@ -93,7 +93,7 @@ def test_runs_fail_for_good_and_the_others_go_on(counting, tmp_path):
     assert steps(good.with_name("seed1")) == [1, 2, 3, 4, 5]
 
 
-def test_what_is_killed_is_tried_again_and_resumes(counting, tmp_path):
+def test_a_killed_run_and_the_run_of_a_killed_worker_resume(counting, tmp_path):
     folders = [tmp_path / f"runs/counting/Good/seed{seed}" for seed in (0, 1)]
 
     def kill():
@@ -144,7 +144,7 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(counting, tmp_path):
     thread = in_background(stop)
     code, _ = counting("--steps", 2000, "--pause", 0.0505)
     thread.join()
-    assert code == "stopped; the same command goes on"
+    assert code == "stopped; the same command resumes"
     assert process_of(str(COUNTING), "--pause", "0.0505") is None
     assert "told to stop" in folder.with_name("seed0.log").read_text()
     assert 3 < (done := len(steps(folder))) < 2000
@@ -152,8 +152,8 @@ def test_a_stopped_sweep_lets_its_runs_save_and_goes_on(counting, tmp_path):
     assert steps(folder) == list(range(1, done + 6))
 
 
-def test_more_than_there_is(counting):
-    with pytest.raises(RunError, match="no node of Ray has --cpus 1 and --gpus 1: at most"):
+def test_more_cores_or_gpus_than_any_node_has(counting):
+    with pytest.raises(RunError, match="no Ray node has --cpus 1 and --gpus 1: at most"):
         counting("--gpus", 1)
     with pytest.raises(RunError, match="--cpus 99"):
         counting("--cpus", 99)
@@ -202,9 +202,9 @@ def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
     options = dict(cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     done = subprocess.run(command, **options, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
-    # torch's CUDA builds say so where there is no GPU
-    said = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
-    assert "done" in done.stdout.splitlines()[-1] and not said
+    # CUDA builds of torch print this where there is no GPU
+    errors = [line for line in done.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert "done" in done.stdout.splitlines()[-1] and not errors
     alone = [sys.executable, str(REPO / "dreamer_v3.py"), *flags, "--seed", "3", "--run", "alone"]
     subprocess.run([*alone, "--env-id", "CartPole-v1"], **options, check=True)
     swept = tmp_path / "runs/my_dreamer/CartPole-v1/seed3"
@@ -226,8 +226,8 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
     jobs = plan(str(COUNTING), "--env-ids", "A", "B", "--steps", "7", "--seeds", "0", "2")
     assert [job.name for job in jobs] == ["A seed 0", "A seed 2", "B seed 0", "B seed 2"]
     assert jobs[1].folder == tmp_path / "runs/counting/A/seed2"
-    own = ["--steps", "7", "--env-id", "B", "--seed", "2", "--run", "runs/counting/B/seed2"]
-    assert jobs[3].argv == [str(COUNTING), *own]
+    flags = ["--steps", "7", "--env-id", "B", "--seed", "2", "--run", "runs/counting/B/seed2"]
+    assert jobs[3].argv == [str(COUNTING), *flags]
     assert {(job.unit, job.total) for job in jobs} == {("step", 7)}
     (job,) = plan(str(REPO / "pilco.py"), "--preset", "pendulum", "--trials", "4")
     assert (job.unit, job.total, job.name) == ("trial", 4, "PILCO/Pendulum-v0 seed 0")
@@ -236,11 +236,11 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
 
 def test_the_gpus_of_the_runs_need_not_be_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = str(REPO / "dreamer_v3.py"), "--preset", "debug", "--device", "cuda:7"
+    argv = str(REPO / "dreamer_v3.py"), "--preset", "debug", "--device", "cuda:7"
     for address in ("", "auto"):
         with pytest.raises(RunError, match="--device cuda:7 needs --gpus"):
-            plan(*asked, "--address", address)
-    (job,) = plan(*asked, "--address", "auto", "--gpus", "0.5")
+            plan(*argv, "--address", address)
+    (job,) = plan(*argv, "--address", "auto", "--gpus", "0.5")
     assert job.argv[job.argv.index("--device") + 1] == "cuda:7"
     plan(str(REPO / "pilco.py"), "--address", "auto")
 
@@ -251,7 +251,7 @@ def test_progress_and_table(tmp_path, monkeypatch):
     assert sweep.progress(job) == (0.0, None, None) and not sweep.finished(job)
     job.folder.mkdir(parents=True)
     rows = [{"step": s, "episode/return": float(s), "time/wall": 90.0 * s} for s in range(1, 31)]
-    rows.insert(25, {"step": 25, "episode/return": None, "time/wall": 2250.0})  # of a NaN
+    rows.insert(25, {"step": 25, "episode/return": None, "time/wall": 2250.0})  # was NaN
     lines = [json.dumps(row) for row in rows]
     path = job.folder / "metrics.jsonl"
     path.write_text("\n".join(lines) + '\n{"step": 31')  # the last line is being written
@@ -269,7 +269,7 @@ def test_progress_and_table(tmp_path, monkeypatch):
     assert sweep.table(plan(str(COUNTING), "--steps", "40")).split()[8:] == ["done", "100%", "3.0"]
 
 
-def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path, monkeypatch):
+def test_a_saved_run_with_other_arguments_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = str(REPO / "dreamer_v3.py")
     (job,) = plan(script, "--preset", "debug")
@@ -287,7 +287,7 @@ def test_a_run_with_other_arguments_is_not_taken_for_the_one_asked_for(tmp_path,
         plan(script, "--preset", "debug")
 
 
-def test_the_last_error(tmp_path):
+def test_last_error(tmp_path):
     job = sweep.Job("", [], tmp_path / "run", "step", 1, "--- sweep 7")
     job.log.write_text("--- sweep 7\nerror: of the first try\n--- sweep 7\nerror: lr differs\n 1\n")
     assert sweep.last_error(job, 1) == "error: lr differs\n 1"
@@ -317,7 +317,7 @@ def test_the_last_error(tmp_path):
         ((REPO / "dreamer_v3.py", "--lr", "0"), "--lr must be a positive number"),
     ],
 )
-def test_wrong_flags_are_named_before_anything_starts(argv, message, tmp_path, monkeypatch):
+def test_wrong_flags_are_reported_before_anything_starts(argv, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((RunError, ValueError), match=message):
         plan(*map(str, argv))

@@ -1,4 +1,4 @@
-"""How long a training would take here: what the --benchmark flag of the scripts prints."""
+"""How long a run would take on this machine: what the scripts print for --benchmark."""
 
 import dataclasses
 import statistics
@@ -16,11 +16,10 @@ from common.replay import with_previous
 from common.run import autocast
 
 
-def benchmark(make_agent, args, device: torch.device, updates: float):
-    """Print milliseconds per update by operation, steps per second, memory, and the run's time.
+def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
+    """Print steps per second, time per update and per operation, the run's hours, and memory.
 
-    make_agent(spec, args, device) builds the agent; `updates` is the number of updates per row of
-    experience.
+    make_agent(spec, args, device) builds the agent.
     """
     seconds = {"environment": [], "policy": [], "update": []}
     envs, rows, latent = make_envs(args), [], None
@@ -36,10 +35,10 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
     envs.close()
     window = with_previous(torch.stack(rows[-args.batch_length - 1 :], 1))
     batch = window[torch.arange(args.batch_size) % args.num_envs].to(device)
-    with FlopCounterMode(display=False) as flops:  # blind to compiled functions
+    with FlopCounterMode(display=False) as flops:  # cannot count in compiled functions
         agent.update(batch)
     if args.compile:
-        del agent  # its memory first
+        del agent  # frees its memory first
         agent = make_agent(envs.spec, args, device)
     for _ in range(13):
         start = time.perf_counter()
@@ -55,42 +54,42 @@ def benchmark(make_agent, args, device: torch.device, updates: float):
     print_operations(agent, batch, device)
     with autocast(agent):
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
-    work, rate = flops.get_total_flops() / 1e9, product_rate(device, dtype)
-    share = f"{1e3 * work / rate:.1f} ms, {work / rate / update:.0%} of its time"
-    print(f"{work:10.1f} GFLOP   products and convolutions of an update: {share}")
+    gflop, rate = flops.get_total_flops() / 1e9, matmul_rate(device, dtype)
+    share = f"{1e3 * gflop / rate:.1f} ms, {gflop / rate / update:.0%} of its time"
+    print(f"{gflop:10.1f} GFLOP   products and convolutions of an update: {share}")
     print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 {str(dtype)[6:]} product")
-    per_row = (environment + policy) / args.num_envs + updates * update
+    per_row = (environment + policy) / args.num_envs + updates_per_row * update
     hours = args.steps / args.action_repeat * per_row / 3600
-    print(f"{hours:10.2f} h       {args.steps:,} environment steps, {updates:.3g} updates per row,")
-    print(f"{'':18}without evaluations")
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps without evaluations,")
+    print(f"{'':18}{updates_per_row:.3g} updates per row")
     print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
     if device.type == "cuda":
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
 
 
-def print_operations(agent, batch, device: torch.device, most: int = 8):
-    """The operations in which an update spends its own time, by torch's profiler."""
+def print_operations(agent, batch, device: torch.device, count: int = 8):
+    """Print the operations in which an update spends most of its time, from torch's profiler."""
     with profile() as profiler:
         agent.update(batch)
     column = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = defaultdict(float)
     for event in profiler.key_averages():
         times[event.key] += getattr(event, column) / 1e3
-    for name, time_ms in sorted(times.items(), key=lambda item: -item[1])[:most]:
+    for name, time_ms in sorted(times.items(), key=lambda item: -item[1])[:count]:
         print(f"{time_ms:10.1f} ms      {name}, while profiled")
 
 
-def product_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> float:
-    """GFLOP/s of the device in an n x n matrix product, the median."""
+def matmul_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> float:
+    """Median GFLOP/s of the device in a product of n x n matrices."""
     x = torch.rand(n, n, device=device, dtype=dtype)
     timer = Timer("x @ x", globals={"x": x}, num_threads=torch.get_num_threads())
     return 2 * n**3 / timer.blocked_autorange().median / 1e9
 
 
 def benchmark_policy(make_agent, args, repeats: int = 10):
-    """Milliseconds of a policy's expected cost and its gradient, the median.
+    """Print the median milliseconds for a policy's expected cost and its gradient.
 
-    4 states, 1 action, 40 steps, one policy of 10 centers: what others have been measured with.
+    4 states, 1 action, 40 steps, one policy with 10 centers: as other PILCO codes were measured.
     make_agent(spec, args) builds the agent of pilco.py.
     """
     import resource  # not on Windows
@@ -100,8 +99,8 @@ def benchmark_policy(make_agent, args, repeats: int = 10):
         agent, seconds = make_agent(spec, args), []
         x, weights = torch.randn(points, 5).double(), torch.randn(5, 4).double()
         y = 0.1 * torch.sin(x @ weights) + 0.002 * torch.randn(points, 4)
-        logs = (torch.rand(4, 5) + 1.5).log(), torch.full((4,), -1.6), torch.full((4,), -5.3)
-        agent.world_model.hyper = tuple(value.double() for value in logs)
+        log_hyper = (torch.rand(4, 5) + 1.5).log(), torch.full((4,), -1.6), torch.full((4,), -5.3)
+        agent.world_model.hyper = tuple(value.double() for value in log_hyper)
         agent.world_model.factorize(x, y)
         agent.firsts = [torch.zeros(4).double()]
         agent.draw_controller()
@@ -111,4 +110,4 @@ def benchmark_policy(make_agent, args, repeats: int = 10):
             seconds.append(time.perf_counter() - start)
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         median = 1e3 * sorted(seconds)[repeats // 2]
-        print(f"{median:10.1f} ms      {points} points, {memory:.2f} GB at most")
+        print(f"{median:10.1f} ms      {points} points, {memory:.2f} GB at peak")

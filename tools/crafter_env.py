@@ -1,4 +1,4 @@
-"""Crafter (Hafner, 2022) with today's interface: it is older than gymnasium.
+"""Crafter (Hafner, 2022) as a gymnasium environment; the package is older than gymnasium.
 
 python dreamer_v3.py --preset crafter        # env_id tools.crafter_env:crafter/Reward-v0
 """
@@ -9,7 +9,7 @@ from gymnasium import spaces
 
 
 class Crafter(gymnasium.Env):
-    """The world as 64 x 64 pictures; 17 actions. `reward`: for achievements, or always 0."""
+    """64 x 64 images, 17 actions; rewards for achievements, or always 0 if not `reward`."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
 
@@ -19,16 +19,16 @@ class Crafter(gymnasium.Env):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error}; pip install crafter") from error
 
-        def chunks(world):  # the package's sets have another order in every process
+        def sorted_chunks(world):  # the package's sets have another order in every process
             return {k: sorted(v, key=lambda o: tuple(o.pos)) for k, v in world._chunks.items()}
 
-        crafter.engine.World.chunks = property(chunks)
+        crafter.engine.World.chunks = property(sorted_chunks)
         self.observation_space = spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.action_space = spaces.Discrete(17)
         self.inner, self.render_mode = crafter.Env(reward=reward), render_mode
 
     def reset(self, *, seed=None, options=None):
-        self.inner._seed, self.inner._episode = seed, 0  # the world is a hash of these two
+        self.inner._seed, self.inner._episode = seed, 0  # they seed the world
         return self.inner.reset(), {}
 
     def step(self, action):

@@ -1,4 +1,4 @@
-"""The world model of a saved run as a gymnasium.vector.VectorEnv, for agents from elsewhere.
+"""The world model of a saved run as a gymnasium.vector.VectorEnv, for agents of other libraries.
 
 from dreamer_v3 import load
 envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
@@ -27,41 +27,40 @@ from common.run import autocast
 
 
 def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = False):
-    """A DreamVectorEnv of the agent that the script's `load` returned.
+    """A DreamVectorEnv for an agent that the script's `load` returned.
 
-    An episode starts from a posterior of the run's replay (dreamer.py, dreamer_v3.py; of several
-    ranks: the first one's) or from the run's start distribution (pilco.py); it terminates where the
-    model gives what follows a probability, or discount, below one half, and is truncated after
-    `horizon` actions (0: the length that the run itself dreams). Actions are Boxes in [-1, 1], or
-    discrete. Observations are decoded, or with `latent` the state itself, flat. An ended episode is
-    replaced in the same step.
+    An episode starts from a posterior of the run's replay (rank 0's if there were several) or, in
+    pilco.py, from the start distribution. It terminates where the model predicts a probability of
+    going on, or a discount, below one half (pilco.py: never). It is truncated after `horizon`
+    actions (0: the run's own imagination horizon) and the next one starts in the same step. Actions
+    are discrete or in [-1, 1]. Observations are decoded; with `latent` they are flat latents.
 
-    RunError where the replay is missing.
+    RunError if the replay is missing.
     """
     if num_envs < 1 or horizon < 0:
         raise RunError("num_envs must be at least 1, horizon not negative")
     args = vars(agent.args)
-    horizon = horizon or args.get("imagination_horizon") or args["horizon"]  # of pilco.py
+    horizon = horizon or args.get("imagination_horizon") or args["horizon"]  # pilco.py
     if hasattr(agent, "actor"):
-        parts = agent.env, posteriors(agent), partial(decode, agent)
-    else:  # of pilco.py: a belief, to draw states from
-        parts = gaussian_dreams(agent)
-    return DreamVectorEnv(*parts, agent.spec, num_envs, horizon, latent)
+        env, draw, decoder = agent.env, posterior_sampler(agent), partial(decode, agent)
+    else:  # pilco.py
+        env, draw, decoder = pilco_dream(agent)
+    return DreamVectorEnv(env, draw, decoder, agent.spec, num_envs, horizon, latent)
 
 
-def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
-    """draw(seed) -> latents [K] of rows of the run's replay, except the last ones of episodes."""
+def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
+    """draw(seed) -> posterior latents [K] of replayed rows, except those that end an episode."""
     folder, example = agent.folder, agent.row(example_rows(agent.spec), agent.initial(1))[0]
     state = checkpoint.load(folder)["replay"]
     if not Path(folder, "replay").is_dir():
-        raise RunError(f"{folder}/replay is gone: put it back")
+        raise RunError(f"{folder}/replay is gone: restore it")
     layout = state["layout"]
     rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
     shape = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
     replay = Replay(example, *shape, slack=slack)
     replay.load_state_dict(state)
     if not len(replay):
-        raise RunError(f"{folder} has only {replay.rows} rows, no window of {replay.length} so far")
+        raise RunError(f"{folder} has only {replay.rows} rows so far: no window of {replay.length}")
 
     @torch.no_grad()
     def draw(seed: int) -> TensorDict:
@@ -75,46 +74,46 @@ def posteriors(agent, windows: int = 16) -> Callable[[int], TensorDict]:
 
 @torch.no_grad()
 def decode(agent, latents: TensorDict) -> TensorDict:
-    """Latents [*B] -> with the observations and the `reward` that the model sees in them."""
+    """Add to latents [*B] the observations and the `reward` that the model decodes from them."""
     script, model = script_of(agent), agent.world_model
     latents["reward"] = model.predict_reward(script.features(latents))
     return script.DreamerDecoder(model)(latents)
 
 
-def gaussian_dreams(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
-    """Of an agent of pilco.py: what steps, draw(seed) -> first states [K], decode(states)."""
+def pilco_dream(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
+    """For an agent of pilco.py: its SampledEnv, draw(seed) -> first states [K], decode(states)."""
     mean, cov = agent.start()
-    root = cov[0].diagonal().sqrt()  # independent numbers
+    std = cov[0].diagonal().sqrt()  # cov is diagonal
 
     def draw(seed: int) -> TensorDict:
-        states = mean + root * torch.randn(1000, len(root), dtype=torch.float64)
+        states = mean + std * torch.randn(1000, len(std), dtype=torch.float64)
         return TensorDict(state=states, batch_size=len(states))
 
     def decode(states: TensorDict) -> TensorDict:
         widths = [math.prod(agent.spec["shapes"][key]) for key in agent.keys]
-        parts = states["state"].float().split(widths, -1)
-        return states.update(dict(zip(agent.keys, parts, strict=True)))
+        observations = states["state"].float().split(widths, -1)
+        return states.update(dict(zip(agent.keys, observations, strict=True)))
 
     return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
 
 
-def script_of(thing):
-    """The module that a part of an agent comes from: pilco.py, or a fork under any name."""
-    return sys.modules[type(thing).__module__]
+def script_of(instance):
+    """The module that defines the class of `instance`: a script, or a fork with any name."""
+    return sys.modules[type(instance).__module__]
 
 
-def prediction(x: Tensor, f, hyper: tuple) -> tuple[Tensor, Tensor]:
-    """Mean and variance (N, E) of GPs at inputs that are known, x (N, I): PILCO's eq. 7-8."""
-    k = script_of(f).kernel(x, f.inputs, *hyper[:2])  # (E, N, n)
-    variance = f.variance[:, None] - ((k @ f.inverse) * k).sum(-1)
-    return (k @ f.beta[..., None])[..., 0].mT, variance.clamp(min=0).mT
+def predict(x: Tensor, factors, hyper: tuple) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, E) of the GPs at deterministic inputs x (N, I): PILCO, eq. 7-8."""
+    k = script_of(factors).kernel(x, factors.inputs, *hyper[:2])  # (E, N, n)
+    variance = factors.variance[:, None] - ((k @ factors.inverse) * k).sum(-1)
+    return (k @ factors.beta[..., None])[..., 0].mT, variance.clamp(min=0).mT
 
 
 class SampledEnv(ModelBasedEnvBase):
-    """Steps from a state (N, D) that is known to a sample of what the GPs predict.
+    """Steps from a state (N, D) to a sample of the next one from the GPs' prediction.
 
-    With noise="observed" the sample has the GPs' noise as well. Every step is drawn anew, so a
-    rollout does not follow one function.
+    With noise="observed" the sample includes the GPs' observation noise. Every step draws anew, so
+    a rollout does not follow one sampled function.
     """
 
     def __init__(self, world_model, cost, *, noise: str = "latent"):
@@ -126,7 +125,7 @@ class SampledEnv(ModelBasedEnvBase):
         script = script_of(model)
         inputs = script.with_angles(*script.certain(state), model.angles)[0][:, model.features]
         inputs = torch.cat([inputs, td["action"]], -1)
-        mean, variance = prediction(inputs, model.factors, model.hyper)
+        mean, variance = predict(inputs, model.factors, model.hyper)
         if self.noise == "observed":
             variance = variance + torch.exp(2 * model.hyper[2])
         state = state + mean + variance.sqrt() * torch.randn_like(mean)
@@ -134,10 +133,10 @@ class SampledEnv(ModelBasedEnvBase):
 
 
 class DreamVectorEnv(gymnasium.vector.VectorEnv):
-    """N copies of a world model that are stepped as one batch; see `dream_env`.
+    """N dreams in one world model, stepped as a batch; see `dream_env`.
 
-    env: a ModelBasedEnvBase, whose step gives a `reward` (N) and may give `continue` (N);
-    draw(seed): states [K] to start from; decode(states): adds the observations of `shapes`.
+    env: its step gives a `reward` (N) and may give a `continue` (N), the probability of going on;
+    draw(seed): states [K] to start from; decode(states): adds the observations of spec["shapes"].
     """
 
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -148,23 +147,23 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         self.num_envs, self.horizon, self.latent = num_envs, horizon, latent
         self.classes, self.pool, self.state = list(spec["classes"]), [], None
         boxes = {key: _box(shape) for key, shape in self.shapes.items()}
-        single = next(iter(boxes.values())) if len(boxes) == 1 else spaces.Dict(boxes)
+        observation = next(iter(boxes.values())) if len(boxes) == 1 else spaces.Dict(boxes)
         if latent:
             with torch.random.fork_rng():
-                single = _box(self.observe(draw(0)[:1]).shape[1:])
+                observation = _box(self.observe(draw(0)[:1]).shape[1:])
         action = spaces.Box(-1.0, 1.0, (spec["action_dim"],))
         if self.classes:
-            many = len(self.classes) > 1
-            action = spaces.MultiDiscrete(self.classes) if many else spaces.Discrete(*self.classes)
-        self.single_observation_space, self.single_action_space = single, action
-        self.observation_space = gymnasium.vector.utils.batch_space(single, num_envs)
+            one = len(self.classes) == 1
+            action = spaces.Discrete(*self.classes) if one else spaces.MultiDiscrete(self.classes)
+        self.single_observation_space, self.single_action_space = observation, action
+        self.observation_space = gymnasium.vector.utils.batch_space(observation, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(action, num_envs)
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
-        """New starts for all: observations (N, ...), {}."""
+        """Start N new episodes: observations (N, ...), {}."""
         super().reset(seed=seed)
         if seed is not None:
-            self.pool = []  # the same seed, the same starts
+            self.pool = []  # the same seed gives the same starts
         with torch.no_grad(), torch.random.fork_rng():
             self.state = self.starts(self.num_envs)
             self.elapsed = np.zeros(self.num_envs, int)
@@ -173,8 +172,8 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
     def step(self, actions):
         """Actions (N, ...) -> observations, rewards (N), terminated (N), truncated (N), infos.
 
-        Where an episode ends, the observation is the next one's first; infos["final_obs"] has
-        this one's last.
+        Where an episode ends, the observation is the first one of the next episode, and the last
+        one is in infos["final_obs"].
         """
         if self.state is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
@@ -187,13 +186,13 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             self.elapsed += 1
             truncated, infos = self.elapsed >= self.horizon, {}
             self.state = after.select(*self.env.shapes)
-            observation, over = self.observe(self.state), terminated | truncated
-            if over.any():
+            observation, ended = self.observe(self.state), terminated | truncated
+            if ended.any():
                 rows = list(gymnasium.vector.utils.iterate(self.observation_space, observation))
-                for i in np.flatnonzero(over):
+                for i in np.flatnonzero(ended):
                     infos = self._add_info(infos, {"final_obs": rows[i], "final_info": {}}, i)
-                self.state[torch.from_numpy(over)] = self.starts(int(over.sum()))
-                self.elapsed[over] = 0
+                self.state[torch.from_numpy(ended)] = self.starts(int(ended.sum()))
+                self.elapsed[ended] = 0
                 observation = self.observe(self.state)
         return observation, reward, terminated, truncated, infos
 
@@ -201,41 +200,41 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
         return int(self.np_random.integers(2**62))
 
     def starts(self, count: int) -> TensorDict:
-        """The next states [count] of those drawn, each used once."""
+        """Take `count` states to start from; each drawn state is used once."""
         while len(self.pool) < count:
             seed = self.seed()
             torch.manual_seed(seed)
             drawn = self.draw(seed)
             drawn = drawn[torch.randperm(len(drawn))]
             self.pool = torch.cat([self.pool, drawn]) if len(self.pool) else drawn
-        taken, self.pool = self.pool[:count], self.pool[count:]
-        return taken.clone()
+        states, self.pool = self.pool[:count], self.pool[count:]
+        return states.clone()
 
-    def encode(self, actions) -> torch.Tensor:
-        """Actions of the space -> (N, A) as the model knows them: clipped, or one-hots."""
+    def encode(self, actions) -> Tensor:
+        """Actions of the action space -> (N, A) for the model: clipped, or one-hots."""
         actions, space = np.asarray(actions), self.action_space
-        known = space.contains(actions) if self.classes else np.isfinite(actions).all()
-        if actions.shape != space.shape or not known:
-            raise gymnasium.error.InvalidAction(f"{actions} is not of the space {space}")
+        valid = space.contains(actions) if self.classes else np.isfinite(actions).all()
+        if actions.shape != space.shape or not valid:
+            raise gymnasium.error.InvalidAction(f"{actions} is not in the space {space}")
         if not self.classes:
             return torch.as_tensor(actions).to(self.state[next(iter(self.env.shapes))]).clamp(-1, 1)
         index = torch.as_tensor(actions).long().view(self.num_envs, -1)
-        parts = zip(index.unbind(1), self.classes, strict=True)
-        hots = torch.cat([F.one_hot(part, size) for part, size in parts], -1)
-        return hots.float().to(self.state[next(iter(self.env.shapes))].device)
+        choices = zip(index.unbind(1), self.classes, strict=True)
+        one_hots = torch.cat([F.one_hot(choice, count) for choice, count in choices], -1)
+        return one_hots.float().to(self.state[next(iter(self.env.shapes))].device)
 
     def observe(self, states: TensorDict):
-        """States [N] -> what the observation space says: an array (N, ...) or a dict of them."""
-        if self.latent:  # side by side
-            parts = [states[key].flatten(1) for key in self.env.shapes]
-            return torch.cat(parts, -1).float().cpu().numpy()
+        """States [N] -> observations: an array (N, ...), or a dict if there are several."""
+        if self.latent:
+            latents = [states[key].flatten(1) for key in self.env.shapes]
+            return torch.cat(latents, -1).float().cpu().numpy()
         decoded = self.decode(states.copy())
         arrays = {key: decoded[key].cpu().numpy() for key in self.shapes}
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
 
 
 def _box(shape) -> spaces.Box:
-    """Three dimensions are an image; predicted vectors have no bounds."""
+    """The space of an image (three dimensions) or of a vector, whose predictions have no bounds."""
     if len(shape) == 3:
         return spaces.Box(0, 255, tuple(shape), np.uint8)
     return spaces.Box(-np.inf, np.inf, tuple(shape), np.float32)

@@ -3,10 +3,10 @@
     python -m tools.dreams runs/dreamer_v3/Pendulum-v1/seed0
 
 The run's policy plays a few episodes. The model sees their first quarter and imagines the rest
-from the actions alone. Writes to the run folder, while the run trains or afterwards:
+from the actions alone. The pictures go to the run folder; the run may still be training:
 
-    dream.png      the reward and the numbers that are observed, of the first episode
-    dream_KEY.mp4  images, if there are any: truth, model and error above each other
+    dream.png      rewards and vector observations of the first episode
+    dream_KEY.mp4  image observations, if any: truth, model and error, one above the other
 """
 
 import importlib
@@ -31,34 +31,34 @@ from tools.dream_env import decode
 @dataclass
 class Args:
     run: tyro.conf.Positional[Path]  # folder of a run of dreamer.py or dreamer_v3.py
-    episodes: int = 6  # played side by side
-    rows: int = 128  # of each episode at most, a quarter of them seen
+    episodes: int = 6  # played in parallel
+    rows: int = 128  # at most, of each episode; the model sees a quarter of them
     seed: int = 0  # of environments and noise
 
 
 def play(agent, episodes: int, rows: int, seed: int) -> TensorDict:
-    """The agent's first rows of as many episodes: a batch [episodes, at most `rows`].
+    """Let the agent play: a batch [episodes, at most `rows`] of the first rows of each episode.
 
-    It ends with the shortest episode. RunError if that has fewer than eight rows.
+    It ends with the shortest episode. RunError if that has fewer than eight actions.
     """
     envs = make_envs(agent.args, num_envs=episodes, seed=seed, env_workers=False)
     played, latent = [], None
     torch.manual_seed(seed)
     while len(played) <= rows and not (played and played[-1]["is_last"].any()):
-        seen = envs.step(None if latent is None else latent["action"])
-        latent = agent.act(seen, latent)
-        played.append(agent.row(seen, latent))
+        env_rows = envs.step(None if latent is None else latent["action"])
+        latent = agent.act(env_rows, latent)
+        played.append(agent.row(env_rows, latent))
     envs.close()
     if len(played) <= 8:
-        raise RunError(f"an episode is over after {len(played) - 1} actions: too short for a dream")
+        raise RunError(f"an episode ends after {len(played) - 1} actions: too short for a dream")
     return with_previous(torch.stack(played, 1)).to(agent.device)
 
 
 @torch.no_grad()
 def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
-    """Filter `context` rows of batch[B, T], then predict the others from the actions alone.
+    """Infer `context` rows of batch [B, T] from observations, the others from actions alone.
 
-    [B, T]: observations and `reward` as the model has them, and the truth under "true".
+    Returns [B, T]: observations and `reward` of the model, and the true ones under "true".
     """
     with torch.random.fork_rng(), autocast(agent):
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
 
 
 def draw(dream: TensorDict, context: int, logger: Logger) -> list[Path]:
-    """The pictures of a dream that `open_loop` returned: their paths."""
+    """Draw a dream that `open_loop` returned; return the paths of its pictures."""
     paths, curves = [], {}
     for key, true in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
         if true.dtype == torch.uint8:
@@ -88,10 +88,10 @@ def draw(dream: TensorDict, context: int, logger: Logger) -> list[Path]:
 
 
 def film(true: Tensor, model: Tensor, context: int):
-    """Truth, model and error above each other, episodes side by side: uint8 [T, h, w, 3].
+    """Truth, model and error in a column for each episode: uint8 [T, h, w, 3].
 
-    true, model: uint8 (B, T, H, W, C). The frame is green while the model sees the images, the
-    first `context` ones, and red where it imagines.
+    true, model: uint8 (B, T, H, W, C). The borders are green for the first `context` images, which
+    the model sees, and red for the others, which it imagines.
     """
     error = (model.int() - true.int() + 255) // 2
     tiles = torch.stack([true.int(), model.int(), error], 2)  # (B, T, 3, H, W, C)
@@ -105,7 +105,7 @@ def film(true: Tensor, model: Tensor, context: int):
 
 
 def plot(curves: dict[str, tuple[Tensor, Tensor]], context: int) -> Figure:
-    """Figure of true and imagined numbers, {label: (true (T), model (T))}: the first eight.
+    """Plot true and imagined numbers, the first eight of {label: (true (T), model (T))}.
 
     The model sees the first `context` rows and imagines the others.
     """
@@ -121,7 +121,7 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], context: int) -> Figure:
         axes.margins(x=0)
     panels[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     panels[0].set_title("gray: the model sees the truth; then it imagines", loc="left", fontsize=9)
-    panels[-1].set_xlabel("rows (one for each action)")
+    panels[-1].set_xlabel("rows (one per action)")
     return figure
 
 
@@ -130,7 +130,7 @@ def main():
     script = checkpoint.load(args.run)["header"]["script"]
     agent = importlib.import_module(script).load(args.run)
     if not hasattr(agent, "actor"):
-        raise RunError(f"{script}.py has no such dreams: it draws its predictions in every trial")
+        raise RunError(f"{script}.py has no such dreams: it plots its predictions in every trial")
     batch = play(agent, args.episodes, args.rows, args.seed)
     context = batch.shape[1] // 4
     logger = Logger(args.run, 0, tensorboard=False)

@@ -1,4 +1,4 @@
-"""Mean return of uniformly random actions: the score to compare a curve's beginning with.
+"""Mean return of uniformly random actions: the reference for the start of a learning curve.
 
 python -m tools.random_policy Pendulum-v1 [episodes] [action repeat]
 """
@@ -23,8 +23,8 @@ def main(env_id: str, episodes: str = "100", action_repeat: str = "1"):
             total = 0.0
         action = torch.rand(1, envs.action_dim) * 2 - 1
         if envs.action_classes:
-            draws = [F.one_hot(torch.randint(n, (1,)), n) for n in envs.action_classes]
-            action = torch.cat(draws, -1)
+            one_hots = [F.one_hot(torch.randint(n, (1,)), n) for n in envs.action_classes]
+            action = torch.cat(one_hots, -1)
     returns = torch.tensor(returns)
     print(f"{returns.mean():.1f} +- {returns.std(correction=0):.1f} over {episodes} episodes")
 

@@ -1,12 +1,12 @@
-"""One training on several devices: a script started on each, that averages with the others.
+"""Train one agent on several devices: a process on each, with gradients averaged over all.
 
     torchrun --nproc-per-node 2 -m -- tools.ranks dreamer_v3.py --preset dmc_vision --run runs/pair
 
-torchrun starts N processes (ranks). Each has its own environments and its share of the replay,
-updates a copy of the agent with its share of the batch, and averages the gradients with the others,
-so that together they take the step of one process with the whole batch. Rank 0 logs and evaluates.
-The script is not changed: this file replaces the functions of common/run.py that mean something on
-several devices, and the methods of Run in which ranks have to agree.
+torchrun starts N processes (ranks). Each has its share of the environments and of the replay,
+updates a copy of the agent with its share of the batch, and averages its gradients with the others.
+Together they take the step that one process would take with the whole batch. Rank 0 logs and
+evaluates. The script stays as it is: this file replaces the functions of common/run.py that only
+matter on several devices, and the methods of Run in which the ranks must agree.
 """
 
 import atexit
@@ -28,85 +28,80 @@ from common.logger import Logger
 from common.replay import make_replay
 from common.run import Run, args_dict, launch, open_folder, run_folder
 
-DIVIDED = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
-PER_RANK = (
-    "replay",
-    "envs",
-    "latent",
-    "returns",
-    "rng",
-)  # parts of a checkpoint that ranks differ in
+DIVIDED_FLAGS = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
+PER_RANK = ("replay", "envs", "latent", "returns", "rng")  # checkpoint entries that differ by rank
 
 
-def size() -> int:
-    """Number of processes that train together."""
+def world_size() -> int:
+    """The number of ranks."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this rank, from 0."""
     return int(os.environ.get("RANK", 0))
 
 
 def connect(device: str = ""):
-    """Find the other ranks, each with a GPU unless `device` is cpu. Only rank 0 prints from now on.
+    """Join the other ranks, each on its own GPU unless `device` is cpu. Only rank 0 keeps printing.
 
-    RunError if there are fewer GPUs than ranks on this machine.
+    RunError if this machine has fewer GPUs than ranks.
     """
-    if size() > 1 and not dist.is_initialized():
-        cuda, local = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
-        if cuda and local >= (gpus := torch.cuda.device_count()):
-            raise RunError(f"--nproc-per-node is more than the {gpus} GPUs here; or --device cpu")
-        if cuda:
-            torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if world_size() > 1 and not dist.is_initialized():
+        on_gpu, gpu = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
+        if on_gpu and gpu >= (gpus := torch.cuda.device_count()):
+            text = f"--nproc-per-node is more than the {gpus} GPUs here"
+            raise RunError(f"{text}: start fewer processes, or use --device cpu")
+        if on_gpu:
+            torch.cuda.set_device(gpu)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         atexit.register(dist.destroy_process_group)
     if rank():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
 
 
-def share(args):
-    """The flags of a process that has this rank's part of environments, batch and replay.
+def rank_args(args):
+    """`args` for this rank: its share of the environments, the batch and the replay, its own seed.
 
-    RunError if the ranks do not divide the environments or the batch.
+    RunError if the number of ranks does not divide the environments and the batch.
     """
     for name in ("num_envs", "batch_size"):
-        if getattr(args, name) % size():
+        if getattr(args, name) % world_size():
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise RunError(f"{flag} must be a multiple of {size()}, the number of ranks")
-    parts = {name: -(-getattr(args, name) // size()) for name in DIVIDED}
-    return dataclasses.replace(args, seed=own_seed(args.seed), **parts)
+            raise RunError(f"{flag} must be a multiple of {world_size()}, the number of ranks")
+    shares = {name: -(-getattr(args, name) // world_size()) for name in DIVIDED_FLAGS}
+    return dataclasses.replace(args, seed=rank_seed(args.seed), **shares)
 
 
-def own_seed(seed: int) -> int:
-    """A seed for what differs between ranks: environments, replay, noise."""
+def rank_seed(seed: int) -> int:
+    """This rank's seed for environments, replay and noise."""
     return seed + 10_000_000 * rank()
 
 
-# --- numbers of all ranks -----------------------------------------------------------------------
+# --- communication ------------------------------------------------------------------------------
 
 
 def mean_(tensors: list[Tensor]):
-    """Replace each tensor by its mean over all ranks, in one message."""
+    """Replace each tensor by its mean over all ranks, with one all-reduce."""
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
-    parts = (flat / size()).split([x.numel() for x in tensors])
-    for x, part in zip(tensors, parts, strict=True):
-        x.copy_(part.view_as(x))
+    averages = (flat / world_size()).split([x.numel() for x in tensors])
+    for x, average in zip(tensors, averages, strict=True):
+        x.copy_(average.view_as(x))
 
 
 def mean(x: Tensor) -> Tensor:
-    """The mean of x over all ranks; its gradient is that of x alone, for `mean_` to average."""
-    total = x.detach().clone()
-    mean_([total])
-    return x + (total - x.detach())
+    """The mean of x over all ranks. Its gradient is this rank's: `mean_` averages it later."""
+    average = x.detach().clone()
+    mean_([average])
+    return x + (average - x.detach())
 
 
 def gather(x: Tensor) -> Tensor:
-    """x (N, ...) of all ranks, one after the other, without gradient."""
-    parts = [torch.empty_like(x) for _ in range(size())]
-    dist.all_gather(parts, x.detach().contiguous())
-    return torch.cat(parts)
+    """x (N, ...) of all ranks, concatenated, without gradient."""
+    gathered = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(gathered, x.detach().contiguous())
+    return torch.cat(gathered)
 
 
 def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,10 +111,10 @@ def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(metrics, values, strict=True))
 
 
-def agree(number, how=dist.ReduceOp.MIN) -> int:
-    """The least of a whole number, or with another `how` the greatest, over all ranks."""
+def agree(number, op=dist.ReduceOp.MIN) -> int:
+    """The smallest `number`, an int or bool, of all ranks; the largest if `op` is MAX."""
     value = torch.tensor(int(number))
-    dist.all_reduce(value, how)
+    dist.all_reduce(value, op)
     return int(value)
 
 
@@ -127,7 +122,7 @@ def agree(number, how=dist.ReduceOp.MIN) -> int:
 
 
 class SilentLogger(Logger):
-    """Keeps everything to itself: rank 0 writes."""
+    """Writes and prints nothing: rank 0 does."""
 
     def __init__(self, folder, total, *_, **__):
         super().__init__(folder, total, tensorboard=False, quiet=True)
@@ -136,26 +131,26 @@ class SilentLogger(Logger):
         self.sums, self.counts = {}, {}
 
     def load_state_dict(self, state):
-        """The file and its length are rank 0's."""
+        """Nothing to restore: the file is rank 0's."""
 
 
 class RanksRun(Run):
     """A Run whose ranks stop together, owe the same updates and save at the same step."""
 
     def __init__(self, script, args, agent, **options):
-        share(args)  # what it refuses must not cost a run that --fresh would delete
+        rank_args(args)  # raises its errors before --fresh deletes a run
         super().__init__(script, args, agent, **options)
-        agent.update = getattr(agent.update, "module", agent.update)  # not a CUDA graph
-        for part in agent.stateful.values():  # the networks of rank 0
+        agent.update = getattr(agent.update, "module", agent.update)  # without its CUDA graph
+        for part in agent.stateful.values():  # all start from the networks of rank 0
             for x in part.state_dict().values() if isinstance(part, nn.Module) else ():
                 dist.broadcast(x, 0)
-        torch.manual_seed(own_seed(args.seed))
+        torch.manual_seed(rank_seed(args.seed))
 
     def open(self):
-        """Rank 0 opens the folder, the others read what it holds."""
+        """Rank 0 opens the folder; then the others read its checkpoint and their own files."""
         if rank() == 0:
-            # args.json names the number of ranks: another one cannot resume this run
-            requested = {"script": self.script, **args_dict(self.args), "ranks": size()}
+            # args.json has the number of ranks, so that only as many can resume the run
+            requested = {"script": self.script, **args_dict(self.args), "ranks": world_size()}
             opened = open_folder(self.script, self.args, requested)
             dist.barrier()
             return opened
@@ -164,33 +159,33 @@ class RanksRun(Run):
         if not (folder / "checkpoint.pt").exists():
             return folder, None
         saved = checkpoint.load(folder, self.script)
-        return folder, saved | checkpoint.load(folder, self.script, file_name(saved))
+        return folder, saved | checkpoint.load(folder, self.script, rank_file(saved))
 
     def stopping(self):
         return agree(self.stop.requested, dist.ReduceOp.MAX) > 0
 
     def owe(self, updates):
-        super().owe(agree(updates))  # none where one rank has nothing to draw
+        super().owe(agree(updates))  # 0 while any rank's replay has no window
 
     def ended(self, rows):
-        lists = [None] * size()
-        dist.all_gather_object(lists, super().ended(rows))
-        return [value for part in lists for value in part]
+        gathered = [None] * world_size()
+        dist.all_gather_object(gathered, super().ended(rows))
+        return [value for returns in gathered for value in returns]
 
     def add(self, metrics):
         super().add(means(metrics))
 
     def save(self):
-        """All ranks at once. The file of rank 0, written last, makes all valid."""
+        """All ranks save. Rank 0 writes its file last, which makes the others' valid."""
         state = self.state()
-        name = file_name(state)
+        name = rank_file(state)
         if rank():
             checkpoint.save(self.folder, name, **{key: state[key] for key in PER_RANK})
         dist.barrier()
         if rank() == 0:
             checkpoint.save(self.folder, **state)
         dist.barrier()
-        for path in self.folder.glob(f"rank{rank()}-*"):  # a killed one leaves a .tmp
+        for path in self.folder.glob(f"rank{rank()}-*"):  # also a killed rank's .tmp
             if path.name != name:
                 path.unlink()
 
@@ -201,27 +196,27 @@ class RanksRun(Run):
         return super().finish() if rank() == 0 else None
 
     def __exit__(self, kind, error, trace):
-        self.latent = None if error else self.latent  # ranks that did not fail cannot save with it
+        self.latent = None if error else self.latent  # no save, which would wait for all ranks
         super().__exit__(kind, error, trace)
 
 
-def file_name(counters: dict) -> str:
-    """File of this rank that goes with the checkpoint of these counters."""
+def rank_file(counters: dict) -> str:
+    """The name of this rank's file for the checkpoint with these counters."""
     return f"rank{rank()}-{counters['step']}-{counters['updates']}.pt"
 
 
-def make_own_replay(args, example, folder: Path, **options):
-    """The replay of this rank, in a folder of its own."""
+def make_rank_replay(args, example, folder: Path, **options):
+    """The replay of this rank; each rank except 0 has a subfolder for it."""
     folder = folder / f"rank{rank()}" if rank() else folder
-    return make_replay(share(args), example, folder, **options)
+    return make_replay(rank_args(args), example, folder, **options)
 
 
-def several(script):
-    """Replace, in a script's module, what is different on several devices."""
-    replaced = dict(mean=mean, mean_=mean_, gather=gather, Run=RanksRun)
-    replaced |= dict(make_envs=lambda args: make_envs(share(args)), make_replay=make_own_replay)
-    for name in replaced.keys() & vars(script).keys():
-        setattr(script, name, replaced[name])
+def patch(script):
+    """Replace in a script's module what differs on several devices."""
+    patches = dict(mean=mean, mean_=mean_, gather=gather, Run=RanksRun)
+    patches |= dict(make_envs=lambda args: make_envs(rank_args(args)), make_replay=make_rank_replay)
+    for name in patches.keys() & vars(script).keys():
+        setattr(script, name, patches[name])
     if rank():
         common.run.Logger = SilentLogger
 
@@ -234,13 +229,13 @@ def main(argv: list[str] | None = None):
     script = importlib.import_module(Path(path).stem)
     args = script.parse_args(flags)
     if args.eval or args.benchmark:
-        raise RunError("--eval and --benchmark run in one process: without torchrun")
+        raise RunError("--eval and --benchmark run in one process, without torchrun")
     if not hasattr(args, "num_envs"):
         raise RunError(f"{path} trains in one process: start it without torchrun")
     sys.argv = [path, *flags]  # the command that args.json records
-    if size() > 1:
+    if world_size() > 1:
         connect(args.device)
-        several(script)
+        patch(script)
     script.main(flags)
 
 

@@ -1,4 +1,4 @@
-"""Train the authors' JAX code with the small recipe of the README; leaves a run folder.
+"""Train the authors' JAX code with the README's small recipe; writes a run folder.
 
     git clone https://github.com/danijar/dreamerv3 && git -C dreamerv3 checkout e3f0224
     pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping
@@ -6,11 +6,10 @@
     python tools/peers/jax_train.py dreamerv3 cartpole-swingup 0 [environment steps]
     python -m tools.collect runs/jax/dm_control-cartpole-swingup-v0/seed* --tag small
 
-It is their training loop, replay, agent and environment, started by their main with the flags
-below, float32 on one CPU thread. Two things are replaced: the logger, by one that keeps the
-training episodes, and the rendering of pictures that their environment draws at every step and
-that nothing but their videos looks at. Their DM Control tasks draw a new random state in each
-process, whatever the seed.
+Their main runs their training loop, replay, agent and environment with the flags below, in float32
+on one CPU thread. This file replaces two things: the logger, by one that keeps the training
+episodes, and the rendering, which their environment does at every step and only their videos use.
+Their DM Control tasks are seeded differently in each process, whatever the seed.
 """
 
 import json

@@ -5,8 +5,8 @@
     pip install portal granular
     python tools/peers/jax_update.py dreamerv3 [updates]
 
-The same setting as `python dreamer_v3.py --preset dmc_proprio --benchmark`: size 1m, 24 numbers,
-6 actions, batch 16 x 64, horizon 15, float32, on the CPU; the batch lies ready in memory.
+The setting is that of `python dreamer_v3.py --preset dmc_proprio --benchmark`: size 1m, 24 observed
+numbers, 6 actions, batch 16 x 64, horizon 15, float32, on the CPU; the batch is already in memory.
 """
 
 import pathlib
@@ -54,8 +54,8 @@ def main(repository: str, updates: str = "15"):
         start = time.perf_counter()
         params, (carry, *_) = jax.block_until_ready(train(params, carry, batch, seed=seed))
         seconds.append(time.perf_counter() - start)
-    median, least = statistics.median(seconds[3:]), min(seconds[3:])
-    print(f"{median:.3f} s per update (median of {updates}; the fastest {least:.3f} s)")
+    median, fastest = statistics.median(seconds[3:]), min(seconds[3:])
+    print(f"{median:.3f} s per update (median of {updates}; fastest {fastest:.3f} s)")
 
 
 if __name__ == "__main__":

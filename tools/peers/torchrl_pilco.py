@@ -1,14 +1,14 @@
-"""How soon TorchRL's own PILCO script balances InvertedPendulum-v5, for the README.
+"""How soon TorchRL's PILCO script balances InvertedPendulum-v5, for the README.
 
     pip install torchrl==0.14.1 tensordict==0.14.3 torch==2.13.0 botorch hydra-core
     pip install "gymnasium[mujoco]" "mujoco<4"
     git clone https://github.com/pytorch/rl && git -C rl checkout ae9719f
     python tools/peers/torchrl_pilco.py rl/sota-implementations/pilco SEED
 
-Runs that script with its own configuration, on one thread, without video and W&B. It takes 200
-random steps first, then evaluates the policy every 10 gradient steps for up to 100 steps. Prints
-one line for each evaluation and ends when all 100 are balanced (the script's count begins at 0,
-so that is 99).
+Runs that script with its own configuration, on one thread, without video and W&B. The script takes
+200 random steps first, then evaluates the policy every 10 gradient steps for up to 100 steps. This
+file prints one line per evaluation and ends once the pole is balanced for all 100 steps (the
+script counts from 0, so it logs 99).
 """
 
 import sys
@@ -37,7 +37,7 @@ def main(folder: str, seed: str):
         env.rollout = rollout
         return data
 
-    class Log:
+    class StepLogger:
         def log_scalar(self, name: str, value: float, step: int):
             if name == "eval/steps":
                 seconds = time.monotonic() - start
@@ -48,7 +48,7 @@ def main(folder: str, seed: str):
                     sys.exit()
 
     env.rollout = first_rollout
-    pilco.pilco_loop(config, env, logger=Log())
+    pilco.pilco_loop(config, env, logger=StepLogger())
 
 
 if __name__ == "__main__":
