@@ -13,9 +13,8 @@ the run after its last trial; --fresh starts over.
 
 The algorithm is the authors' MATLAB code (UCL-SML/pilco-matlab at a0b48b7, v0.9), which propagates
 beliefs without observation noise, costs x_1..x_H, and squashes with (9 sin u + sin 3u) / 8.
-docs/pilco.md lists where this file departs from it. Two departures matter to a reader: every trial
-also improves new policies and keeps the best of all, and the search measures centers in
-lengthscales.
+docs/pilco.md lists the departures. Two matter to a reader: every trial also improves new policies
+and keeps the best of all, and the search measures centers in lengthscales.
 Everything is in float64: single precision makes half of the variances negative.
 
 Shapes: N policies side by side, D state variables, A action numbers, F features (the state with sin
@@ -24,7 +23,6 @@ points, H horizon. Equations are numbered as in the ICML paper.
 """
 
 import contextlib
-import functools
 import math
 import time
 import warnings
@@ -65,7 +63,7 @@ Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum"
 
 @dataclass
 class Args:
-    """Flags: the authors' settings, but for fewer trials and evaluations, and for --restarts."""
+    """Flags: the authors' settings, except for fewer trials and evaluations, and --restarts."""
 
     preset: Preset = "cart_pole"  # a scenario; other flags override it
     env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
@@ -124,32 +122,32 @@ class Args:
     restarts: Count = 4  # policies that a search begins with: the last one and new ones
 
 
-def tip(width: int, *rows: dict[int, float]) -> tuple[float, ...]:
-    """Weights (flat) of a squared distance: each row makes a coordinate, {feature: factor}."""
-    matrix = np.zeros((len(rows), width))
-    for row, entries in zip(matrix, rows, strict=True):
-        row[list(entries)] = list(entries.values())
+def distance_weights(*rows: tuple[float, ...]) -> tuple[float, ...]:
+    """The matrix, flat, of a squared distance; each row makes a coordinate of the features."""
+    matrix = np.array(rows, dtype=float)
     return tuple((matrix.T @ matrix).flatten().tolist())
 
 
 PRESETS = {
     "cart_pole": dict(  # x, dx, dtheta, theta; the features end with sin and cos of theta
         angles=(3,), start=(0, 0, 0, 0), start_std=(0.1,) * 4, target=(0, 0, 0, math.pi),
-        weights=tip(6, {0: 1, 4: 0.5}, {5: 0.5}), widths=(0.25,), max_inducing=150),
+        weights=distance_weights((1, 0, 0, 0, 0.5, 0), (0, 0, 0, 0, 0, 0.5)), widths=(0.25,),
+        max_inducing=150),
     "pendulum": dict(  # dtheta, theta
         env_id="PILCO/Pendulum-v0", angles=(1,), start=(0, 0), start_std=(0.1, 0.1),
-        target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), widths=(0.5,), centers=20,
-        iterations=75),
+        target=(0, math.pi), weights=distance_weights((0, 0, 1, 0), (0, 0, 0, 1)), widths=(0.5,),
+        centers=20, iterations=75),
     "double_pendulum": dict(  # dtheta1, dtheta2, theta1, theta2
         env_id="PILCO/DoublePendulum-v0", trials=20, horizon=30, angles=(2, 3),
         start=(0, 0, math.pi, math.pi), start_std=(0.1, 0.1, 0.01, 0.01), target=(0, 0, 0, 0),
-        weights=tip(8, {4: 0.5, 6: 0.5}, {5: 0.5, 7: 0.5}), widths=(0.5,), centers=100),
+        weights=distance_weights((0, 0, 0, 0, 0.5, 0, 0.5, 0), (0, 0, 0, 0, 0, 0.5, 0, 0.5)),
+        widths=(0.5,), centers=100),
     "inverted_pendulum": dict(  # position, angle and their speeds: balance, from near the top
         env_id="InvertedPendulum-v5", dt=0.04, trials=3, random_rollouts=5, iterations=50),
     "debug": dict(
         env_id="PILCO/Pendulum-v0", trials=2, horizon=8, angles=(1,), start=(0, 0),
-        start_std=(0.1, 0.1), target=(0, math.pi), weights=tip(4, {2: 1}, {3: 1}), centers=4,
-        iterations=3, evaluations=6, eval_episodes=1),
+        start_std=(0.1, 0.1), target=(0, math.pi), centers=4, iterations=3, evaluations=6,
+        weights=distance_weights((0, 0, 1, 0), (0, 0, 0, 1)), eval_episodes=1),
 }  # fmt: skip
 
 
@@ -168,59 +166,53 @@ def kernel(x: Tensor, y: Tensor, log_lengthscale: Tensor, log_signal: Tensor) ->
     return torch.exp(2 * log_signal[..., None, None] - 0.5 * distance.square())
 
 
-class Factors(NamedTuple):
-    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x): what does not depend on the belief.
-
-    Of GPs, whose functions are uncertain, also the `inverse` of the kernel matrix and weight = beta
-    beta' - inverse. D = (Lambda_a^-1 + Lambda_b^-1)^-1 for the pairs a <= b. See `exponents`.
-    """
-
-    inputs: Tensor  # (n, I)
-    beta: Tensor  # (E, n)
-    variance: Tensor  # (E): the prior's, or JITTER
-    log_variance: Tensor  # (E): of the kernel, log alpha^2
-    lambdas: Tensor  # (E + P, I, I): Lambda_a, then D of each pair
-    logdet: Tensor  # (E + P): half their log-determinants
-    scales: Tensor  # (3P, I, I)
-    offsets: Tensor  # (3P, I, I)
-    inverse: Tensor | None = None  # (E, n, n)
-    weight: Tensor | None = None  # (E, n, n)
-
-
-@functools.cache
-def pairs(outputs: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the P pairs a <= b of E functions, those with a = b first.
-
-    ends (2P): a of each, then b; the same in [q; p] (2E), q where a = b; pairs of a matrix (E * E).
-    """
-    (a, b), same = torch.triu_indices(outputs, outputs, 1), torch.arange(outputs)
-    a, b, matrix = torch.cat([same, a]), torch.cat([same, b]), torch.zeros(outputs, outputs).long()
-    matrix[a, b] = matrix[b, a] = torch.arange(len(a))
-    return torch.cat([a, b]), torch.cat([a, b]) + outputs * (a != b).repeat(2), matrix.flatten()
-
-
 def outer(x: Tensor, y: Tensor) -> Tensor:
     """x y': (..., K), (..., K) -> (..., K, K)."""
     return x[..., :, None] * y[..., None, :]
 
 
-def factors(
-    inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor, beta: Tensor,
-    inverse: Tensor | None = None,
-) -> Factors:  # fmt: skip
-    """Factors of (n, I), (E, I), (E), (E, n), or batches of them; with `inverse`, of GPs."""
-    square = torch.exp(2 * log_lengthscale)
-    a, b = square.index_select(-2, pairs(square.shape[-2])[0]).chunk(2, -2)
-    sums = 1 / (a + b)
-    row, column = b * sums, a * sums  # Lambda_a^-1 D, Lambda_b^-1 D
-    lambdas = torch.cat([square, a * row], -2)
-    scales = torch.cat([outer(row, row), outer(column, column), outer(row, column)], -3)
-    offsets = torch.diag_embed(torch.cat([-sums, -sums, sums], -2))
-    kernels = torch.diag_embed(lambdas), 0.5 * lambdas.log().sum(-1), scales, offsets
-    if inverse is None:
-        return Factors(inputs, beta, torch.full_like(log_signal, JITTER), 2 * log_signal, *kernels)
-    gps = inverse, outer(beta, beta) - inverse
-    return Factors(inputs, beta, torch.exp(2 * log_signal), 2 * log_signal, *kernels, *gps)
+def pair_scales(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `log_densities` multiplies matrices X with, element by element, from Lambda_a^-1 (E, I).
+
+    D is Lambda_a for each of E functions, then (Lambda_a^-1 + Lambda_b^-1)^-1 for each of E^2
+    pairs. The products are D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1; and, for the
+    pairs only, Lambda_a^-1 D^1/2 X D^1/2 Lambda_b^-1.
+    """
+    a, b = torch.broadcast_tensors(precision[..., :, None, :], precision[..., None, :, :])
+    a, b = a.flatten(-3, -2), b.flatten(-3, -2)  # (..., E^2, I)
+    root = torch.cat([precision, a + b], -2).sqrt()  # D^-1/2
+    left = torch.cat([precision, a], -2) / root  # Lambda_a^-1 D^1/2
+    of_pairs = slice(precision.shape[-2], None)
+    cross = outer(left[..., of_pairs, :], b / root[..., of_pairs, :])
+    return outer(root, root), outer(left, left), cross
+
+
+class KernelExpansion(NamedTuple):
+    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x): what moment matching needs of them.
+
+    GPs, whose functions are uncertain, also have the `inverse` of their kernel matrix and
+    weight = beta beta' - inverse.
+    """
+
+    inputs: Tensor  # (n, I)
+    beta: Tensor  # (E, n)
+    precision: Tensor  # (E, I): the diagonal of Lambda_a^-1
+    log_signal: Tensor  # (E): log alpha
+    variance: Tensor  # (E): of f_a(x) far from all x_i: alpha^2, or JITTER for certain functions
+    scales: tuple[Tensor, Tensor, Tensor]  # of `pair_scales`
+    inverse: Tensor | None = None  # (E, n, n)
+    weight: Tensor | None = None  # (E, n, n)
+
+
+def kernel_expansion(inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor, beta: Tensor,
+                     inverse: Tensor | None = None) -> KernelExpansion:  # fmt: skip
+    """From (n, I), (E, I), (E), (E, n), or batches of them; of GPs if `inverse` is given."""
+    precision = torch.exp(-2 * log_lengthscale)
+    variance, weight = torch.full_like(log_signal, JITTER), None
+    if inverse is not None:
+        variance, weight = torch.exp(2 * log_signal), outer(beta, beta) - inverse
+    shared = inputs, beta, precision, log_signal, variance, pair_scales(precision)
+    return KernelExpansion(*shared, inverse, weight)
 
 
 def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,137 +223,122 @@ def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(root), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def exponents(cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log q_i, eq. 15, and d_ij = log Q_ij - log q_i - log q_j, eq. 22, as functions of nu:
+def log_densities(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, ...]:
+    """Logarithms of q_i, eq. 15, and of Q_ij / (q_i q_j), eq. 22, for nu_i = x_i - mean.
 
-    log q_i = c - nu_i' (cov + Lambda_a)^-1 nu_i / 2; d_ij = row_i + nu_i' cross nu_j + column_j.
-    In eq. 22, R^-1 cov = D - D (cov + D)^-1 D. Returns (cov + Lambda_a)^-1 (N, E, I, I), the forms
-    (N, E + 2P, I, I) and constants (N, E + 2P) of log q, row and column, and cross (N, P, I, I).
+    For functions a and b the second is row_ab,i + nu_i' cross_ab nu_j + row_ba,j. Returns log q
+    (N, E, n), (cov + Lambda_a)^-1 (N, E, I, I), row (N, E, E, n) and cross (N, E, E, I, I).
+
+    With the D of `pair_scales` and W = (I + D^-1/2 cov D^-1/2)^-1, eq. 22 has |R| = 1 / |W| and
+    R^-1 cov = D^1/2 (I - W) D^1/2. With D = Lambda_a the same gives eq. 15, where
+    (cov + Lambda_a)^-1 = Lambda_a^-1 - Lambda_a^-1 D^1/2 (I - W) D^1/2 Lambda_a^-1.
     """
-    count, ends = f.beta.shape[-2], pairs(f.beta.shape[-2])[0]
-    precision, logdet = invert(cov[:, None] + f.lambdas)  # (N, E + P, I, I)
-    logdet = logdet - f.logdet  # half log |cov Lambda_a^-1 + I|, half log |R|
-    single, both = precision.split([count, len(ends) // 2], 1)
-    blocks = f.offsets - f.scales * both.repeat(1, 3, 1, 1)
-    rows, cross = blocks.split([len(ends), len(ends) // 2], 1)
-    forms = torch.cat([-single, rows + single.index_select(1, ends)], 1)
-    single_logdet, both = logdet.split([count, len(ends) // 2], 1)
-    row = single_logdet.index_select(1, ends) - 0.5 * both.repeat(1, 2)
-    constants = torch.cat([f.log_variance - single_logdet, row], 1)
-    return single, forms, constants, cross
+    count, eye = f.beta.shape[-2], torch.eye(nu.shape[1], dtype=nu.dtype)
+    whitening, row_scale, cross_scale = f.scales
+    w, half_logdet = invert(eye + whitening * cov[:, None])  # of functions, then of pairs
+    forms = row_scale * (eye - w)  # Lambda_a^-1 R^-1 cov Lambda_a^-1
+    cross = cross_scale * (eye - w[:, count:])  # Lambda_a^-1 R^-1 cov Lambda_b^-1
+    precision = f.precision.expand(len(nu), -1, -1)
+    squares = (nu[:, :, None] * nu[:, None]).flatten(1, 2)  # nu_i nu_i'
+    # of functions, log q_i without log k_a(x_i, mean); of pairs, what i adds to log Q_ij likewise
+    logdets = torch.cat([half_logdet[:, :count], 0.5 * half_logdet[:, count:]], 1)[..., None]
+    terms = torch.baddbmm(logdets, forms.flatten(-2), squares, beta=-1, alpha=0.5)
+    single, pair = terms.split([count, count**2], 1)
+    log_kernel = torch.baddbmm(2 * f.log_signal[..., None], precision, nu.square(), alpha=-0.5)
+    row = pair.unflatten(1, (count, count)) - single[:, :, None]
+    inverse = torch.diag_embed(precision) - forms[:, :count]  # (cov + Lambda_a)^-1
+    return log_kernel + single, inverse, row, cross.unflatten(1, (count, count))
 
 
 class PairSums(torch.autograd.Function):
-    """See `pair_sums`: in numpy, and keeping nothing of size n x n, a third of torch's time."""
+    """sum_ij c_ab,i k_ij c_ba,j for all functions a and b: (N, E, E).
+
+    k_ij = exp(row_ab,i + nu_i' cross_ab nu_j + row_ba,j) - 1; for GPs, where a = b, it is weight *
+    k - inverse. nu (N, I, n), row and c (N, E, E, n), cross (N, E, E, I, I) with cross_ba =
+    cross_ab'. What is in f gets no gradient. In numpy, and without keeping the n x n numbers, it
+    takes a third of torch's time.
+    """
 
     @staticmethod
     @np.errstate(all="ignore")
-    def forward(ctx, *args):
-        arrays = (None if x is None else x.detach().numpy() for x in args)
-        nu, cross, rows, weights, ends, beta, inverse, weight = arrays
-        (batch, count), (_, width, n) = cross.shape[:2], nu.shape
-        # [cross' nu, 1, row] and [nu, column, 1]: their products are the exponents
-        left, right = np.ones((2, batch, count, width + 2, n))
-        np.matmul(cross.mT, nu[:, None], out=left[..., :width, :])
-        left[..., -1, :], right[..., width, :] = rows[:, :count], rows[:, count:]
-        right[..., :width, :] = nu[:, None]
-        phi = np.concatenate([nu, np.ones((batch, 1, n))], 1)
-        weighted = weights[:, :, None] * phi[:, None]  # (N, W, I + 1, n)
-        # over j of k q phi for each pair, then over i of p k phi
-        sums = np.empty((batch, 2 * count, width + 1, n))
+    def forward(ctx, nu, row, cross, c, f):
+        nu, row, cross, c = (x.detach().numpy() for x in (nu, row, cross, c))
+        (batch, count, _, n), width = row.shape, nu.shape[1]
+        phi = np.concatenate([nu, np.ones((batch, 1, n))], 1)  # nu and 1
+        # [cross' nu, 1, row_ab] and [nu, row_ba, 1]: their products are the exponents
+        left, right = np.ones((2, batch, width + 2, n))
+        right[:, :width] = nu
+        sums, spread = np.empty((batch, count, count, width + 1, n)), np.empty(row.shape[:3])
         k = np.empty((batch, n, n))
-        for i in range(count):
-            np.matmul(left[:, i].mT, right[:, i], out=k)
-            np.expm1(k, out=k)
-            if inverse is not None and i < len(inverse):
-                k *= weight[i]
-                k -= inverse[i]
-            np.matmul(weighted[:, ends[count + i]], k.mT, out=sums[:, i])
-            if ends[i] == ends[count + i]:
-                sums[:, count + i] = sums[:, i]
-            else:
-                np.matmul(weighted[:, ends[i]], k, out=sums[:, count + i])
-        ctx.saved = nu, cross, weights, ends, beta, weighted, sums
-        return torch.from_numpy((weights[:, ends[:count]] * sums[:, :count, width]).sum(-1))
+        for a in range(count):
+            for b in range(a, count):
+                np.matmul(cross[:, a, b].mT, nu, out=left[:, :width])
+                left[:, -1], right[:, width] = row[:, a, b], row[:, b, a]
+                np.matmul(left.mT, right, out=k)
+                np.expm1(k, out=k)
+                if a == b and f.inverse is not None:
+                    k *= f.weight[a].numpy()
+                    k -= f.inverse[a].numpy()
+                np.matmul(c[:, b, a, None] * phi, k.mT, out=sums[:, a, b])  # over j
+                if a != b:
+                    np.matmul(c[:, a, b, None] * phi, k, out=sums[:, b, a])  # over i
+                spread[:, a, b] = spread[:, b, a] = (c[:, a, b] * sums[:, a, b, -1]).sum(-1)
+        ctx.saved = phi, cross, c, sums, f
+        return torch.from_numpy(spread)
 
     @staticmethod
     @once_differentiable
     @np.errstate(all="ignore")
     def backward(ctx, grad):
-        nu, cross, weights, ends, beta, weighted, sums = ctx.saved
-        batch, count, width, _ = cross.shape
-        grad = np.tile(grad.numpy(), 2)[..., None]
-        of_weights = np.eye(weights.shape[1])[:, ends] @ (grad * sums[:, :, width])
-        # by its exponent the derivative of k is k + b b', b = beta in the first pairs, 1 in others;
-        # the sums of b p phi or b q phi are those of what the other pairs weigh with
-        b, outputs = np.ones((count, nu.shape[-1])), weights.shape[1]
-        if beta is not None:
-            b[: len(beta)], outputs = beta, len(beta)
-        total = weighted[:, -outputs:].sum(-1)[:, np.roll(ends, count) % outputs]
-        more = total[..., None] * np.tile(b, (2, 1))[:, None]  # (N, 2P, I + 1, n)
-        more += sums
-        more *= (grad * weights[:, ends])[:, :, None]
-        of_cross = nu[:, None] @ more[:, :count, :width].mT
-        both = np.zeros((batch, width, 2 * count, width + 1))  # no part of the ones in phi
-        both[..., :width] = np.concatenate([cross, cross.mT], 1).swapaxes(1, 2)
-        of_nu = both.reshape(batch, width, -1) @ more.reshape(batch, -1, nu.shape[-1])
-        of_rows = more[:, :, width].copy()
-        return *map(torch.from_numpy, (of_nu, of_cross, of_rows, of_weights)), *[None] * 4
+        phi, cross, c, sums, f = ctx.saved
+        nu, count = phi[:, None, None, :-1], len(cross[0])
+        grad = (grad + grad.mT).numpy()[..., None]  # a pair stands twice in the matrix
+        by_c = grad * sums[..., -1, :]
+        # by its exponent, k has the derivative k + b b': b = beta for GPs, as weight + inverse is
+        # beta beta', and 1 otherwise
+        b = np.ones(c.shape[1:])
+        if f.inverse is not None:
+            b[range(count), range(count)] = f.beta.numpy()
+        slopes = ((b * c) @ phi[:, None].mT).swapaxes(1, 2)[..., None] * b[:, :, None]
+        slopes += sums
+        slopes *= (grad * c)[:, :, :, None]  # sum_j phi_j times the gradient by exponent ij
+        by_nu = (cross @ slopes[..., :-1, :]).sum((1, 2))
+        by_cross = 0.5 * (nu @ slopes[..., :-1, :].mT)  # the other half is that of cross_ba
+        return *map(torch.from_numpy, (by_nu, slopes[..., -1, :], by_cross, by_c)), None
 
 
-def pair_sums(
-    nu: Tensor, cross: Tensor, rows: Tensor, weights: Tensor, ends: Tensor,
-    beta: Tensor | None = None, inverse: Tensor | None = None, weight: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """sum_ij p_i k_ij q_j (N, P), k_ij = exp(row_i + nu_i' cross nu_j + column_j) - 1.
-
-    nu (N, I, n), cross (N, P, I, I); rows (N, 2P, n): row of each pair, then column of each;
-    weights (N, W, n), ends (2P): which of them is p of each pair, then q. A pair whose p and q are
-    the same must be symmetric in i and j. For the first E pairs k is weight * k - inverse, where
-    those (E, n, n) are given, with weight + inverse = beta beta', beta (E, n): they have no
-    gradient. Then weights are [q; beta q] of E functions, with q in the first pairs.
-    """
-    return PairSums.apply(nu, cross, rows, weights, ends, beta, inverse, weight)
-
-
-def moment_matching(mean: Tensor, cov: Tensor, f: Factors) -> tuple[Tensor, Tensor, Tensor]:
+def moment_matching(mean: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, Tensor, Tensor]:
     """Moments of f(x) for x ~ N(mean, cov), eq. 14-23: mean (N, I), cov (N, I, I).
 
     Returns the mean (N, E), the covariance (N, E, E) and the gain (N, I, E): the covariance of x
-    and f(x) is cov @ gain. The covariance of posterior means is sum_ij p_i p_j (exp(d_ij) - 1),
-    p = beta q, where the paper subtracts two sums of nearly that size.
+    and f(x) is cov @ gain. The covariance of posterior means is sum_ij p_i p_j (Q_ij / (q_i q_j)
+    - 1) with p = beta q, where the paper subtracts two sums of nearly that size.
     """
-    count, (ends, gp_ends, matrix) = f.beta.shape[-2], pairs(f.beta.shape[-2])
     nu = f.inputs.mT - mean[..., None]  # (N, I, n), eq. 16
-    precision, forms, constants, cross = exponents(cov, f)
-    squares = (nu[:, :, None] * nu[:, None]).flatten(1, 2)  # nu nu' of every point
-    logs = torch.baddbmm(constants[..., None], forms.flatten(-2), squares, alpha=0.5)
-    log_q, rows = logs.split([count, len(ends)], 1)
-    if log_q.min() < -300:  # exp(d) could overflow; without it, such a point adds nothing
-        rows = rows.masked_fill((log_q < -300).index_select(1, ends), -1e30)
+    log_q, inverse, row, cross = log_densities(nu, cov, f)
+    if log_q.min() < -300:  # Q / (q q) could overflow; without it, such a point adds nothing
+        row = row.masked_fill((log_q < -300)[:, :, None], -1e30)
     q = torch.exp(log_q)  # eq. 15
     p = f.beta * q
     value = p.sum(-1)  # eq. 14
-    gain = (precision @ (p @ nu.mT)[..., None])[..., 0].mT
-    if f.inverse is None:
-        sums = pair_sums(nu, cross, rows, p, ends)
-    else:
-        weights = torch.cat([q, p], 1)
-        sums = pair_sums(nu, cross, rows, weights, gp_ends, f.beta, f.inverse, f.weight)
-    spread = sums.index_select(1, matrix).unflatten(1, (count, count))
+    gain = (inverse * p.bmm(nu.mT)[:, :, None]).sum(-1).mT
+    c = p[:, :, None].expand_as(row)
+    if f.inverse is not None:
+        same = torch.eye(row.shape[1], dtype=torch.bool)[..., None]
+        c = torch.where(same, q[:, :, None], c)  # there, beta beta' is part of f.weight
+    spread = PairSums.apply(nu, row, cross, c, f)
     return value, spread + torch.diag_embed(f.variance), gain  # eq. 17-19
 
 
-def sine_moments(mean: Tensor, cov: Tensor, waves: tuple) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of f(x) = amplitude' sin(frequency' x + phase), x ~ N(mean, cov): (N, D), (N, D, D).
+def sine_moments(mean, cov, frequency, phase) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of sin(frequency' x + phase), x ~ N(mean (N, D), cov (N, D, D)), by K waves.
 
-    waves: frequency (D, K), phase (K), amplitude (K, M) of K waves. Returns mean (N, M), covariance
-    (N, M, M) and gain (N, D, M): the covariance of x and f(x) is cov @ gain. For single waves with
-    E sin = s and E cos = c, the covariance is, element by element, sinh(cov) c c' + (cosh(cov) - 1)
-    s s'.
+    frequency (D, K), phase (K). Returns mean (N, K), covariance (N, K, K) and gain (N, D, K): the
+    covariance of x and the waves is cov @ gain. With E sin = s and E cos = c, the covariance is,
+    element by element, sinh(cov) c c' + (cosh(cov) - 1) s s', cov that of frequency' x.
     """
-    frequency, phase, amplitude = waves
-    mean, cov = mean @ frequency + phase, frequency.T @ cov @ frequency
+    mean, frequency = mean @ frequency + phase, frequency.expand(len(mean), -1, -1)
+    cov = frequency.mT.bmm(cov).bmm(frequency)
     half = 0.5 * cov.diagonal(dim1=-2, dim2=-1)
     sin, cos, decay = torch.sin(mean), torch.cos(mean), torch.exp(-half)
     # cosh, sinh and cosh - 1 of cov, times both decays: alone they would overflow
@@ -369,8 +346,7 @@ def sine_moments(mean: Tensor, cov: Tensor, waves: tuple) -> tuple[Tensor, Tenso
     cosh = 0.5 * (torch.exp(cov - decays) + torch.exp(-cov - decays))
     sinh = cosh * torch.tanh(cov)
     spread = sinh * (outer(cos, cos) + torch.tanh(0.5 * cov) * outer(sin, sin))
-    gain = (frequency * (decay * cos)[:, None]) @ amplitude
-    return (decay * sin) @ amplitude, amplitude.T @ spread @ amplitude, gain
+    return decay * sin, spread, frequency * (decay * cos)[:, None]
 
 
 def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -378,47 +354,39 @@ def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return mean.index_select(-1, index), cov.index_select(-1, index).index_select(-2, index)
 
 
-def join(mean, cov, more_mean, more_cov, cross) -> tuple[Tensor, Tensor]:
+def join(x_mean, x_cov, y_mean, y_cov, cross) -> tuple[Tensor, Tensor]:
     """The joint Gaussian of x and y, whose covariance is cross (N, D, K): (N, D + K), ..."""
-    rows = torch.cat([cov, cross], -1), torch.cat([cross.mT, more_cov], -1)
-    return torch.cat([mean, more_mean], -1), torch.cat(rows, -2)
+    rows = torch.cat([x_cov, cross], -1), torch.cat([cross.mT, y_cov], -1)
+    return torch.cat([x_mean, y_mean], -1), torch.cat(rows, -2)
 
 
-def certain(mean: Tensor) -> tuple[Tensor, Tensor]:
-    """A state (N, D) known exactly, as the moments of a belief."""
-    return mean, mean.new_zeros(*mean.shape, mean.shape[-1])
-
-
-@functools.cache
-def angle_waves(angles: tuple[int, ...], width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sine and cosine of each angle: cos x = sin(x + pi / 2)."""
-    eye = torch.eye(width, dtype=torch.float64)
-    phase = torch.tensor([0, math.pi / 2] * len(angles), dtype=torch.float64)
-    return eye[:, [i for i in angles for _ in range(2)]], phase, torch.eye(len(phase)).double()
+def known(state: Tensor) -> tuple[Tensor, Tensor]:
+    """A state (N, D) that is known exactly, as mean and covariance."""
+    return state, state.new_zeros(*state.shape, state.shape[-1])
 
 
 def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Append sin and cos of each angle to x: (N, D), (N, D, D) -> (N, D + 2K), ..."""
     if not angles:
         return mean, cov
-    sine, sine_cov, gain = sine_moments(mean, cov, angle_waves(tuple(angles), mean.shape[-1]))
+    frequency = torch.eye(mean.shape[-1]).to(mean)[:, list(angles)].repeat_interleave(2, 1)
+    phase = mean.new_tensor([0, math.pi / 2] * len(angles))  # cos x = sin(x + pi / 2)
+    sine, sine_cov, gain = sine_moments(mean, cov, frequency, phase)
     return join(mean, cov, sine, sine_cov, cov.bmm(gain))
 
 
-@functools.cache
-def bounding_waves(kind: str, actions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What bounds actions to [-1, 1]: "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u."""
-    frequencies, amplitudes = {"gSat": ((1, 3), (9 / 8, 1 / 8)), "gSin": ((1,), (1,))}[kind]
-    eye = torch.eye(actions, dtype=torch.float64)
+def squash(mean, cov, gain, bound: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Bound actions u ~ N(mean, cov) to [-1, 1]; their gain (N, I, A) is from the state.
+
+    bound: "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u.
+    """
+    frequencies, amplitudes = {"gSat": ((1, 3), (9 / 8, 1 / 8)), "gSin": ((1,), (1,))}[bound]
+    eye = torch.eye(mean.shape[-1], dtype=mean.dtype)
     frequency = torch.cat([factor * eye for factor in frequencies], 1)
     amplitude = torch.cat([factor * eye for factor in amplitudes])
-    return frequency, torch.zeros(len(amplitude)).double(), amplitude
-
-
-def squash(mean, cov, gain, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound actions u ~ N(mean, cov) to [-1, 1]; their gain (N, I, A) is from the state."""
-    mean, cov, slope = sine_moments(mean, cov, bounding_waves(kind, mean.shape[-1]))
-    return mean, cov, gain.bmm(slope)
+    mean, cov, slope = sine_moments(mean, cov, frequency, torch.zeros_like(frequency[0]))
+    each = amplitude.expand(len(mean), -1, -1)
+    return mean @ amplitude, each.mT.bmm(cov).bmm(each), gain.bmm(slope).bmm(each)
 
 
 # --- networks -----------------------------------------------------------------------------------
@@ -460,17 +428,17 @@ class PenalizedMarginalLikelihood(gpytorch.mlls.ExactMarginalLogLikelihood):
         return value - penalty / target.shape[-1]
 
 
-def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> Factors:
-    """Factors of the GPs with data x (n, I), y (n, E)."""
+def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> KernelExpansion:
+    """The posterior of GPs with data x (n, I), y (n, E)."""
     gram = kernel(x, x, *hyper[:2])
     gram.diagonal(dim1=-2, dim2=-1).add_(torch.exp(2 * hyper[2])[:, None])
     root = torch.linalg.cholesky(gram)
     beta = torch.cholesky_solve(y.T[..., None], root)[..., 0]
-    return factors(x, *hyper[:2], beta, torch.cholesky_inverse(root))
+    return kernel_expansion(x, *hyper[:2], beta, torch.cholesky_inverse(root))
 
 
-def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -> Factors:
-    """Factors of the GPs with data x (n, I), y (n, E) through inducing inputs z (m, I): FITC.
+def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -> KernelExpansion:
+    """The posterior of GPs with data x (n, I), y (n, E) through inducing inputs z (m, I): FITC.
 
     Snelson & Ghahramani (2006). Here `inverse` is the inverse kernel matrix of z minus that of the
     posterior. `ridge` is in units of the signal's variance; the authors', 1e-6, is not.
@@ -479,10 +447,11 @@ def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -
     root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + ridge * eye)  # (E, m, m)
     v = torch.linalg.solve_triangular(root, kernel(z, x, *hyper[:2]), upper=False)
     noise = (torch.exp(2 * hyper[1]) + torch.exp(2 * hyper[2]))[:, None] - v.square().sum(-2)
-    v, both = v / noise[:, None], root @ torch.linalg.cholesky(eye + v / noise[:, None] @ v.mT)
-    beta = torch.cholesky_solve(root @ (v @ y.T[..., None]), both)[..., 0]
-    inverse = torch.cholesky_inverse(root) - torch.cholesky_inverse(both)
-    return factors(z, *hyper[:2], beta, inverse)
+    scaled = v / noise[:, None]
+    posterior_root = root @ torch.linalg.cholesky(eye + scaled @ v.mT)
+    beta = torch.cholesky_solve(root @ (scaled @ y.T[..., None]), posterior_root)[..., 0]
+    inverse = torch.cholesky_inverse(root) - torch.cholesky_inverse(posterior_root)
+    return kernel_expansion(z, *hyper[:2], beta, inverse)
 
 
 def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) -> Tensor:
@@ -509,8 +478,8 @@ def check_data(observation: Tensor, action: Tensor, after: Tensor):
     """RunError unless a GP can be fitted to transitions: (n, D), (n, A), (n, D)."""
     if len(observation) < 2:
         raise RunError(f"a Gaussian process needs at least two transitions, not {len(observation)}")
-    parts = {"observation": observation, "action": action, "next observation": after}
-    for name, values in parts.items():
+    columns = {"observation": observation, "action": action, "next observation": after}
+    for name, values in columns.items():
         if bad := (~values.isfinite()).any(0).nonzero()[:, 0].tolist():
             raise RunError(f"NaN or infinity in {name}, numbers {bad}")
     change = after - observation
@@ -534,24 +503,24 @@ class GPWorldModel(nn.Module):
         straight = [i for i in range(obs_dim) if i not in self.angles]
         features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
         self.register_buffer("features", torch.tensor(features))
-        self.hyper = self.factors = None
+        self.hyper = self.posterior = None
 
     def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
         """Transitions td[n] -> inputs (n, I), targets (n, E); ValueError for other widths."""
-        parts = td["observation"], td["next", "observation"], td["action"]
-        if any(part.dtype != torch.float64 for part in parts):
+        x, action, after = td["observation"], td["action"], td["next", "observation"]
+        if not x.dtype == action.dtype == after.dtype == torch.float64:
             warnings.warn("PILCO computes in float64: the transitions are converted", stacklevel=3)
-        x, after, action = (part.double() for part in parts)
+            x, action, after = x.double(), action.double(), after.double()
         if (x.shape[-1], action.shape[-1]) != (self.obs_dim, self.action_dim):
             have = f"made for {self.obs_dim} state variables and {self.action_dim} actions"
             raise ValueError(f"{have}, not {x.shape[-1]} and {action.shape[-1]}")
-        inputs = with_angles(*certain(x), self.angles)[0][:, self.features]
+        inputs = with_angles(*known(x), self.angles)[0][:, self.features]
         return torch.cat([inputs, action], -1), after - x
 
     def fit(self, td: TensorDict) -> "GPWorldModel":
-        """Learn from transitions td[n], from the last hyperparameters on; RunError if that fails.
+        """Learn from td[n]: `observation`, `action`, ("next", "observation"); RunError if it fails.
 
-        td has `observation`, `action` and ("next", "observation").
+        The last hyperparameters, if any, are where it begins.
         """
         check_data(td["observation"], td["action"], td["next", "observation"])
         x, y = self.dataset(td)
@@ -585,17 +554,17 @@ class GPWorldModel(nn.Module):
     def factorize(self, x: Tensor, y: Tensor) -> "GPWorldModel":
         """Compute once what every prediction needs."""
         if len(x) <= self.max_inducing:
-            self.factors = exact(x, y, self.hyper)
+            self.posterior = exact(x, y, self.hyper)
         else:
             inducing = most_uncertain(x, self.hyper, self.max_inducing)
-            self.factors = fitc(x, y, inducing, self.hyper)
+            self.posterior = fitc(x, y, inducing, self.hyper)
         return self
 
     def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """moment_matching of the difference, inputs N(mean (N, I), cov (N, I, I))."""
-        if self.factors is None:
+        if self.posterior is None:
             raise RunError("the world model has no data yet: fit it first")
-        return moment_matching(mean, cov, self.factors)
+        return moment_matching(mean, cov, self.posterior)
 
 
 class LinearController(nn.Module):
@@ -626,9 +595,9 @@ class LinearController(nn.Module):
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
         """(R, F), (R, F, F) -> mean (R, A), covariance (R, A, A), gain (R, F, A) of actions."""
-        parts = self.prepare() if prepared is None else prepared
-        weight = parts["weight"].expand(len(mean), -1, -1)
-        action = (weight @ mean[..., None])[..., 0] + parts["bias"]
+        parameters = prepared or self.prepare()
+        weight = parameters["weight"].expand(len(mean), -1, -1)
+        action = (weight @ mean[..., None])[..., 0] + parameters["bias"]
         return squash(action, weight @ cov @ weight.mT, weight.mT, self.bound)
 
 
@@ -643,20 +612,20 @@ class RBFController(nn.Module):
                  restarts: int = 1):  # fmt: skip
         super().__init__()
         self.bound, self.action_dim = bound, action_dim
-        self.sizes = {"centers": (centers, inputs), "targets": (centers, action_dim)}
-        self.sizes |= {"log_lengthscale": (action_dim, inputs)}
+        self.sizes = dict(centers=(centers, inputs), targets=(centers, action_dim))
+        self.sizes["log_lengthscale"] = (action_dim, inputs)
         count = sum(map(math.prod, self.sizes.values()))
         self.theta = nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
 
     def draw(self, points: Tensor, lengthscale: Tensor, targets: float) -> Tensor:
         """Random parameters (R, P): centers among points (n, F), targets of this deviation."""
         theta = torch.zeros_like(self.theta)
-        parts = unpack(theta, self.sizes)
-        for centers in parts["centers"]:
+        new = unpack(theta, self.sizes)
+        for centers in new["centers"]:
             times = math.ceil(len(centers) / len(points))  # more centers than points: some twice
             centers.copy_(points[torch.randperm(len(points)).repeat(times)[: len(centers)]])
-        parts["targets"].normal_(0, targets)
-        parts["log_lengthscale"].copy_(lengthscale.log().expand_as(parts["log_lengthscale"]))
+        new["targets"].normal_(0, targets)
+        new["log_lengthscale"].copy_(lengthscale.log().expand_as(new["log_lengthscale"]))
         return theta
 
     def scale(self, theta: Tensor) -> Tensor:
@@ -666,24 +635,23 @@ class RBFController(nn.Module):
         unpack(scale, self.sizes)["centers"].copy_(unit)
         return scale
 
-    def prepare(self, theta: Tensor | None = None) -> Factors:
-        parts = unpack(self.theta if theta is None else theta, self.sizes)
-        centers, scale = parts["centers"], parts["log_lengthscale"]
-        signal, eye = torch.zeros_like(scale[..., 0]), torch.eye(centers.shape[-2]).double()
-        gram = kernel(centers, centers, scale, signal) + 0.01**2 * eye
-        beta = torch.linalg.solve(gram, parts["targets"].mT[..., None])[..., 0]
-        return factors(centers, scale, signal, beta)
+    def prepare(self, theta: Tensor | None = None) -> KernelExpansion:
+        theta = self.theta if theta is None else theta
+        centers, targets, log_lengthscale = unpack(theta, self.sizes).values()
+        log_signal, eye = torch.zeros_like(log_lengthscale[..., 0]), torch.eye(centers.shape[-2])
+        gram = kernel(centers, centers, log_lengthscale, log_signal) + 0.01**2 * eye.double()
+        beta = torch.linalg.solve(gram, targets.mT[..., None])[..., 0]
+        return kernel_expansion(centers, log_lengthscale, log_signal, beta)
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
-        prepared = self.prepare() if prepared is None else prepared
-        return squash(*moment_matching(mean, cov, prepared), self.bound)
+        return squash(*moment_matching(mean, cov, prepared or self.prepare()), self.bound)
 
 
 def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
     """Rows of parameters (R, P) -> {name: (R, *size)}, views of them."""
     parts = theta.split([math.prod(size) for size in sizes.values()], -1)
-    named = zip(parts, sizes.items(), strict=True)
-    return {name: part.unflatten(-1, size) for part, (name, size) in named}
+    named = zip(sizes.items(), parts, strict=True)
+    return {name: part.unflatten(-1, size) for (name, size), part in named}
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -692,12 +660,12 @@ def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
 def gaussian_integral(z: Tensor, cov: Tensor, scales: Tensor) -> Tensor:
     """|I + s cov|^-1/2 exp(-s z' (I + s cov)^-1 z / 2): E exp(-s |x|^2 / 2), x ~ N(z, cov), eq. 25.
 
-    z (N, r), cov (N, r, r), each s of scales (K) -> (N, K).
+    z (..., r), cov (..., r, r), each s of scales (K) -> (..., K).
     """
-    scales = scales[:, None, None]
-    inverse, logdet = invert(torch.eye(z.shape[-1]).to(z) + scales * cov[:, None])
-    z = z[:, None, :, None]
-    return torch.exp(-0.5 * (z * (scales * inverse @ z)).sum((-2, -1)) - logdet)
+    scales, z = scales[:, None, None], z[..., None, :, None]
+    eye = torch.eye(z.shape[-2], dtype=z.dtype)
+    inverse, half_logdet = invert(eye + scales * cov[..., None, :, :])
+    return torch.exp(-0.5 * (z * (scales * inverse @ z)).sum((-2, -1)) - half_logdet)
 
 
 class ExponentialQuadraticCost(nn.Module):
@@ -713,7 +681,7 @@ class ExponentialQuadraticCost(nn.Module):
         super().__init__()
         self.angles, self.exploration = tuple(angles), exploration
         target = torch.as_tensor(target, dtype=torch.float64)[None]
-        self.register_buffer("target", with_angles(*certain(target), self.angles)[0][0])
+        self.register_buffer("target", with_angles(*known(target), self.angles)[0][0])
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (len(self.target),) * 2:
             raise ValueError(f"weights must be square, of {len(self.target)} features")
@@ -726,7 +694,7 @@ class ExponentialQuadraticCost(nn.Module):
         self.register_buffer("scales", torch.cat([once, 2 * once]))  # of 1 - cost and its square
 
     def moments(self, mean: Tensor, cov: Tensor, exploration=0.0) -> tuple[Tensor, Tensor]:
-        """Features N(mean (N, F), cov (N, F, F)) -> expected cost and its variance (N).
+        """Features N(mean (..., F), cov (..., F, F)) -> expected cost and its variance (...).
 
         The variance is the mean over the widths, as the authors', not that of the mean cost.
         """
@@ -744,7 +712,7 @@ class ExponentialQuadraticCost(nn.Module):
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
-        belief = with_angles(*certain(observation.double().flatten(0, -2)), self.angles)
+        belief = with_angles(*known(observation.double().flatten(0, -2)), self.angles)
         return self.moments(*belief)[0].view(observation.shape[:-1])
 
 
@@ -760,7 +728,7 @@ class ImaginedEnv(ModelBasedEnvBase):
 
     dtype = torch.float64
 
-    def __init__(self, world_model: GPWorldModel, cost: nn.Module, *, noise: str = "latent"):
+    def __init__(self, world_model: GPWorldModel, cost=None, *, noise: str = "latent"):
         width = world_model.obs_dim + 2 * len(world_model.angles)
         super().__init__(world_model, {"mean": (width,), "covariance": (width, width)})
         if noise not in ("latent", "observed"):
@@ -774,11 +742,8 @@ class ImaginedEnv(ModelBasedEnvBase):
         most = values.abs().amax(-1, keepdim=True)
         if not torch.equal(cov, cov.mT) or (values < -1e-9 * most).any():
             raise ValueError("a covariance must be symmetric and positive semi-definite")
-        return self.with_features(mean, cov)
-
-    def with_features(self, mean: Tensor, cov: Tensor) -> TensorDict:
         mean, cov = with_angles(mean, cov, self.world_model.angles)
-        return TensorDict(mean=mean, covariance=cov, batch_size=mean.shape[:1])
+        return TensorDict(mean=mean, covariance=cov, batch_size=len(mean))
 
     def policy(self, controller: nn.Module, prepared=None) -> Callable[[TensorDict], TensorDict]:
         """The controller as a policy for `rollout`."""
@@ -791,19 +756,24 @@ class ImaginedEnv(ModelBasedEnvBase):
         return act
 
     def _step(self, td: TensorDict) -> TensorDict:
-        """One step of the belief, `cost` and `cost_variance` there; reward = -cost."""
+        """The next belief and, if there is a cost, `cost` and `cost_variance` there."""
         model, d = self.world_model, self.world_model.obs_dim
-        action, spread, gain = td["action"], td["action_covariance"], td["action_gain"]
-        cross = td["covariance"].index_select(-1, model.features).bmm(gain)
-        mean, cov = join(td["mean"], td["covariance"], action, spread, cross)
-        change, spread, gain = model(*select(mean, cov, self.inputs))
-        cross = cov[..., :d, :].index_select(-1, self.inputs).bmm(gain)
-        cov = cov[..., :d, :d] + spread + (cross + cross.mT)
+        cross = td["covariance"].index_select(-1, model.features).bmm(td["action_gain"])
+        action, action_cov = td["action"], td["action_covariance"]
+        mean, cov = join(td["mean"], td["covariance"], action, action_cov, cross)
+        with_inputs = cov.index_select(-1, self.inputs)
+        inputs = mean.index_select(-1, self.inputs), with_inputs.index_select(-2, self.inputs)
+        change, change_cov, gain = model(*inputs)
+        cross = with_inputs[:, :d].bmm(gain)
+        cov = cov[:, :d, :d] + change_cov + (cross + cross.mT)
         if self.noise == "observed":
             cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
-        after = self.with_features(mean[..., :d] + change, cov)
-        cost, variance = self.cost(after["mean"], after["covariance"])
-        return after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
+        mean, cov = with_angles(mean[:, :d] + change, cov, model.angles)
+        after = TensorDict(mean=mean, covariance=cov, batch_size=len(mean))
+        if self.cost is not None:
+            cost, variance = self.cost(mean, cov)
+            after.update(dict(cost=cost, cost_variance=variance, reward=-cost))
+        return after
 
 
 # --- acting and updating ------------------------------------------------------------------------
@@ -818,29 +788,29 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
     ends by itself. After each third of the evaluations only the better half goes on. What is not
     finite counts as a step too long: a value just above the row's last one, without gradient.
     """
-    best, found, used, bar = math.inf, None, 0, math.inf
-    lowest, last = torch.full((2, len(theta)), math.inf, dtype=torch.float64)
+    lowest_value, best, used, limit = math.inf, None, 0, math.inf
+    row_lowest, row_last = torch.full((2, len(theta)), math.inf, dtype=torch.float64)
 
     def evaluate(z: np.ndarray, batch_indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal best, found, used, bar
+        nonlocal lowest_value, best, used, limit
         if used == evaluations or stop():
             raise StopIteration
         points = torch.from_numpy(z) * scale[batch_indices]
         values, grads = objective(points)
         used += 1
-        if (least := values.nan_to_num(math.inf).min().item()) < best:
-            best, found = least, points[values == least][0].clone()
-        good = (values.abs() < 1e100) & (grads.abs() < 1e100).all(-1)
-        back = last[batch_indices].nan_to_num(posinf=0.0)
-        last[batch_indices] = torch.where(good, values, last[batch_indices])
-        values = torch.where(good, values, back + 0.01 * (1 + back.abs()))
-        lowest[batch_indices] = torch.minimum(lowest[batch_indices], values)
+        if (least := values.nan_to_num(math.inf).min().item()) < lowest_value:
+            lowest_value, best = least, points[values == least][0].clone()
+        finite = (values.abs() < 1e100) & (grads.abs() < 1e100).all(-1)
+        previous = row_last[batch_indices].nan_to_num(posinf=0.0)
+        row_last[batch_indices] = torch.where(finite, values, row_last[batch_indices])
+        values = torch.where(finite, values, previous + 0.01 * (1 + previous.abs()))
+        row_lowest[batch_indices] = torch.minimum(row_lowest[batch_indices], values)
         if used % math.ceil(evaluations / 3) == 0:
-            bar = lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
-        return values.numpy(), (grads * scale[batch_indices]).where(good[:, None], 0.0).numpy()
+            limit = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
+        return values.numpy(), (grads * scale[batch_indices]).where(finite[:, None], 0.0).numpy()
 
     def drop_the_worse(intermediate_result):
-        if intermediate_result.fun > bar:
+        if intermediate_result.fun > limit:
             raise StopIteration
 
     with contextlib.suppress(StopIteration):
@@ -848,7 +818,7 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
             evaluate, (theta / scale).numpy(), maxiter=iterations, maxcor=50, factr=10, pgtol=1e-9,
             callback=drop_the_worse, pass_batch_indices=True,
         )  # fmt: skip
-    return found, best, used
+    return best, lowest_value, used
 
 
 class Agent:
@@ -887,7 +857,7 @@ class Agent:
             self.cost = ExponentialQuadraticCost(target, weights, **options)
         except ValueError as error:
             raise RunError(f"--weights: {error}") from None
-        self.env = ImaginedEnv(self.world_model, self.cost, noise=args.noise)
+        self.env = ImaginedEnv(self.world_model, noise=args.noise)
         self.data, self.firsts, self.drawn = None, [], False
         self.fps = max(1, round(1 / (args.dt * args.action_repeat)))
 
@@ -912,7 +882,7 @@ class Agent:
         if random:
             action = torch.rand(len(rows), self.spec["action_dim"]) * 2 - 1
             return TensorDict(action=action, batch_size=[len(rows)])
-        features = with_angles(*certain(self.state(rows)), self.args.angles)
+        features = with_angles(*known(self.state(rows)), self.args.angles)
         belief = select(*features, self.world_model.features)
         action = self.controller(*belief, self.best())[0].float()
         return TensorDict(action=action, batch_size=[len(rows)])
@@ -924,8 +894,8 @@ class Agent:
     def add(self, rows: TensorDict, actions: Tensor):
         """Keep a rollout: rows [T + 1], actions (T, A)."""
         states = self.state(rows)
-        parts = {"observation": states[:-1], "action": actions.double()}
-        new = TensorDict({**parts, "next": {"observation": states[1:]}}).auto_batch_size_(1)
+        new = TensorDict(observation=states[:-1], action=actions.double(), batch_size=len(actions))
+        new["next", "observation"] = states[1:]
         self.data = new if self.data is None else torch.cat([self.data, new])
         self.firsts.append(states[0])
 
@@ -937,20 +907,20 @@ class Agent:
         std = self.numbers("start_std", width, 0.0) if args.start_std else std
         return mean[None], torch.diag(std.square())[None]
 
-    def imagine(self, prepared, number: int = 1) -> TensorDict:
-        """The beliefs [number, horizon] of policies that `prepare` returned."""
+    def imagine(self, prepared, number: int = 1, exploration: bool = True) -> TensorDict:
+        """The beliefs [number, horizon] of policies that `prepare` returned, and their cost."""
         start = self.env.belief(*self.start()).expand(number).clone()
         policy = self.env.policy(self.controller, prepared)
-        return self.env.rollout(self.args.horizon, policy, start, auto_reset=False)
+        dream = self.env.rollout(self.args.horizon, policy, start, auto_reset=False)
+        cost = self.cost if exploration else self.cost.moments
+        after = dream["next"]  # the cost of all steps at once takes a tenth less time
+        after["cost"], after["cost_variance"] = cost(after["mean"], after["covariance"])
+        return dream
 
     @torch.no_grad()
     def predict(self) -> TensorDict:
         """The beliefs [1, horizon] that the policy leads to; their cost without exploration."""
-        dream = self.imagine(self.best())
-        after = dream["next"][0]
-        cost, variance = self.cost.moments(after["mean"], after["covariance"])
-        dream["next"].update(dict(cost=cost[None], cost_variance=variance[None]))
-        return dream
+        return self.imagine(self.best(), exploration=False)
 
     def objective(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Discounted expected cost (R) of x_1..x_H for parameters (R, P), and its gradient."""
@@ -988,9 +958,9 @@ class Agent:
         theta, scale = self.controller.theta.data, self.controller.scale(self.controller.theta.data)
         budget = args.iterations, args.evaluations
         theta, _, used = search(self.objective, theta, scale, *budget, stop)
-        if theta is None and stop():
-            return {}
         if theta is None:
+            if stop():
+                return {}
             raise RunError("the expected cost is not a number: look at the scale of observations")
         self.controller.theta.data[:1] = theta
         _, signal, noise = self.world_model.hyper
@@ -1046,21 +1016,19 @@ def prediction_plot(predicted, costs, states):
     """
     from matplotlib.figure import Figure
 
-    panels = {"cost": (predicted["cost"], predicted["cost_variance"], costs)}
     variances = predicted["covariance"].diagonal(dim1=-2, dim2=-1)
+    panels = {"cost": (predicted["cost"], predicted["cost_variance"], costs)}
     for i, real in enumerate(states.mT):
         panels[f"state {i}"] = predicted["mean"][:, i], variances[:, i], real
     figure = Figure(figsize=(7, 1 + 1.3 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    axes, steps = figure.subplots(len(panels), sharex=True), np.arange(1, len(variances) + 1)
     for ax, (label, (mean, variance, real)) in zip(axes, panels.items(), strict=True):
-        steps, spread = np.arange(1, len(mean) + 1), 2 * variance.clamp(min=0).sqrt()
+        spread = 2 * variance.clamp(min=0).sqrt()
         ax.fill_between(steps, mean - spread, mean + spread, color="#e07b1a", alpha=0.25, lw=0)
         ax.plot(steps, mean, color="#e07b1a", label="predicted, two deviations")
-        ax.plot(np.arange(1, len(real) + 1), real, color="black", lw=1.2, label="real")
-        ax.set_ylabel(label)
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.plot(steps[: len(real)], real, color="black", lw=1.2, label="real")
+        ax.set(ylabel=label, xlabel="" if ax is not axes[-1] else "steps")
     axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    axes[-1].set_xlabel("steps")
     return figure
 
 

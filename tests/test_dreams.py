@@ -295,8 +295,8 @@ def test_starts_are_posteriors_of_rows_that_end_no_episode(runs, script):
 def test_pilcos_prediction_is_moment_matching_without_uncertainty(runs):
     agent = pilco.load(runs / "pilco")
     model, x = agent.world_model, torch.randn(6, 4, dtype=torch.float64)
-    mean, variance = predict(x, model.factors, model.hyper)
-    matched, cov, _ = model(*pilco.certain(x))
+    mean, variance = predict(x, model.posterior, model.hyper)
+    matched, cov, _ = model(*pilco.known(x))
     torch.testing.assert_close(mean, matched)
     torch.testing.assert_close(variance, cov.diagonal(dim1=-2, dim2=-1), rtol=1e-6, atol=1e-9)
 
@@ -313,7 +313,7 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
         state=state.expand(40_000, -1), action=action.expand(40_000, -1), batch_size=40_000
     )
     after = envs.step(many)["next"]
-    belief = agent.env.belief(*pilco.certain(state)).set("action", action)
+    belief = agent.env.belief(*pilco.known(state)).set("action", action)
     belief["action_covariance"] = torch.zeros(1, 1, 1).double()
     belief["action_gain"] = torch.zeros(1, 3, 1).double()
     exact = agent.env.step(belief)["next"]

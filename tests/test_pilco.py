@@ -21,9 +21,9 @@ from pilco import (
     LinearController,
     PenalizedMarginalLikelihood,
     RBFController,
-    certain,
     exact,
     fitc,
+    known,
     moment_matching,
     most_uncertain,
     search,
@@ -224,7 +224,7 @@ def test_points_far_from_a_belief_add_nothing():
     ):
         mean = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
         cov = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
-        found = moment_matching(mean, cov, pilco.factors(points, log, log[0], weights))
+        found = moment_matching(mean, cov, pilco.kernel_expansion(points, log, log[0], weights))
         sum(part.sum() for part in found).backward()
         results.append((*found, mean.grad, cov.grad))
     for a, b in zip(*results, strict=True):
@@ -233,31 +233,29 @@ def test_points_far_from_a_belief_add_nothing():
 
 @pytest.mark.parametrize("gps", [False, True])
 def test_pair_sums_and_their_gradients(gps):
-    """Against the same in plain torch, at points that are symmetric where p and q are the same."""
+    """Against the same in plain torch, from cross and its transpose for the other order."""
     torch.manual_seed(0)
-    ends, gp_ends, _ = pilco.pairs(2)
     nu, beta, inverse = torch.randn(3, 2, 5), torch.randn(2, 5), torch.randn(2, 5, 5)
-    cross, rows, weights = torch.randn(3, 3, 2, 2), torch.randn(3, 6, 5), torch.randn(3, 2, 5)
-    cross[:, :2], rows[:, 3:5] = cross[:, :2] + cross[:, :2].mT, rows[:, :2]
-    inverse = (inverse + inverse.mT).double()
-    beta = beta.double()
-    weight = beta[:, :, None] * beta[:, None] - inverse
-    if gps:
-        ends, weights = gp_ends, torch.cat([weights, beta * weights], 1)
-    given = [x.double().requires_grad_() for x in (nu, cross, rows, weights)]
+    cross, row, coefs = torch.randn(3, 2, 2, 2, 2), torch.randn(3, 2, 2, 5), torch.randn(3, 2, 2, 5)
+    inverse, beta = (inverse + inverse.mT).double(), beta.double()
+    f = pilco.kernel_expansion(nu[0].mT, beta[:, :2], beta[:, 0], beta, inverse if gps else None)
+    given = [x.double().requires_grad_() for x in (nu, row, cross, coefs)]
 
-    def plain(nu, cross, rows, weights):
-        row, column = rows.chunk(2, 1)
-        k = torch.expm1(
-            row[..., None] + nu[:, None].mT @ cross @ nu[:, None] + column[..., None, :]
-        )
+    def with_transposes(nu, row, cross, coefs):
+        return nu, row, cross + cross.transpose(1, 2).mT, coefs
+
+    def plain(nu, row, cross, coefs):
+        nu = nu[:, None, None]
+        other_row, other_coefs = row.transpose(1, 2), coefs.transpose(1, 2)
+        k = torch.expm1(row[..., None] + nu.mT @ cross @ nu + other_row[..., None, :])
         if gps:
-            k = torch.cat([k[:, :2] * weight - inverse, k[:, 2:]], 1)
-        p, q = weights[:, ends].chunk(2, 1)
-        return (p[..., None] * k * q[..., None, :]).sum((-2, -1))
+            same = k.diagonal(dim1=1, dim2=2).movedim(-1, 1)  # k of a function with itself
+            gp_k = (beta[:, :, None] * beta[:, None] - inverse) * same - inverse
+            k = torch.where(torch.eye(2, dtype=torch.bool)[..., None, None], gp_k[:, :, None], k)
+        return (coefs[..., None] * k * other_coefs[..., None, :]).sum((-2, -1))
 
-    found = pilco.pair_sums(*given, ends, *((beta, inverse, weight) if gps else ()))
-    wanted, scale = plain(*given), torch.randn(3, 3).double()
+    found = pilco.PairSums.apply(*with_transposes(*given), f)
+    wanted, scale = plain(*with_transposes(*given)), torch.randn(3, 2, 2).double()
     assert error(found, wanted) < 1e-12
     grads = [torch.autograd.grad((x * scale).sum(), given) for x in (found, wanted)]
     for a, b in zip(*grads, strict=True):
@@ -286,9 +284,9 @@ def test_variances_stay_positive(spread):
     factors = exact(x, y, (scale, signal, signal - math.log(1000)))
     mean = torch.randn(20, 5, dtype=torch.float64)
     cov = spread * torch.eye(5, dtype=torch.float64).expand(20, 5, 5)
-    certain_ = pilco.factors(x, scale, signal, factors.beta)
-    for factors_ in (factors, certain_, certain_._replace(variance=0 * signal)):
-        found, variance, gain = moment_matching(mean, cov, factors_)
+    sure = pilco.kernel_expansion(x, scale, signal, factors.beta)
+    for one in (factors, sure, sure._replace(variance=0 * signal)):
+        found, variance, gain = moment_matching(mean, cov, one)
         assert found.isfinite().all() and gain.isfinite().all()
         assert torch.equal(variance, variance.mT)
         eigenvalues = torch.linalg.eigvalsh(variance)
@@ -334,7 +332,7 @@ def test_angles():
     assert error(cov[0, 4:, 4:], out["V"]) < 1e-13
     assert error(cov[0, :4, 4:], given["v"] @ out["C"]) < 1e-13
     assert torch.equal(mean[0, :4], column(given["m"])) and torch.equal(cov[0, :4, :4], given["v"])
-    sure, none = with_angles(*certain(column(given["m"])[None]), angles)
+    sure, none = with_angles(*known(column(given["m"])[None]), angles)
     theta = column(given["m"])[angles]
     near = torch.stack([theta.sin(), theta.cos()], -1).flatten()
     assert error(sure[0, 4:], near) < 1e-14 and none.abs().max() < 1e-15
@@ -342,7 +340,7 @@ def test_angles():
 
 def test_sine_moments_of_known_numbers():
     zero = torch.zeros(1, 1, dtype=torch.float64)
-    mean, cov, slope = sine_moments(zero, zero[None] + 0.5, pilco.bounding_waves("gSin", 1))
+    mean, cov, slope = sine_moments(zero, zero[None] + 0.5, zero + 1, zero[0])
     assert mean == 0 and slope.item() == pytest.approx(math.exp(-0.25))
     assert cov.item() == pytest.approx((1 - math.exp(-1)) / 2)  # E sin^2 = (1 - E cos 2x) / 2
 
@@ -352,8 +350,7 @@ def test_sines_of_an_angle_that_nobody_knows():
     mean = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     cov = torch.tensor([[[800, 799.5], [799.5, 800]]], dtype=torch.float64, requires_grad=True)
     eye = torch.eye(2, dtype=torch.float64)
-    waves = eye, torch.zeros(2, dtype=torch.float64), eye
-    _, spread, _ = sine_moments(mean, cov, waves)
+    _, spread, _ = sine_moments(mean, cov, eye, torch.zeros(2, dtype=torch.float64))
     cross = math.exp(-0.5) / 2  # 2 sin x sin y = cos(x - y) - cos(x + y), and x - y has variance 1
     wanted = torch.tensor([[0.5, cross], [cross, 0.5]], dtype=torch.float64)
     assert error(spread[0], wanted) < 1e-12
@@ -411,7 +408,7 @@ def test_rbf_controller():
     assert error(gain[0] * most, out["C"]) < 1e-12
     given, out = case("policy_deterministic")
     controller, most = rbf_of(given), column(given["maxU"])
-    action, _, _ = controller(*certain(column(given["m"])[None]))
+    action, _, _ = controller(*known(column(given["m"])[None]))
     assert error(most * action[0], column(out["u"])) < 1e-12
 
 
@@ -552,7 +549,7 @@ def test_fit_from_tensordicts():
     model = GPWorldModel(obs_dim=2, action_dim=1, angles=[0]).fit(transitions())
     test = transitions(200, seed=1)
     inputs, targets = model.dataset(test)
-    mean, cov, _ = model(*certain(inputs))
+    mean, cov, _ = model(*known(inputs))
     assert (mean - targets).square().mean().sqrt() < 0.02
     assert (model.hyper[2].exp() - 0.01).abs().max() < 0.005
     small = 1e-10 * torch.eye(4, dtype=torch.float64).expand(200, 4, 4)
@@ -571,9 +568,9 @@ def test_inducing_inputs():
     torch.manual_seed(0)
     whole = GPWorldModel(2, 1).fit(transitions(120))
     sparse = GPWorldModel(2, 1, max_inducing=40).fit(transitions(120))
-    assert sparse.factors.inputs.shape == (40, 3) and whole.factors.inputs.shape == (120, 3)
+    assert sparse.posterior.inputs.shape == (40, 3) and whole.posterior.inputs.shape == (120, 3)
     inputs, _ = whole.dataset(transitions(50, seed=1))
-    assert error(sparse(*certain(inputs))[0], whole(*certain(inputs))[0]) < 0.05
+    assert error(sparse(*known(inputs))[0], whole(*known(inputs))[0]) < 0.05
 
 
 def test_inducing_inputs_are_the_most_uncertain_ones():
@@ -588,7 +585,7 @@ def test_inducing_inputs_are_the_most_uncertain_ones():
         explained = (near * torch.linalg.solve(gram, near)).sum(-2)
         left = (torch.exp(2 * model.hyper[1])[:, None] - explained) / noise[:, None]
         assert (x[left.sum(0).argmax()] == chosen[i]).all()
-    test = certain(model.dataset(transitions(100, seed=1))[0])
+    test = known(model.dataset(transitions(100, seed=1))[0])
     wanted = moment_matching(*test, exact(x, y, model.hyper))[0]
     errors = [
         error(moment_matching(*test, fitc(x, y, z, model.hyper))[0], wanted)
@@ -759,7 +756,7 @@ def test_acting_is_the_mean_of_the_imagined_action():
     rows = TensorDict(observation=3 * torch.randn(50, 2), batch_size=[50])
     action = agent.act(rows)["action"]
     index = agent.world_model.features
-    mean, cov = with_angles(*certain(rows["observation"].double()), agent.args.angles)
+    mean, cov = with_angles(*known(rows["observation"].double()), agent.args.angles)
     wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.best())
     assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
 
@@ -982,13 +979,13 @@ def test_plants_agree_with_their_costs(preset):
     args = pilco.parse_args(["--preset", preset])
     _, kwargs = plants.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
     width = len(kwargs["start"])
-    spec = {"shapes": {"observation": [width]}, "action_dim": len(kwargs["most"]), "classes": []}
+    spec = {"shapes": {"observation": [width]}, "action_dim": len(kwargs["limit"]), "classes": []}
     agent, env = Agent(spec, args), pilco.gymnasium.make(args.env_id).unwrapped
     assert kwargs["start"] == tuple(args.start) and kwargs["std"] == tuple(args.start_std)
     rng, noise = np.random.default_rng(0), []
     env.reset(seed=0)
     for _ in range(200):
-        obs, reward, *_ = env.step(rng.uniform(-1, 1, len(kwargs["most"])))
+        obs, reward, *_ = env.step(rng.uniform(-1, 1, len(kwargs["limit"])))
         assert reward == pytest.approx(-agent.cost.of(torch.tensor(env.z)[None]).item(), abs=1e-9)
         noise.append(obs - env.z)
     np.testing.assert_allclose(np.std(noise, 0), kwargs["noise"], rtol=0.2)

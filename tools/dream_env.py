@@ -123,9 +123,9 @@ class SampledEnv(ModelBasedEnvBase):
     def _step(self, td: TensorDict) -> TensorDict:
         model, state = self.world_model, td["state"]
         script = script_of(model)
-        inputs = script.with_angles(*script.certain(state), model.angles)[0][:, model.features]
+        inputs = script.with_angles(*script.known(state), model.angles)[0][:, model.features]
         inputs = torch.cat([inputs, td["action"]], -1)
-        mean, variance = predict(inputs, model.factors, model.hyper)
+        mean, variance = predict(inputs, model.posterior, model.hyper)
         if self.noise == "observed":
             variance = variance + torch.exp(2 * model.hyper[2])
         state = state + mean + variance.sqrt() * torch.randn_like(mean)
