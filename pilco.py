@@ -1009,38 +1009,11 @@ def check_horizon(args: Args):
         raise RunError(f"--horizon {args.horizon}{repeat} is too long: {ends}")
 
 
-def prediction_plot(predicted, costs, states):
-    """Figure: predicted cost and states with two deviations against what really happened.
-
-    predicted [H]: `cost`, `cost_variance`, `mean`, `covariance`; costs (T), states (T, D).
-    """
-    from matplotlib.figure import Figure
-
-    variances = predicted["covariance"].diagonal(dim1=-2, dim2=-1)
-    panels = {"cost": (predicted["cost"], predicted["cost_variance"], costs)}
-    for i, real in enumerate(states.mT):
-        panels[f"state {i}"] = predicted["mean"][:, i], variances[:, i], real
-    figure = Figure(figsize=(7, 1 + 1.3 * len(panels)), layout="constrained")
-    axes, steps = figure.subplots(len(panels), sharex=True), np.arange(1, len(variances) + 1)
-    for ax, (label, (mean, variance, real)) in zip(axes, panels.items(), strict=True):
-        spread = 2 * variance.clamp(min=0).sqrt()
-        ax.fill_between(steps, mean - spread, mean + spread, color="#e07b1a", alpha=0.25, lw=0)
-        ax.plot(steps, mean, color="#e07b1a", label="predicted, two deviations")
-        ax.plot(steps[: len(real)], real, color="black", lw=1.2, label="real")
-        ax.set(ylabel=label, xlabel="" if ax is not axes[-1] else "steps")
-    axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    return figure
-
-
-def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int, run: Run) -> dict:
-    """Metrics of a rollout; of a trial, also what was predicted, and a picture of both."""
-    states = agent.state(rows)[1:]
-    costs, metrics = agent.cost.of(states), {}
-    if trial:
-        dream = agent.predict()["next"][0]
-        metrics["search/cost"] = dream["cost"].mean().item()
-        run.logger.picture(f"trial_{trial:03}", prediction_plot(dream, costs, states))
-    return metrics | {
+def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int) -> dict:
+    """Metrics of a rollout; of a trial, also the cost that was predicted."""
+    costs = agent.cost.of(agent.state(rows)[1:])
+    predicted = {"search/cost": agent.predict()["next", "cost"].mean().item()} if trial else {}
+    return predicted | {
         "episode/return": rows["reward"].sum().item(), "trial": trial,
         "episode/length": len(actions), "episode/cost": costs.mean().item(),
         "episode/final_cost": costs[-10:].mean().item(),
@@ -1097,7 +1070,7 @@ def main(argv: list[str] | None = None):
             if run.stopping():  # an interrupted search is repeated
                 break
             rows, actions = play(agent, run.done, random=not trial)
-            metrics |= assess(agent, rows, actions, trial, run)
+            metrics |= assess(agent, rows, actions, trial)
             agent.add(rows, actions)
             run.done, run.step = run.done + 1, run.step + len(actions) * args.action_repeat
             metrics["seconds"] = run.step * args.dt

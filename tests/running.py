@@ -21,7 +21,6 @@ from dummy_envs import Base, Nested
 from gymnasium import spaces
 
 import common.run
-import pilco
 from common import checkpoint, logger
 from common.envs import example_rows, make_envs
 from common.replay import make_replay
@@ -273,7 +272,6 @@ def inside(request, monkeypatch, tmp_path):
     script = sys.modules[request.module.SCRIPT.stem]
     monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: {})
     monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
-    monkeypatch.setattr(pilco, "prediction_plot", lambda *_: None)
     monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
     return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 

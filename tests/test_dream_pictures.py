@@ -7,9 +7,9 @@ import gymnasium
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import running  # noqa: F401  registers Both-v0
 import torch
 from PIL import Image
+from running import lines_of  # which also registers Both-v0
 from tensordict import TensorDict
 
 import dreamer
@@ -106,12 +106,31 @@ def figure():
     return dreams.Figure()
 
 
+def test_the_last_trial_of_pilco(tmp_path, monkeypatch, capsys):
+    """The prediction is the one that the run logged before the trial; the states came after it."""
+    pilco.main(f"--preset debug --trials 2 --no-tensorboard --run {tmp_path}".split())
+    (*_, logged), _ = lines_of(tmp_path)[1:3], capsys.readouterr()
+    agent = pilco.load(tmp_path)
+    data = agent.data.clone()
+    predicted, states = dreams.last_trial(agent)
+    assert predicted["cost"].mean().item() == pytest.approx(logged["search/cost"], abs=1e-9)
+    assert torch.equal(states, data["next", "observation"][-8:]) and len(agent.data) == 16
+    costs = agent.cost.of(states)
+    assert costs.mean().item() == pytest.approx(logged["episode/cost"], abs=1e-9)
+    plots = dreams.plot_beliefs(predicted, costs, states).axes
+    real = [costs, *states.mT]
+    means = [predicted["cost"], *predicted["mean"].mT]
+    for axes, *values in zip(plots, means, real, strict=False):
+        for line, numbers in zip(axes.lines, values, strict=True):
+            assert np.allclose(line.get_ydata(), numbers)
+    assert [axes.get_ylabel() for axes in plots] == ["cost", "state 0", "state 1"]
+    command(monkeypatch, tmp_path)
+    assert capsys.readouterr().out.split() == [str(tmp_path / "dream.png")]
+
+
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="there is no such folder"):
         command(monkeypatch, tmp_path / "nothing")
-    pilco.main(f"--preset debug --trials 1 --no-tensorboard --run {tmp_path / 'p'}".split())
-    with pytest.raises(RunError, match=r"pilco\.py has no such dreams"):
-        command(monkeypatch, tmp_path / "p")
     agent = run_of(dreamer_v3, tmp_path / "v3", "dummy_envs:Base-v0")
     assert gymnasium.make("dummy_envs:Base-v0").unwrapped.length == 5
     with pytest.raises(RunError, match="an episode ends after 5 actions"):

@@ -7,12 +7,15 @@ from the actions alone. The pictures go to the run folder; the run may still be 
 
     dream.png      rewards and vector observations of the first episode
     dream_KEY.mp4  image observations, if any: truth, model and error, one above the other
+
+Of pilco.py: the cost and the states that its Gaussian processes predicted for the last trial.
 """
 
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -30,7 +33,7 @@ from tools.dream_env import decode
 
 @dataclass
 class Args:
-    run: tyro.conf.Positional[Path]  # folder of a run of dreamer.py or dreamer_v3.py
+    run: tyro.conf.Positional[Path]  # folder of a run
     episodes: int = 6  # played in parallel
     rows: int = 128  # at most, of each episode; the model sees a quarter of them
     seed: int = 0  # of environments and noise
@@ -125,16 +128,49 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], context: int) -> Figure:
     return figure
 
 
+def plot_beliefs(predicted: TensorDict, costs: Tensor, states: Tensor) -> Figure:
+    """Figure: predicted cost and states with two deviations, and what really happened.
+
+    predicted [H]: `cost`, `cost_variance`, `mean`, `covariance`; costs (T), states (T, D).
+    """
+    variances = predicted["covariance"].diagonal(dim1=-2, dim2=-1)
+    panels = {"cost": (predicted["cost"], predicted["cost_variance"], costs)}
+    for i, real in enumerate(states.mT):
+        panels[f"state {i}"] = predicted["mean"][:, i], variances[:, i], real
+    figure = Figure(figsize=(7, 1 + 1.3 * len(panels)), layout="constrained")
+    axes, steps = figure.subplots(len(panels), sharex=True), np.arange(1, len(variances) + 1)
+    for ax, (label, (mean, variance, real)) in zip(axes, panels.items(), strict=True):
+        spread = 2 * variance.clamp(min=0).sqrt()
+        ax.fill_between(steps, mean - spread, mean + spread, color="#e07b1a", alpha=0.25, lw=0)
+        ax.plot(steps, mean, color="#e07b1a", label="predicted, two deviations")
+        ax.plot(steps[: len(real)], real, color="black", lw=1.2, label="real")
+        ax.set(ylabel=label, xlabel="" if ax is not axes[-1] else "steps")
+    axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def last_trial(agent) -> tuple[TensorDict, Tensor]:
+    """Of pilco.py: beliefs [H] predicted before the last trial, and the states (T, D) of it."""
+    start = (agent.data["observation"] == agent.firsts[-1]).all(-1).nonzero()[-1].item()
+    states = agent.data["next", "observation"][start:]
+    agent.data, agent.firsts = agent.data[:start], agent.firsts[:-1]  # what was known by then
+    agent.world_model.factorize(*agent.world_model.dataset(agent.data))
+    return agent.predict()["next"][0], states
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     script = checkpoint.load(args.run)["header"]["script"]
     agent = importlib.import_module(script).load(args.run)
-    if not hasattr(agent, "actor"):
-        raise RunError(f"{script}.py has no such dreams: it plots its predictions in every trial")
-    batch = play(agent, args.episodes, args.rows, args.seed)
-    context = batch.shape[1] // 4
     logger = Logger(args.run, 0, tensorboard=False)
-    print("\n".join(map(str, draw(open_loop(agent, batch, context), context, logger))))
+    if hasattr(agent, "actor"):
+        batch = play(agent, args.episodes, args.rows, args.seed)
+        context = batch.shape[1] // 4
+        paths = draw(open_loop(agent, batch, context), context, logger)
+    else:
+        predicted, states = last_trial(agent)
+        paths = [logger.picture("dream", plot_beliefs(predicted, agent.cost.of(states), states))]
+    print("\n".join(map(str, paths)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import PNG
 from common.run import evaluate, launch
-from tools.dreams import open_loop, play
+from tools.dreams import last_trial, open_loop, play
 
 ORANGE, GREEN, BLUE = "#e07b1a", "#2f8f4e", "#1f5fa8"
 
@@ -55,10 +55,7 @@ def dream_picture(agent, seed, context, stride, margin, columns: int = 13) -> Fi
 def trial_picture(agent, every: int = 4) -> Figure:
     """The last trial of cart-pole, played again: frames, and the belief beside what happened."""
     steps, trial = np.arange(1, agent.args.horizon + 1), len(agent.firsts) - 1
-    before = agent.data[: -len(steps)]  # what the Gaussian processes knew then
-    agent.world_model.factorize(*agent.world_model.dataset(before))
-    predicted = agent.predict()["next"][0]
-    states = agent.data["next", "observation"][-len(steps) :]
+    predicted, states = last_trial(agent)
     frames = evaluate(agent, 1, seed=agent.args.seed * 1000 + trial)[1]
     angle = predicted["mean"][:, 3], predicted["covariance"][:, 3, 3], states[:, 3]
     cost = predicted["cost"], predicted["cost_variance"], agent.cost.of(states)
