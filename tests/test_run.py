@@ -191,13 +191,13 @@ def test_signals_save_and_stop(start, tmp_path, number):
 
 
 def test_two_processes_on_one_folder(start, tmp_path):
-    argv = [*TINY, "--env-id", "running:Slow-v0", "--run", tmp_path / "run", "--steps", 80]
+    argv = [*TINY, "--env-id", "running:Slow-v0", "--run", tmp_path / "run", "--steps", 240]
     first = start(*argv)
     until(lambda: count_lines(tmp_path / "run") > 0)
     assert "another process is running" in start(*argv).error()
     assert "another process is running" in start(*argv, "--fresh").error()
     first.done()
-    assert lines_of(tmp_path / "run")[-1]["step"] == 80
+    assert lines_of(tmp_path / "run")[-1]["step"] == 240
 
 
 # --- flags and presets --------------------------------------------------------------------------
