@@ -1,8 +1,9 @@
-"""Statistics, readers, pictures and tables of tools/plot.py; the files of tools/collect.py."""
+"""tools/episodes.py, scoring.py and plot.py, and the files of tools/collect.py."""
 
 import csv
 import gzip
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -19,12 +20,16 @@ import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.run import may_change
-from tools import collect, plot, success
-from tools.plot import Args, bin_returns, bin_width, curve, find_runs, interval, join, task_name
+from tools import collect, plot, scoring, success
+from tools.episodes import REFERENCES, find_runs, join, make_run, read_references, task_name
+from tools.plot import Args, bin_returns, bin_width, curve
+from tools.scoring import interval
 
 REPO = Path(__file__).parents[1]
 
 STEPS = range(50, 1001, 50)
+POINT = ["step", "return", "low", "high", "seeds"]  # of a published curve
+NOTHING_PUBLISHED = read_references((), ())[0]
 WALKER, CHEETAH, HOPPER = (
     f"dm_control/{task}-v0" for task in ("walker-walk", "cheetah-run", "hopper-stand")
 )
@@ -53,7 +58,7 @@ def score_file(path, runs):
 
 
 def seed_run(steps, returns, seed="0", method="m", task="t"):
-    return plot.make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}")[1]
+    return make_run(method, task, seed, zip(steps, returns, strict=True), f"run {seed}", {})[1]
 
 
 def key(run):
@@ -75,7 +80,7 @@ def read_csv(path):
 # --- names --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reference", sorted(plot.REFERENCES.glob("*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("reference", sorted(REFERENCES.glob("*.json")), ids=lambda p: p.stem)
 def test_every_published_task_is_a_registered_environment(reference):
     import ale_py
     import gymnasium
@@ -149,16 +154,16 @@ def test_a_curve_is_drawn_where_all_seeds_have_data():
     # The mean of two draws from {2, 4} is 2, 3 or 4, with 1/4, 1/2, 1/4.
     assert line["low"].tolist() == [2.0, 3.0]
     assert line["high"].tolist() == [4.0, 9.0]
-    notes = plot.make_curves(runs, {}, Args((), bin=10))[1]
+    notes = plot.make_curves(runs, NOTHING_PUBLISHED, Args((), bin=10))[1]
     assert len(notes) == 1 and "step 30" in notes[0] and "30 and 40" in notes[0]
 
 
 def test_seeds_without_a_common_bin_give_no_curve():
     runs = join([seed_run([10], [1], "0"), seed_run([90], [4], "1")])
-    curves, notes = plot.make_curves(runs, {}, Args((), bin=10))
+    curves, notes = plot.make_curves(runs, NOTHING_PUBLISHED, Args((), bin=10))
     assert curves.empty
     assert "m on t is drawn to step 0" in notes[0] and "10 and 90" in notes[0]
-    (axes,) = plot.draw_curves(curves, ["t"], {"m": plot.STYLES[0]}, Args(())).axes
+    (axes,) = plot.draw_curves(curves, ["t"], {"m": plot.STYLES[0]}, Args(())).figure.axes
     assert axes.get_title() == "t" and not axes.lines
 
 
@@ -179,33 +184,38 @@ def test_a_curve_of_interquartile_means():
 
 def test_iqm_is_the_mean_of_the_middle_half_of_all_runs():
     first, second = np.array([0.0, 8.0, 1.0, 7.0]), np.array([2.0, 3.0, 4.0, 100.0])
-    assert plot.iqm(first, second) == (2 + 3 + 4 + 7) / 4  # 0 1 | 2 3 4 7 | 8 100
-    assert plot.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # less than four: nothing is cut off
-    assert plot.iqm(np.array([5.0, 1.0]), np.array([3.0, 9.0, 4.0])) == 4.0  # 1 | 3 4 5 | 9
+    assert scoring.iqm(first, second) == (2 + 3 + 4 + 7) / 4  # 0 1 | 2 3 4 7 | 8 100
+    assert scoring.iqm(np.array([1.0, 2.0, 6.0])) == 3.0  # less than four: nothing is cut off
+    assert scoring.iqm(np.array([5.0, 1.0]), np.array([3.0, 9.0, 4.0])) == 4.0  # 1 | 3 4 5 | 9
 
 
 def test_median_and_mean_are_of_task_means():
     tasks = np.array([0.0, 0.0, 9.0]), np.array([4.0, 4.0]), np.array([5.0])
-    assert plot.median(*tasks) == 4.0
-    assert plot.mean(*tasks) == 4.0  # each task counts the same: of all runs it would be 22/6
-    assert plot.median(np.array([0.0, 0.0, 9.0])) == 3.0  # of all runs it would be 0
+    assert scoring.median(*tasks) == 4.0
+    assert scoring.mean(*tasks) == 4.0  # each task counts the same: of all runs it would be 22/6
+    assert scoring.median(np.array([0.0, 0.0, 9.0])) == 3.0  # of all runs it would be 0
 
 
 def test_optimality_gap_ignores_what_exceeds_one():
-    gap = plot.optimality_gap(np.array([0.5, 3.0]), np.array([-1.0, 1.0]))
+    gap = scoring.optimality_gap(np.array([0.5, 3.0]), np.array([-1.0, 1.0]))
     assert gap == pytest.approx((0.5 + 0 + 2 + 0) / 4)
 
 
 def test_profile_counts_the_runs_above():
     tasks = [np.array([0.1, 0.5, 0.5, 0.9]), np.array([0.5, 1.2])]
-    share, (low, high) = plot.profile(tasks, np.array([0.0, 0.3, 0.5, 1.0]), 0.95)
+    scores = pd.DataFrame(
+        [("m", task, value) for task, values in enumerate(tasks) for value in values],
+        columns=["method", "task", "value"],
+    )
+    rows = scoring.profile(scores, np.array([0.0, 0.3, 0.5, 1.0]), 0.95)
+    share, low, high = rows[["share", "low", "high"]].to_numpy().T
     assert share.tolist() == [1.0, (3 / 4 + 1) / 2, (1 / 4 + 1 / 2) / 2, (0 + 1 / 2) / 2]
     assert (low <= share).all() and (share <= high).all()
     assert low[0] == high[0] == 1.0
     assert high[2] - low[2] > 0.4
 
 
-@pytest.mark.parametrize("statistic", plot.METRICS.values(), ids=plot.METRICS)
+@pytest.mark.parametrize("statistic", scoring.METRICS.values(), ids=scoring.METRICS)
 @pytest.mark.parametrize("confidence", [0.95, 0.6])
 def test_interval_agrees_with_all_resamples(statistic, confidence):
     """Two tasks of three runs have 27 x 27 equally likely resamples."""
@@ -223,15 +233,15 @@ def test_interval_agrees_with_all_resamples(statistic, confidence):
 
 def test_interval_draws_within_tasks_and_apart():
     apart = np.full(4, 0.2), np.full(4, 0.8)
-    assert interval(plot.mean, apart, 0.95) == pytest.approx(0.5)  # pooled it would vary
+    assert interval(scoring.mean, apart, 0.95) == pytest.approx(0.5)  # pooled it would vary
     mirrored = np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])
-    low, high = interval(plot.mean, mirrored, 0.95)
+    low, high = interval(scoring.mean, mirrored, 0.95)
     assert low < 0.7 and high > 1.3  # paired it would always be 1
 
 
 def test_interval_covers_the_mean():
     samples = np.random.default_rng(1).standard_normal((400, 20))
-    low, high = interval(plot.mean, [samples], 0.9)
+    low, high = interval(scoring.mean, [samples], 0.9)
     # The percentile bootstrap is too narrow by sqrt(19/20) and by normal instead of t quantiles:
     # 0.874 for 20 numbers; four deviations of 400 trials are 0.066.
     assert abs(((low < 0) & (high > 0)).mean() - 0.874) < 0.066
@@ -240,38 +250,49 @@ def test_interval_covers_the_mean():
 
 
 def test_one_run_of_a_task_gives_no_interval():
-    assert np.isnan(interval(plot.mean, [np.array([1.0, 2.0]), np.array([3.0])], 0.95)).all()
+    assert np.isnan(interval(scoring.mean, [np.array([1.0, 2.0]), np.array([3.0])], 0.95)).all()
 
 
 # --- scores -------------------------------------------------------------------------------------
 
 
+def score(run, at):
+    scores, notes = scoring.score_runs(join([run]), {"t": at})
+    assert notes == []
+    return scores["value"].item()
+
+
 def test_a_score_is_the_mean_of_the_last_tenth():
     run = seed_run([100, 900, 901, 1000, 1001], [1, 2, 4, 8, 100])
-    assert plot.score(run, 1000) == 6.0  # 900 is not in (900, 1000]
-    assert plot.score(run, 1001) == (4 + 8 + 100) / 3
-    assert plot.score(run, 500) == 1.0  # the last before
+    assert score(run, 1000) == 6.0  # 900 is not in (900, 1000]
+    assert score(run, 1001) == (4 + 8 + 100) / 3
+    assert score(run, 500) == 1.0  # the last before
     together = seed_run([400, 400, 800, 800], [1, 3, 5, 9])
-    assert plot.score(together, 799) == 2.0
-    assert plot.score(together, 850) == 7.0
+    assert score(together, 799) == 2.0
+    assert score(together, 850) == 7.0
 
 
 @pytest.mark.parametrize("at", [99, 1200])
 def test_no_score_where_a_run_has_no_episode(at):
-    with pytest.raises(RunError, match=f"run 0 has no score at step {at:,}: .* 100 to 1,000"):
-        plot.score(seed_run([100, 1000], [1, 2]), at)
+    scores, (note,) = scoring.score_runs(join([seed_run([100, 1000], [1, 2])]), {"t": at})
+    assert scores.empty
+    assert re.search(f"run 0 has no score at step {at:,}: .* 100 to 1,000", note)
 
 
 def test_the_published_score_is_that_of_the_line_drawn():
+    def published_score(points, at):
+        rows = scoring.score_published(points.assign(task="t", method="paper"), {"t": at})
+        return rows[["value", "low", "high", "seeds"]].to_numpy().tolist()
+
     rows = [[100, 10, 5, 20, 3], [200, 30, 25, 50, 4], [205, 40, 20, 45, 5]]
-    points = pd.DataFrame(rows, columns=plot.POINT)
-    assert plot.published_score(points, 205).tolist() == [35.0, 20.0, 50.0, 5]
-    assert plot.published_score(points, 150).tolist() == [20.0, 15.0, 35.0, 3]
-    assert plot.published_score(points, 100).tolist() == [10.0, 5.0, 20.0, 3]
-    assert plot.published_score(points, 99).isna().all()
-    assert plot.published_score(points, 228).isna().all()
+    points = pd.DataFrame(rows, columns=POINT)
+    assert published_score(points, 205) == [[35.0, 20.0, 50.0, 5]]
+    assert published_score(points, 150) == [[20.0, 15.0, 35.0, 3]]
+    assert published_score(points, 100) == [[10.0, 5.0, 20.0, 3]]
+    assert published_score(points, 99) == []
+    assert published_score(points, 228) == []
     points = points[:2].assign(step=[180, 200])  # 180 is not in (180, 200]
-    assert plot.published_score(points, 200).tolist() == [30.0, 25.0, 50.0, 4]
+    assert published_score(points, 200) == [[30.0, 25.0, 50.0, 4]]
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -385,12 +406,12 @@ def test_pictures(plots, name):
 
 def test_the_curves_are_drawn_where_the_numbers_are():
     runs = join([seed_run([10, 20, 27], [1, 2, 3], "0"), seed_run([10, 20, 30], [3, 6, 9], "1")])
-    points = pd.DataFrame([[10, 2, 1, 3, 5], [40, 8, 7, 9, 5]], columns=plot.POINT)
+    points = pd.DataFrame([[10, 2, 1, 3, 5], [40, 8, 7, 9, 5]], columns=POINT)
     points = points.assign(task="t", method="paper", band="min-max")
     args = Args((), bin=10)
-    curves, _ = plot.make_curves(runs, {"paper": points}, args)
+    curves, _ = plot.make_curves(runs, points, args)
     styles = {"m": plot.STYLES[0], "paper": plot.PUBLISHED[0]}
-    (axes,) = plot.draw_curves(curves, ["t"], styles, args).axes
+    (axes,) = plot.draw_curves(curves, ["t"], styles, args).figure.axes
     own, paper = axes.lines
     assert own.get_xydata().tolist() == [[10, 2], [20, 4], [27, 6]]  # 27: where the first one ends
     assert paper.get_xydata().tolist() == [[10, 2], [40, 8]]
@@ -408,11 +429,11 @@ def test_the_curves_are_drawn_where_the_numbers_are():
 def test_the_bars_are_as_long_as_the_intervals():
     rows = [
         {"method": name, "metric": metric, "value": 0.5, "low": low, "high": high}
-        for metric in plot.METRICS
+        for metric in scoring.METRICS
         for name, low, high in (("a", 0.4, 0.6), ("b", 0.1, 0.9))
     ]
     styles = {"a": plot.STYLES[0], "b": plot.STYLES[1]}
-    figure = plot.draw_aggregates(pd.DataFrame(rows), styles, 0.95)
+    figure = plot.draw_aggregates(pd.DataFrame(rows), styles, Args()).figure
     assert len(figure.axes) == 4
     for axes in figure.axes:
         first, at, second, _ = axes.lines
@@ -426,7 +447,7 @@ def test_the_profile_has_its_band():
     columns = {"tau": [0, 0.5, 1], "share": [1.0, 0.5, 0.0]}
     band = {"low": [0.9, 0.2, 0.0], "high": [1.0, 0.7, 0.1]}
     rows = pd.DataFrame({"method": "m", **columns, **band})
-    (axes,) = plot.draw_profiles(rows, {"m": plot.STYLES[0]}, 0.95).axes
+    (axes,) = plot.draw_profile(rows, {"m": plot.STYLES[0]}, Args()).figure.axes
     assert axes.lines[0].get_ydata().tolist() == [100, 50, 0]
     vertices = axes.collections[0].get_paths()[0].vertices
     middle = vertices[vertices[:, 0] == 0.5, 1]
@@ -434,9 +455,7 @@ def test_the_profile_has_its_band():
 
 
 def test_no_two_methods_look_alike():
-    names = [f"m{i}" for i in range(36)]
-    assert len(set(map(str, plot.assign(plot.STYLES, names).values()))) == 36
-    assert plot.assign(plot.STYLES, names)["m1"] == plot.STYLES[1]
+    assert len(set(map(str, plot.STYLES))) == len(plot.STYLES) >= 36
 
 
 def test_curves_csv(plots):
@@ -515,12 +534,13 @@ def test_table_tex(plots):
     assert not any("_" in line.replace(r"\_", "") for line in code)
 
 
-def test_latex_escapes():
+def test_latex_escapes(tmp_path):
     table = pd.DataFrame([["x_y", ""]], columns=["a_b & 50 %", r"c\d~e^f#g$h{i}"])
-    rows = plot.latex(table).splitlines()
-    escaped = r"c\textbackslash{}d\textasciitilde{}e\textasciicircum{}f\#g\$h\{i\}"
-    assert rows[2] == rf"a\_b \& 50 \% & {escaped} \\"
-    assert rows[4] == r"x\_y &  \\"
+    plot.write_tables(tmp_path, [table], [])
+    rows = [line for line in (tmp_path / "table.tex").read_text().splitlines() if "&" in line]
+    escaped = r"c\textbackslash d\textasciitilde e\textasciicircum f\#g\$h\{i\}"
+    assert rows[0] == rf"a\_b \& 50 \% & {escaped} \\"
+    assert rows[1] == r"x\_y &  \\"
 
 
 def test_without_ranges_there_are_curves_but_no_aggregates(tmp_path):
@@ -673,7 +693,7 @@ def test_references(tmp_path, run):
 def test_a_reference_in_any_order(tmp_path):
     path, points = tmp_path / "paper.json", {"300": [3, 3, 3, 5], "100": [1, 1, 1, 5]}
     path.write_text(json.dumps({"notes": "", "curves": {"t": points}}))
-    curves = plot.read_reference(str(path))[1]
+    curves, _ = read_references([str(path)], ["t"])
     assert curves[["step", "return"]].to_numpy().tolist() == [[100, 1], [300, 3]]
 
 
