@@ -167,7 +167,7 @@ def _plain(value):
 def plot_curve(folder) -> Path:
     """Draw the returns in metrics.jsonl against environment steps: learning_curve.png.
 
-    Raises RunError while there is nothing to draw..
+    Raises RunError while there is nothing to draw.
     """
     from matplotlib.figure import Figure
 

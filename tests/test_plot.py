@@ -397,8 +397,8 @@ def test_pictures(plots, name):
         "curves": {"environment steps", "return", "walker_walk", "cheetah_run", "hopper_stand",
                    "plain: 3 seeds, 95 % interval", "paper (published): 5-7 seeds, min-max"},
         "aggregates": {"IQM", "median", "mean", "optimality gap", "(less is better)", "plain",
-                       "low_lr", "paper (published)", "normalised score (bar: 95 % interval)"},
-        "profile": {"normalised score (band: 95 % interval)", "runs with a higher score, %",
+                       "low_lr", "paper (published)", "normalized score (bar: 95 % interval)"},
+        "profile": {"normalized score (band: 95 % interval)", "runs with a higher score, %",
                     "plain", "low_lr"},
     }  # fmt: skip
     assert {label.strip() for label in text} >= labels[name]
@@ -549,14 +549,14 @@ def test_without_ranges_there_are_curves_but_no_aggregates(tmp_path):
         run_folder(tmp_path / "runs" / str(seed), "Pendulum-v1", seed, episodes)
     out = tmp_path / "out"
     (tmp_path / "ranges.json").write_text('{"Pendulum-v1": [-10, 10]}')
-    known = ["--normalise", str(tmp_path / "ranges.json")]
+    known = ["--normalize", str(tmp_path / "ranges.json")]
     plot.main([str(tmp_path / "runs"), "--out", str(out), *known])
     rows = {row["metric"]: float(row["value"]) for row in read_csv(out / "aggregates.csv")}
     assert rows["mean"] == 0.75
     plot.main([str(tmp_path / "runs"), "--out", str(out)])  # the old aggregates must not stay
     names = ["curves.csv", "curves.png", "curves.svg", "table.md", "table.tex"]
     assert sorted(path.name for path in out.iterdir()) == names
-    assert "not known for Pendulum-v1. --normalise" in (out / "table.md").read_text()
+    assert "not known for Pendulum-v1. --normalize" in (out / "table.md").read_text()
 
 
 def test_other_tasks_than_the_other_method(tmp_path, capsys):
@@ -722,7 +722,7 @@ def test_files_of_another_kind(tmp_path, run):
     for text in ('{"a": [1, 0]}', '{"a": 3}', "[1]"):
         scores.write_text(text)
         assert f"{scores} is not a JSON file {{task: [low, high]}}" in refuse(
-            run, "--normalise", scores)  # fmt: skip
+            run, "--normalize", scores)  # fmt: skip
 
 
 def test_flags_that_cannot_be(run):

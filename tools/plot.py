@@ -65,7 +65,7 @@ class Args:
     interval: Fraction = 0.95  # confidence of the bootstrap intervals
     bin: Natural = 0  # environment steps per point; 0: whole episodes, about 40 points
     at: Natural = 0  # steps at which runs are scored; 0: per task, where its shortest run ends
-    normalise: str = ""  # file {task: [low, high]}; DM Control's suite has [0, 1000]
+    normalize: str = ""  # file {task: [low, high]}; DM Control's suite has [0, 1000]
 
 
 # --- curves -------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def main(argv=None):
     published, about_published = read_references(args.reference, steps)
     methods, references = episodes["method"].cat.categories, published["method"].unique()
     curves, cut = make_curves(episodes, published, args)
-    ranges = scoring.score_ranges(episodes, args.normalise)
+    ranges = scoring.score_ranges(episodes, args.normalize)
     scores, unscored = scoring.score_runs(episodes, steps)
     if args.at and unscored:
         raise RunError(unscored[0])
@@ -283,7 +283,7 @@ def main(argv=None):
     reasons = [f"{m} has no score on {missing[m]}. {advice}" for m in methods if missing[m]]
     if unknown := ", ".join(task for task in steps if task not in ranges.index):
         text = f"the returns that count as 0 and 1 are not known for {unknown}"
-        reasons.append(f"{text}. --normalise FILE.json names them.")
+        reasons.append(f"{text}. --normalize FILE.json names them.")
     if reasons:
         notes.append(f"No aggregates: {reasons[0]}")
         for name, suffix in product(("aggregates", "profile"), (".png", ".svg", ".csv")):
