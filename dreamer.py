@@ -113,9 +113,9 @@ class Args:
 
     # optimizers
 
-    model_lr: Positive = 6e-4
-    actor_lr: Positive = 8e-5
-    value_lr: Positive = 8e-5
+    model_lr: Positive = 6e-4  # learning rate of the world model
+    actor_lr: Positive = 8e-5  # learning rate of the actor
+    value_lr: Positive = 8e-5  # learning rate of the value
     clip: Positive = 100.0  # maximal gradient norm of each of the three networks
 
 

@@ -103,7 +103,7 @@ class Args:
 
     # controller
 
-    controller: Literal["rbf", "linear"] = "rbf"
+    controller: Literal["rbf", "linear"] = "rbf"  # kernels around centers, or W x + b
     centers: Count = 50  # of the RBF controller
     bound: Literal["gSat", "gSin"] = "gSat"  # squashes actions: (9 sin u + sin 3u) / 8, or sin u
 

@@ -11,6 +11,7 @@ An agent has `spec`, `args`, `act(rows, latent)` and a state_dict; optional are 
 {name: network} and `fps`, the frames per second of its videos.
 """
 
+import inspect
 import json
 import os
 import platform
@@ -24,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -81,14 +82,35 @@ def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict
     """Flags -> args_type, a dataclass; RunError that names a flag whose value breaks its rule.
 
     `defaults(chosen)` gives the values that the chosen preset stands for; other flags beat them.
+    `doc` is what --help begins with.
     """
-    chosen = tyro.cli(args_type, args=argv, description=doc)  # for --preset and --help
-    args = tyro.cli(args_type, args=argv, description=doc, default=args_type(**defaults(chosen)))
+    argv = sys.argv[1:] if argv is None else argv
+    flags = [word for word in argv if word not in ("-h", "--help")]
+    chosen = tyro.cli(args_type, args=flags)  # for its preset
+    args = tyro.cli(args_type, args=flags, default=args_type(**defaults(chosen)))
+    if len(flags) < len(argv):
+        print_help(args, doc)
+        sys.exit(0)
     for name, marks in annotations(args_type).items():
         for rule in marks:
             if isinstance(rule, Rule) and not rule.holds(getattr(args, name)):
                 raise RunError(f"--{name.replace('_', '-')} must be {rule.text}")
     return args
+
+
+def print_help(args, doc: str):
+    """`doc`, then a line for each flag as in the source of its dataclass, with its value now."""
+    print(doc)
+    kinds = get_type_hints(type(args))
+    for line in inspect.getsource(type(args)).splitlines():
+        if flag := re.match(r"    (\w+): .*?  # (.*)", line):
+            name, text = flag.groups()
+            if get_origin(kinds[name]) is Literal:
+                text += f" ({', '.join(filter(None, get_args(kinds[name])))})"
+            value = str(getattr(args, name))[:24]
+            print(f"  --{name.replace('_', '-'):20} {value:14} {text}")
+        elif line.startswith("    # "):
+            print(f"\n{line[6:]}:")
 
 
 def annotations(args_type: type) -> dict[str, tuple]:
