@@ -1,25 +1,26 @@
-"""PILCO (Deisenroth & Rasmussen, 2011): a Gaussian process model, a policy by analytic gradients.
+"""PILCO (Deisenroth & Rasmussen, 2011): learn a GP model, improve the policy by its gradients.
 
     python pilco.py                                      # cart-pole swing-up, one rollout per trial
     python pilco.py --preset pendulum
     python pilco.py --preset inverted_pendulum           # gymnasium's, MuJoCo
     python pilco.py --preset debug                       # everything tiny
     python pilco.py --eval runs/pilco/PILCO-CartPole-v0/seed0    # play and film
-    python pilco.py --benchmark                          # value and gradient of the policy
+    python pilco.py --benchmark                          # time the expected cost and its gradient
 
-Trials: a random rollout; then, again and again, fit the GPs to all transitions, improve the policy
-against its expected cost under the model, play one rollout with it. The same command again resumes
-the run after its last trial; --fresh starts over.
+After a random rollout, every trial fits the GPs to all transitions so far, improves the policy by
+lowering its expected cost under that model, and plays one rollout. Repeat the command to resume the
+run after its last trial; --fresh starts over.
 
 The algorithm is the authors' MATLAB code (UCL-SML/pilco-matlab at a0b48b7, v0.9), which propagates
-beliefs without observation noise, costs x_1..x_H, and squashes with (9 sin u + sin 3u) / 8.
-docs/pilco.md lists the departures. Two matter to a reader: every trial also improves new policies
-and keeps the best of all, and the search measures centers in lengthscales.
-Everything is in float64: single precision makes half of the variances negative.
+beliefs without observation noise, sums the cost over x_1..x_H, and squashes actions with
+(9 sin u + sin 3u) / 8. docs/pilco.md lists the departures. Two matter to a reader: each trial also
+improves new random policies and keeps the best of all, and the search measures RBF centers in units
+of their lengthscales. Everything is in float64: in float32 half of the variances come out negative.
 
-Shapes: N policies side by side, D state variables, A action numbers, F features (the state with sin
-and cos of its angles), I = inputs of a GP (features without angles, and actions), E outputs, n data
-points, H horizon. Equations are numbered as in the ICML paper.
+Shapes: N beliefs or policies side by side, P parameters of a policy, D state variables, A action
+dimensions, F features (the state, then sin and cos of its angles), I inputs of a function (the
+features without the angles; for the GPs also the actions), E outputs, n data points, H horizon.
+Equations are numbered as in the ICML paper.
 """
 
 import contextlib
@@ -52,10 +53,10 @@ from common.run import (
     prepare,
 )  # fmt: skip
 
-JITTER = 1e-6  # variance of a deterministic GP, as the authors', and ridge of inducing inputs
-Number = Annotated[float, Rule("a finite number", math.isfinite)]
+JITTER = 1e-6  # added to a deterministic GP's variance, as the authors do, and FITC's ridge
+Finite = Annotated[float, Rule("a finite number", math.isfinite)]
 Widths = Annotated[tuple[float, ...], Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
-Deviations = Annotated[
+Stds = Annotated[
     tuple[float, ...], Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)
 ]
 Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum", "debug"]
@@ -63,12 +64,12 @@ Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum"
 
 @dataclass
 class Args:
-    """Flags: the authors' settings, except for fewer trials and evaluations, and --restarts."""
+    """Flags. The defaults are the authors', except for --trials, --evaluations and --restarts."""
 
     preset: Preset = "cart_pole"  # a scenario; other flags override it
     env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
-    trials: MayChange[Count] = 8  # rollouts of a policy, each improved before it
-    seed: Natural = 0  # seeds networks, noise, environments
+    trials: MayChange[Count] = 8  # each improves the policy, then plays one rollout
+    seed: Natural = 0  # seeds policies, random actions, environments
 
     # the run
 
@@ -76,8 +77,8 @@ class Args:
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes
     eval_episodes: MayChange[Count] = 10  # played at the end, and by --eval
-    benchmark: bool = False  # time the value and its gradient at 100 and 300 points
-    threads: MayChange[Natural] = 1  # of torch and numpy; 0: their choice. More do not help
+    benchmark: bool = False  # time the expected cost and its gradient
+    threads: MayChange[Natural] = 1  # of torch and numpy, more do not help; 0: their choice
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
 
     # environment
@@ -91,15 +92,15 @@ class Args:
 
     # belief
 
-    angles: tuple[int, ...] = ()  # state variables that enter as sine and cosine
-    start: tuple[float, ...] = ()  # mean of the first state; empty: of those seen
-    start_std: Deviations = ()  # its deviations; empty: of those seen, at least 0.01
-    noise: Literal["latent", "observed"] = "latent"  # observed: noise is added at every step
+    angles: tuple[int, ...] = ()  # indices of state variables whose sine and cosine are features
+    start: tuple[float, ...] = ()  # mean of the first state; empty: the mean of those seen
+    start_std: Stds = ()  # its standard deviations; empty: those of the states seen, >= 0.01
+    noise: Literal["latent", "observed"] = "latent"  # observed: each step adds the noise variance
 
     # world model
 
-    max_inducing: Count = 300  # with more points than these: FITC
-    fit_steps: Count = 300  # of L-BFGS at most, for the hyperparameters
+    max_inducing: Count = 300  # with more data points than this: FITC
+    fit_steps: Count = 300  # L-BFGS iterations for the hyperparameters, at most
 
     # controller
 
@@ -110,20 +111,20 @@ class Args:
     # cost
 
     target: tuple[float, ...] = ()  # state; empty: zeros
-    weights: tuple[float, ...] = ()  # features' diagonal or whole matrix; empty: ones
+    weights: tuple[float, ...] = ()  # for the features: a diagonal or the whole matrix; empty: ones
     widths: Widths = (1.0,)  # the cost is a mean over them
-    exploration: Number = 0.0  # times the cost's deviation, added; below 0 explores
+    exploration: Finite = 0.0  # adds this many std of the cost to its mean; below 0 explores
     gamma: Positive = 1.0  # discount per step
 
     # policy search
 
     iterations: Count = 150  # line searches of L-BFGS, at most
-    evaluations: Count = 150  # of the expected cost and its gradient, at most, of all side by side
+    evaluations: Count = 150  # of the expected cost, at most; all policies at once count as one
     restarts: Count = 4  # policies that a search begins with: the last one and new ones
 
 
 def distance_weights(*rows: tuple[float, ...]) -> tuple[float, ...]:
-    """The matrix, flat, of a squared distance; each row makes a coordinate of the features."""
+    """R' R, flattened, for a matrix R with these rows: |R x|^2 = x' (R' R) x."""
     matrix = np.array(rows, dtype=float)
     return tuple((matrix.T @ matrix).flatten().tolist())
 
@@ -144,11 +145,10 @@ PRESETS = {
         widths=(0.5,), centers=100),
     "inverted_pendulum": dict(  # position, angle and their speeds: balance, from near the top
         env_id="InvertedPendulum-v5", dt=0.04, trials=3, random_rollouts=5, iterations=50),
-    "debug": dict(
-        env_id="PILCO/Pendulum-v0", trials=2, horizon=8, angles=(1,), start=(0, 0),
-        start_std=(0.1, 0.1), target=(0, math.pi), centers=4, iterations=3, evaluations=6,
-        weights=distance_weights((0, 0, 1, 0), (0, 0, 0, 1)), eval_episodes=1),
 }  # fmt: skip
+PRESETS["debug"] = PRESETS["pendulum"] | dict(
+    trials=2, horizon=8, widths=(1.0,), centers=4, iterations=3, evaluations=6, eval_episodes=1
+)
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -171,35 +171,35 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
     return x[..., :, None] * y[..., None, :]
 
 
-def pair_scales(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `log_densities` multiplies matrices X with, element by element, from Lambda_a^-1 (E, I).
+def scale_matrices(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors for matrices X, element by element, from Lambda_a^-1 (E, I); see `log_expectations`.
 
-    D is Lambda_a for each of E functions, then (Lambda_a^-1 + Lambda_b^-1)^-1 for each of E^2
-    pairs. The products are D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1; and, for the
-    pairs only, Lambda_a^-1 D^1/2 X D^1/2 Lambda_b^-1.
+    D is Lambda_a for each of the E functions, then (Lambda_a^-1 + Lambda_b^-1)^-1 for each of the
+    E^2 pairs. Multiplied with X they give D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1;
+    and, for the pairs only, Lambda_a^-1 D^1/2 X D^1/2 Lambda_b^-1.
     """
     a, b = torch.broadcast_tensors(precision[..., :, None, :], precision[..., None, :, :])
     a, b = a.flatten(-3, -2), b.flatten(-3, -2)  # (..., E^2, I)
     root = torch.cat([precision, a + b], -2).sqrt()  # D^-1/2
     left = torch.cat([precision, a], -2) / root  # Lambda_a^-1 D^1/2
-    of_pairs = slice(precision.shape[-2], None)
-    cross = outer(left[..., of_pairs, :], b / root[..., of_pairs, :])
+    count = precision.shape[-2]  # functions; the pairs come after them
+    cross = outer(left[..., count:, :], b / root[..., count:, :])
     return outer(root, root), outer(left, left), cross
 
 
 class KernelExpansion(NamedTuple):
-    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x): what moment matching needs of them.
+    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x), with all that moment matching needs of them.
 
-    GPs, whose functions are uncertain, also have the `inverse` of their kernel matrix and
-    weight = beta beta' - inverse.
+    For GPs, whose functions are uncertain, also the `inverse` of the kernel matrix and weight =
+    beta beta' - inverse.
     """
 
     inputs: Tensor  # (n, I)
     beta: Tensor  # (E, n)
     precision: Tensor  # (E, I): the diagonal of Lambda_a^-1
     log_signal: Tensor  # (E): log alpha
-    variance: Tensor  # (E): of f_a(x) far from all x_i: alpha^2, or JITTER for certain functions
-    scales: tuple[Tensor, Tensor, Tensor]  # of `pair_scales`
+    variance: Tensor  # (E): of f_a(x) far from all x_i: alpha^2; JITTER if f_a has no uncertainty
+    scales: tuple[Tensor, Tensor, Tensor]  # of `scale_matrices`
     inverse: Tensor | None = None  # (E, n, n)
     weight: Tensor | None = None  # (E, n, n)
 
@@ -211,8 +211,8 @@ def kernel_expansion(inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor
     variance, weight = torch.full_like(log_signal, JITTER), None
     if inverse is not None:
         variance, weight = torch.exp(2 * log_signal), outer(beta, beta) - inverse
-    shared = inputs, beta, precision, log_signal, variance, pair_scales(precision)
-    return KernelExpansion(*shared, inverse, weight)
+    scales = scale_matrices(precision)
+    return KernelExpansion(inputs, beta, precision, log_signal, variance, scales, inverse, weight)
 
 
 def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -223,87 +223,87 @@ def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cholesky_inverse(root), root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
-def log_densities(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, ...]:
+def log_expectations(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, ...]:
     """Logarithms of q_i, eq. 15, and of Q_ij / (q_i q_j), eq. 22, for nu_i = x_i - mean.
 
-    For functions a and b the second is row_ab,i + nu_i' cross_ab nu_j + row_ba,j. Returns log q
-    (N, E, n), (cov + Lambda_a)^-1 (N, E, I, I), row (N, E, E, n) and cross (N, E, E, I, I).
+    For functions a and b the second is offset_ab,i + nu_i' cross_ab nu_j + offset_ba,j. Returns
+    log q (N, E, n), (cov + Lambda_a)^-1 (N, E, I, I), offset (N, E, E, n), cross (N, E, E, I, I).
 
-    With the D of `pair_scales` and W = (I + D^-1/2 cov D^-1/2)^-1, eq. 22 has |R| = 1 / |W| and
+    With the D of `scale_matrices` and W = (I + D^-1/2 cov D^-1/2)^-1, eq. 22 has |R| = 1 / |W| and
     R^-1 cov = D^1/2 (I - W) D^1/2. With D = Lambda_a the same gives eq. 15, where
     (cov + Lambda_a)^-1 = Lambda_a^-1 - Lambda_a^-1 D^1/2 (I - W) D^1/2 Lambda_a^-1.
     """
     count, eye = f.beta.shape[-2], torch.eye(nu.shape[1], dtype=nu.dtype)
-    whitening, row_scale, cross_scale = f.scales
+    whitening, form_scale, cross_scale = f.scales
     w, half_logdet = invert(eye + whitening * cov[:, None])  # of functions, then of pairs
-    forms = row_scale * (eye - w)  # Lambda_a^-1 R^-1 cov Lambda_a^-1
+    forms = form_scale * (eye - w)  # Lambda_a^-1 R^-1 cov Lambda_a^-1
     cross = cross_scale * (eye - w[:, count:])  # Lambda_a^-1 R^-1 cov Lambda_b^-1
     precision = f.precision.expand(len(nu), -1, -1)
     squares = (nu[:, :, None] * nu[:, None]).flatten(1, 2)  # nu_i nu_i'
-    # of functions, log q_i without log k_a(x_i, mean); of pairs, what i adds to log Q_ij likewise
+    # q_i / k_a(x_i, mean) in logs; for pairs, what i adds to Q_ij / (k_a(x_i, mean) k_b(x_j, mean))
     logdets = torch.cat([half_logdet[:, :count], 0.5 * half_logdet[:, count:]], 1)[..., None]
     terms = torch.baddbmm(logdets, forms.flatten(-2), squares, beta=-1, alpha=0.5)
     single, pair = terms.split([count, count**2], 1)
     log_kernel = torch.baddbmm(2 * f.log_signal[..., None], precision, nu.square(), alpha=-0.5)
-    row = pair.unflatten(1, (count, count)) - single[:, :, None]
+    offset = pair.unflatten(1, (count, count)) - single[:, :, None]
     inverse = torch.diag_embed(precision) - forms[:, :count]  # (cov + Lambda_a)^-1
-    return log_kernel + single, inverse, row, cross.unflatten(1, (count, count))
+    return log_kernel + single, inverse, offset, cross.unflatten(1, (count, count))
 
 
 class PairSums(torch.autograd.Function):
-    """sum_ij c_ab,i k_ij c_ba,j for all functions a and b: (N, E, E).
+    """sum_ij coef_ab,i k_ij coef_ba,j for all functions a and b: (N, E, E).
 
-    k_ij = exp(row_ab,i + nu_i' cross_ab nu_j + row_ba,j) - 1; for GPs, where a = b, it is weight *
-    k - inverse. nu (N, I, n), row and c (N, E, E, n), cross (N, E, E, I, I) with cross_ba =
-    cross_ab'. What is in f gets no gradient. In numpy, and without keeping the n x n numbers, it
-    takes a third of torch's time.
+    k_ij = exp(offset_ab,i + nu_i' cross_ab nu_j + offset_ba,j) - 1; for GPs with a = b, weight
+    times that minus inverse. nu (N, I, n), offset and coef (N, E, E, n), cross (N, E, E, I, I) with
+    cross_ba = cross_ab'. f gets no gradient. In numpy, with no n x n array kept for the backward
+    pass, this takes a third of torch's time.
     """
 
     @staticmethod
-    @np.errstate(all="ignore")
-    def forward(ctx, nu, row, cross, c, f):
-        nu, row, cross, c = (x.detach().numpy() for x in (nu, row, cross, c))
-        (batch, count, _, n), width = row.shape, nu.shape[1]
-        phi = np.concatenate([nu, np.ones((batch, 1, n))], 1)  # nu and 1
-        # [cross' nu, 1, row_ab] and [nu, row_ba, 1]: their products are the exponents
+    @np.errstate(all="ignore")  # overflow gives inf or NaN: `search` rejects it
+    def forward(ctx, nu, offset, cross, coef, f):
+        nu, offset, cross, coef = (x.detach().numpy() for x in (nu, offset, cross, coef))
+        (batch, count, _, n), width = offset.shape, nu.shape[1]
+        nu_and_one = np.concatenate([nu, np.ones((batch, 1, n))], 1)
+        # [cross' nu, 1, offset_ab] and [nu, offset_ba, 1]: their inner products are exponents
         left, right = np.ones((2, batch, width + 2, n))
         right[:, :width] = nu
-        sums, spread = np.empty((batch, count, count, width + 1, n)), np.empty(row.shape[:3])
+        sums, total = np.empty((batch, count, count, width + 1, n)), np.empty(offset.shape[:3])
         k = np.empty((batch, n, n))
         for a in range(count):
             for b in range(a, count):
                 np.matmul(cross[:, a, b].mT, nu, out=left[:, :width])
-                left[:, -1], right[:, width] = row[:, a, b], row[:, b, a]
+                left[:, -1], right[:, width] = offset[:, a, b], offset[:, b, a]
                 np.matmul(left.mT, right, out=k)
                 np.expm1(k, out=k)
                 if a == b and f.inverse is not None:
                     k *= f.weight[a].numpy()
                     k -= f.inverse[a].numpy()
-                np.matmul(c[:, b, a, None] * phi, k.mT, out=sums[:, a, b])  # over j
+                np.matmul(coef[:, b, a, None] * nu_and_one, k.mT, out=sums[:, a, b])  # over j
                 if a != b:
-                    np.matmul(c[:, a, b, None] * phi, k, out=sums[:, b, a])  # over i
-                spread[:, a, b] = spread[:, b, a] = (c[:, a, b] * sums[:, a, b, -1]).sum(-1)
-        ctx.saved = phi, cross, c, sums, f
-        return torch.from_numpy(spread)
+                    np.matmul(coef[:, a, b, None] * nu_and_one, k, out=sums[:, b, a])  # over i
+                total[:, a, b] = total[:, b, a] = (coef[:, a, b] * sums[:, a, b, -1]).sum(-1)
+        ctx.saved = nu_and_one, cross, coef, sums, f
+        return torch.from_numpy(total)
 
     @staticmethod
     @once_differentiable
     @np.errstate(all="ignore")
     def backward(ctx, grad):
-        phi, cross, c, sums, f = ctx.saved
-        nu, count = phi[:, None, None, :-1], len(cross[0])
-        grad = (grad + grad.mT).numpy()[..., None]  # a pair stands twice in the matrix
+        nu_and_one, cross, coef, sums, f = ctx.saved
+        nu, count = nu_and_one[:, None, None, :-1], len(cross[0])
+        grad = (grad + grad.mT).numpy()[..., None]  # each pair appears twice in the matrix
         by_c = grad * sums[..., -1, :]
-        # by its exponent, k has the derivative k + b b': b = beta for GPs, as weight + inverse is
-        # beta beta', and 1 otherwise
-        b = np.ones(c.shape[1:])
+        # by its exponent, k has the derivative k + b b' with b = 1; for a GP with itself, b = beta,
+        # because weight + inverse = beta beta'
+        b = np.ones(coef.shape[1:])
         if f.inverse is not None:
             b[range(count), range(count)] = f.beta.numpy()
-        slopes = ((b * c) @ phi[:, None].mT).swapaxes(1, 2)[..., None] * b[:, :, None]
+        slopes = ((b * coef) @ nu_and_one[:, None].mT).swapaxes(1, 2)[..., None] * b[:, :, None]
         slopes += sums
-        slopes *= (grad * c)[:, :, :, None]  # sum_j phi_j times the gradient by exponent ij
+        slopes *= (grad * coef)[:, :, :, None]  # sum_j (nu_j, 1) times the gradient by exponent ij
         by_nu = (cross @ slopes[..., :-1, :]).sum((1, 2))
-        by_cross = 0.5 * (nu @ slopes[..., :-1, :].mT)  # the other half is that of cross_ba
+        by_cross = 0.5 * (nu @ slopes[..., :-1, :].mT)  # the other half goes to cross_ba
         return *map(torch.from_numpy, (by_nu, slopes[..., -1, :], by_cross, by_c)), None
 
 
@@ -312,41 +312,41 @@ def moment_matching(mean: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tens
 
     Returns the mean (N, E), the covariance (N, E, E) and the gain (N, I, E): the covariance of x
     and f(x) is cov @ gain. The covariance of posterior means is sum_ij p_i p_j (Q_ij / (q_i q_j)
-    - 1) with p = beta q, where the paper subtracts two sums of nearly that size.
+    - 1) with p = beta q, where the paper subtracts two sums that are almost equal.
     """
     nu = f.inputs.mT - mean[..., None]  # (N, I, n), eq. 16
-    log_q, inverse, row, cross = log_densities(nu, cov, f)
-    if log_q.min() < -300:  # Q / (q q) could overflow; without it, such a point adds nothing
-        row = row.masked_fill((log_q < -300)[:, :, None], -1e30)
+    log_q, inverse, offset, cross = log_expectations(nu, cov, f)
+    # Q / (q q) may overflow where q is as good as 0
+    offset = offset.masked_fill((log_q < -300)[:, :, None], -1e30)
     q = torch.exp(log_q)  # eq. 15
     p = f.beta * q
-    value = p.sum(-1)  # eq. 14
+    f_mean = p.sum(-1)  # eq. 14
     gain = (inverse * p.bmm(nu.mT)[:, :, None]).sum(-1).mT
-    c = p[:, :, None].expand_as(row)
+    coef = p[:, :, None].expand_as(offset)
     if f.inverse is not None:
-        same = torch.eye(row.shape[1], dtype=torch.bool)[..., None]
-        c = torch.where(same, q[:, :, None], c)  # there, beta beta' is part of f.weight
-    spread = PairSums.apply(nu, row, cross, c, f)
-    return value, spread + torch.diag_embed(f.variance), gain  # eq. 17-19
+        same = torch.eye(offset.shape[1], dtype=torch.bool)[..., None]
+        coef = torch.where(same, q[:, :, None], coef)  # f.weight already holds beta beta'
+    f_cov = PairSums.apply(nu, offset, cross, coef, f) + torch.diag_embed(f.variance)
+    return f_mean, f_cov, gain  # eq. 17-19
 
 
 def sine_moments(mean, cov, frequency, phase) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments of sin(frequency' x + phase), x ~ N(mean (N, D), cov (N, D, D)), by K waves.
+    """Moments of K waves sin(frequency' x + phase), x ~ N(mean (N, D), cov (N, D, D)).
 
     frequency (D, K), phase (K). Returns mean (N, K), covariance (N, K, K) and gain (N, D, K): the
-    covariance of x and the waves is cov @ gain. With E sin = s and E cos = c, the covariance is,
-    element by element, sinh(cov) c c' + (cosh(cov) - 1) s s', cov that of frequency' x.
+    covariance of x and the waves is cov @ gain. With V the covariance of frequency' x, s = E sin
+    and c = E cos, the covariance is, element by element, sinh(V) c c' + (cosh(V) - 1) s s'.
     """
     mean, frequency = mean @ frequency + phase, frequency.expand(len(mean), -1, -1)
     cov = frequency.mT.bmm(cov).bmm(frequency)
     half = 0.5 * cov.diagonal(dim1=-2, dim2=-1)
     sin, cos, decay = torch.sin(mean), torch.cos(mean), torch.exp(-half)
-    # cosh, sinh and cosh - 1 of cov, times both decays: alone they would overflow
-    decays = half[..., :, None] + half[..., None, :]
-    cosh = 0.5 * (torch.exp(cov - decays) + torch.exp(-cov - decays))
+    # cosh and sinh of cov, times both decays: alone they overflow. cosh - 1 = sinh tanh(cov / 2)
+    exponents = half[..., :, None] + half[..., None, :]
+    cosh = 0.5 * (torch.exp(cov - exponents) + torch.exp(-cov - exponents))
     sinh = cosh * torch.tanh(cov)
-    spread = sinh * (outer(cos, cos) + torch.tanh(0.5 * cov) * outer(sin, sin))
-    return decay * sin, spread, frequency * (decay * cos)[:, None]
+    sine_cov = sinh * (outer(cos, cos) + torch.tanh(0.5 * cov) * outer(sin, sin))
+    return decay * sin, sine_cov, frequency * (decay * cos)[:, None]
 
 
 def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -355,7 +355,7 @@ def select(mean: Tensor, cov: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(x_mean, x_cov, y_mean, y_cov, cross) -> tuple[Tensor, Tensor]:
-    """The joint Gaussian of x and y, whose covariance is cross (N, D, K): (N, D + K), ..."""
+    """The joint Gaussian of x and y with cross-covariance cross (N, D, K): (N, D + K), ..."""
     rows = torch.cat([x_cov, cross], -1), torch.cat([cross.mT, y_cov], -1)
     return torch.cat([x_mean, y_mean], -1), torch.cat(rows, -2)
 
@@ -365,7 +365,7 @@ def known(state: Tensor) -> tuple[Tensor, Tensor]:
     return state, state.new_zeros(*state.shape, state.shape[-1])
 
 
-def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
+def append_sin_cos(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Append sin and cos of each angle to x: (N, D), (N, D, D) -> (N, D + 2K), ..."""
     if not angles:
         return mean, cov
@@ -376,7 +376,7 @@ def with_angles(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Tenso
 
 
 def squash(mean, cov, gain, bound: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound actions u ~ N(mean, cov) to [-1, 1]; their gain (N, I, A) is from the state.
+    """Bound actions u ~ N(mean, cov) to [-1, 1]; gain (N, I, A): from the state to the actions.
 
     bound: "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u.
     """
@@ -404,7 +404,7 @@ class IndependentGPs(gpytorch.models.ExactGP, GPyTorchModel):
         return gpytorch.distributions.MultivariateNormal(mean, self.covar_module(x))
 
     def log_hyperparameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logarithms of lengthscales (E, I), signal deviations (E) and noise deviations (E)."""
+        """Logs of lengthscales (E, I), and standard deviations of signal (E) and noise (E)."""
         scale, signal = self.covar_module.base_kernel.lengthscale, self.covar_module.outputscale
         return scale[:, 0].log(), signal.log() / 2, self.likelihood.noise[:, 0].log() / 2
 
@@ -413,7 +413,7 @@ class PenalizedMarginalLikelihood(gpytorch.mlls.ExactMarginalLogLikelihood):
     """Log marginal likelihood (E) per data point, minus the authors' penalty.
 
     sum_d (ln(lengthscale_d / std_d) / ln 100)^30 + (ln(signal / noise) / ln 1000)^30: a wall at
-    lengthscales of 100 deviations of their input and at a signal-to-noise ratio of 1,000.
+    lengthscales of 100 standard deviations of their input and at a signal-to-noise ratio of 1,000.
     """
 
     def __init__(self, model: IndependentGPs, std: Tensor):
@@ -429,7 +429,7 @@ class PenalizedMarginalLikelihood(gpytorch.mlls.ExactMarginalLogLikelihood):
 
 
 def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> KernelExpansion:
-    """The posterior of GPs with data x (n, I), y (n, E)."""
+    """The posterior of GPs with data x (n, I), y (n, E); hyper: see `log_hyperparameters`."""
     gram = kernel(x, x, *hyper[:2])
     gram.diagonal(dim1=-2, dim2=-1).add_(torch.exp(2 * hyper[2])[:, None])
     root = torch.linalg.cholesky(gram)
@@ -440,8 +440,8 @@ def exact(x: Tensor, y: Tensor, hyper: tuple[Tensor, Tensor, Tensor]) -> KernelE
 def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -> KernelExpansion:
     """The posterior of GPs with data x (n, I), y (n, E) through inducing inputs z (m, I): FITC.
 
-    Snelson & Ghahramani (2006). Here `inverse` is the inverse kernel matrix of z minus that of the
-    posterior. `ridge` is in units of the signal's variance; the authors', 1e-6, is not.
+    Snelson & Ghahramani (2006). Here `inverse` is K_zz^-1 - (K_zz + K_zx noise^-1 K_xz)^-1. `ridge`
+    is relative to the signal variance; the authors' 1e-6 is absolute.
     """
     eye, ridge = torch.eye(len(z)).to(z), ridge * torch.exp(2 * hyper[1])[:, None, None]
     root = torch.linalg.cholesky(kernel(z, z, *hyper[:2]) + ridge * eye)  # (E, m, m)
@@ -455,10 +455,10 @@ def fitc(x: Tensor, y: Tensor, z: Tensor, hyper: tuple, ridge: float = JITTER) -
 
 
 def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) -> Tensor:
-    """Rows of x (n, I) as inducing inputs (count, I): always the one least known from the others.
+    """Choose rows of x (n, I) as inducing inputs (count, I): always the one known least so far.
 
-    The greedy choice of Burt et al. (2020), by the variances of all outputs given the inputs
-    chosen before, each in units of its noise.
+    The greedy rule of Burt et al. (2020): the largest posterior variance given the rows chosen
+    before, summed over outputs, in units of their noise variance.
     """
     prior = torch.exp(2 * hyper[1])[:, None]
     variance = prior.expand(-1, len(x)).clone()  # (E, n)
@@ -474,25 +474,24 @@ def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) 
     return x[torch.stack(chosen)]
 
 
-def check_data(observation: Tensor, action: Tensor, after: Tensor):
-    """RunError unless a GP can be fitted to transitions: (n, D), (n, A), (n, D)."""
-    if len(observation) < 2:
-        raise RunError(f"a Gaussian process needs at least two transitions, not {len(observation)}")
-    columns = {"observation": observation, "action": action, "next observation": after}
-    for name, values in columns.items():
-        if bad := (~values.isfinite()).any(0).nonzero()[:, 0].tolist():
-            raise RunError(f"NaN or infinity in {name}, numbers {bad}")
-    change = after - observation
+def check_data(td: TensorDict):
+    """RunError unless a GP can be fitted to transitions td[n]; see GPWorldModel.fit."""
+    if len(td) < 2:
+        raise RunError(f"a Gaussian process needs at least two transitions, not {len(td)}")
+    for name in ("observation", "action", "next observation"):
+        if bad := (~td[tuple(name.split())].isfinite()).any(0).nonzero()[:, 0].tolist():
+            raise RunError(f"NaN or infinity in {name}, at indices {bad}")
+    change = td["next", "observation"] - td["observation"]
     if still := (change == change[0]).all(0).nonzero()[:, 0].tolist():
-        raise RunError(f"numbers {still} of the observation always change alike: leave them out")
+        raise RunError(f"observation indices {still} always change by the same amount: omit them")
 
 
 class GPWorldModel(nn.Module):
-    """p(x' | x, u): a GP for each state variable's difference, eq. 2-8, in the units of the data.
+    """p(x' | x, u): a GP for each state variable's difference, eq. 3-8, in the units of the data.
 
     Angles enter as sine and cosine. With more than `max_inducing` points the GPs keep the
-    hyperparameters of all data and predict through inducing inputs (FITC). What `fit` learns is
-    not in `state_dict`: data and hyperparameters, `hyper`, give it again (`factorize`).
+    hyperparameters of all data and predict through inducing inputs (FITC). `state_dict` does not
+    hold what `fit` learns: `factorize` computes it from the data and the hyperparameters `hyper`.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, *, angles: Sequence[int] = (),
@@ -500,9 +499,9 @@ class GPWorldModel(nn.Module):
         super().__init__()
         self.obs_dim, self.action_dim, self.angles = obs_dim, action_dim, tuple(angles)
         self.max_inducing, self.fit_steps = max_inducing, fit_steps
-        straight = [i for i in range(obs_dim) if i not in self.angles]
-        features = straight + [obs_dim + i for i in range(2 * len(self.angles))]
-        self.register_buffer("features", torch.tensor(features))
+        features = range(obs_dim + 2 * len(self.angles))
+        state_inputs = [i for i in features if i not in self.angles]
+        self.register_buffer("state_inputs", torch.tensor(state_inputs))
         self.hyper = self.posterior = None
 
     def dataset(self, td: TensorDict) -> tuple[Tensor, Tensor]:
@@ -512,17 +511,17 @@ class GPWorldModel(nn.Module):
             warnings.warn("PILCO computes in float64: the transitions are converted", stacklevel=3)
             x, action, after = x.double(), action.double(), after.double()
         if (x.shape[-1], action.shape[-1]) != (self.obs_dim, self.action_dim):
-            have = f"made for {self.obs_dim} state variables and {self.action_dim} actions"
-            raise ValueError(f"{have}, not {x.shape[-1]} and {action.shape[-1]}")
-        inputs = with_angles(*known(x), self.angles)[0][:, self.features]
+            made = f"made for {self.obs_dim} state variables and {self.action_dim} actions"
+            raise ValueError(f"{made}, not {x.shape[-1]} and {action.shape[-1]}")
+        inputs = append_sin_cos(*known(x), self.angles)[0][:, self.state_inputs]
         return torch.cat([inputs, action], -1), after - x
 
     def fit(self, td: TensorDict) -> "GPWorldModel":
         """Learn from td[n]: `observation`, `action`, ("next", "observation"); RunError if it fails.
 
-        The last hyperparameters, if any, are where it begins.
+        It starts from the last hyperparameters, if any.
         """
-        check_data(td["observation"], td["action"], td["next", "observation"])
+        check_data(td)
         x, y = self.dataset(td)
         std = x.std(0).clamp(min=1e-6)
         if self.hyper is None:
@@ -530,7 +529,7 @@ class GPWorldModel(nn.Module):
             self.hyper = std.log().expand(self.obs_dim, -1).clone(), signal, signal - math.log(10)
         mll = PenalizedMarginalLikelihood(self.build(x, y), std)
         try:
-            with warnings.catch_warnings():  # that it stopped at maxiter
+            with warnings.catch_warnings():  # about stopping at maxiter
                 warnings.simplefilter("ignore")
                 fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": self.fit_steps}})
         except ModelFittingError as error:
@@ -539,12 +538,12 @@ class GPWorldModel(nn.Module):
         return self.factorize(x, y)
 
     def build(self, x: Tensor, y: Tensor) -> IndependentGPs:
-        """GPyTorch's model of the data at the present hyperparameters."""
+        """GPyTorch's model of the data at the current hyperparameters."""
         batch = {"batch_shape": torch.Size([self.obs_dim])}
-        logs = gpytorch.constraints.Positive(torch.exp, torch.log)  # what the fit moves
-        base = gpytorch.kernels.RBFKernel(x.shape[-1], lengthscale_constraint=logs, **batch)
-        covar = gpytorch.kernels.ScaleKernel(base, outputscale_constraint=logs, **batch)
-        likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=logs, **batch)
+        positive = gpytorch.constraints.Positive(torch.exp, torch.log)  # the fit moves logarithms
+        base = gpytorch.kernels.RBFKernel(x.shape[-1], lengthscale_constraint=positive, **batch)
+        covar = gpytorch.kernels.ScaleKernel(base, outputscale_constraint=positive, **batch)
+        likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=positive, **batch)
         model = IndependentGPs(x.expand(self.obs_dim, *x.shape), y.mT, likelihood, covar).to(x)
         lengthscale, signal, noise = (value.exp() for value in self.hyper)
         base.lengthscale, covar.outputscale = lengthscale[:, None], signal.square()
@@ -561,48 +560,48 @@ class GPWorldModel(nn.Module):
         return self
 
     def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """moment_matching of the difference, inputs N(mean (N, I), cov (N, I, I))."""
+        """`moment_matching` of the differences, for inputs N(mean (N, I), cov (N, I, I))."""
         if self.posterior is None:
             raise RunError("the world model has no data yet: fit it first")
         return moment_matching(mean, cov, self.posterior)
 
 
 class LinearController(nn.Module):
-    """u = squash(W x + b): the features' moments -> the action's, for R policies side by side.
+    """u = squash(W x + b): moments of inputs -> moments of actions, for N policies side by side.
 
-    `theta` (R, P) holds their parameters; `prepare` does what many steps need once, for `forward`.
+    `theta` (N, P) holds their parameters; `prepare` computes once what `forward` needs every step.
     """
 
     def __init__(self, inputs: int, action_dim: int, *, bound: str = "gSat", restarts: int = 1):
         super().__init__()
-        self.bound, self.action_dim = bound, action_dim
+        self.bound = bound
         self.sizes = {"weight": (action_dim, inputs), "bias": (action_dim,)}
         count = sum(map(math.prod, self.sizes.values()))
         self.theta = nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
 
-    def draw(self, points: Tensor, lengthscale: Tensor, targets: float) -> Tensor:
-        """Random parameters (R, P), as the authors': small weights, no bias, whatever the data."""
+    def draw(self, points: Tensor, lengthscale: Tensor, target_std: float) -> Tensor:
+        """Random parameters (N, P) as the authors draw them: small weights, no bias."""
         theta = torch.zeros_like(self.theta)
         unpack(theta, self.sizes)["weight"].normal_(0, 0.01)
         return theta
 
     def scale(self, theta: Tensor) -> Tensor:
-        """Natural units of the parameters (R, P), for the search."""
+        """Natural units of the parameters (N, P), for the search."""
         return torch.ones_like(theta)
 
     def prepare(self, theta: Tensor | None = None) -> dict[str, Tensor]:
         return unpack(self.theta if theta is None else theta, self.sizes)
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
-        """(R, F), (R, F, F) -> mean (R, A), covariance (R, A, A), gain (R, F, A) of actions."""
-        parameters = prepared or self.prepare()
+        """(N, I), (N, I, I) -> mean (N, A), covariance (N, A, A), gain (N, I, A) of actions."""
+        parameters = self.prepare() if prepared is None else prepared
         weight = parameters["weight"].expand(len(mean), -1, -1)
         action = (weight @ mean[..., None])[..., 0] + parameters["bias"]
         return squash(action, weight @ cov @ weight.mT, weight.mT, self.bound)
 
 
 class RBFController(nn.Module):
-    """u = squash(f(x)), f the mean of a GP with `centers` points: signal 1, noise 0.01, eq. 11.
+    """u = squash(f(x)), f the mean of a GP with `centers` points: signal 1, noise 0.01.
 
     Centers are shared by all actions, targets and lengthscales are not. See LinearController for
     `theta`, `prepare` and the shapes.
@@ -611,25 +610,25 @@ class RBFController(nn.Module):
     def __init__(self, inputs: int, action_dim: int, *, centers: int = 50, bound: str = "gSat",
                  restarts: int = 1):  # fmt: skip
         super().__init__()
-        self.bound, self.action_dim = bound, action_dim
+        self.bound = bound
         self.sizes = dict(centers=(centers, inputs), targets=(centers, action_dim))
         self.sizes["log_lengthscale"] = (action_dim, inputs)
         count = sum(map(math.prod, self.sizes.values()))
         self.theta = nn.Parameter(torch.zeros(restarts, count, dtype=torch.float64))
 
-    def draw(self, points: Tensor, lengthscale: Tensor, targets: float) -> Tensor:
-        """Random parameters (R, P): centers among points (n, F), targets of this deviation."""
+    def draw(self, points: Tensor, lengthscale: Tensor, target_std: float) -> Tensor:
+        """Random parameters (N, P): centers among points (n, I), targets of std `target_std`."""
         theta = torch.zeros_like(self.theta)
         new = unpack(theta, self.sizes)
         for centers in new["centers"]:
-            times = math.ceil(len(centers) / len(points))  # more centers than points: some twice
+            times = math.ceil(len(centers) / len(points))  # few points: some repeat
             centers.copy_(points[torch.randperm(len(points)).repeat(times)[: len(centers)]])
-        new["targets"].normal_(0, targets)
-        new["log_lengthscale"].copy_(lengthscale.log().expand_as(new["log_lengthscale"]))
+        new["targets"].normal_(0, target_std)
+        new["log_lengthscale"].copy_(lengthscale.log())
         return theta
 
     def scale(self, theta: Tensor) -> Tensor:
-        """Natural units of the parameters (R, P), for the search: of centers, the lengthscales."""
+        """Natural units of the parameters (N, P), for the search: of centers, the lengthscales."""
         scale = torch.ones_like(theta)
         unit = unpack(theta, self.sizes)["log_lengthscale"].mean(1, keepdim=True).exp()
         unpack(scale, self.sizes)["centers"].copy_(unit)
@@ -644,11 +643,12 @@ class RBFController(nn.Module):
         return kernel_expansion(centers, log_lengthscale, log_signal, beta)
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
-        return squash(*moment_matching(mean, cov, prepared or self.prepare()), self.bound)
+        prepared = self.prepare() if prepared is None else prepared
+        return squash(*moment_matching(mean, cov, prepared), self.bound)
 
 
 def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
-    """Rows of parameters (R, P) -> {name: (R, *size)}, views of them."""
+    """Rows of parameters (N, P) -> {name: (N, *size)}, views of them."""
     parts = theta.split([math.prod(size) for size in sizes.values()], -1)
     named = zip(sizes.items(), parts, strict=True)
     return {name: part.unflatten(-1, size) for (name, size), part in named}
@@ -658,7 +658,7 @@ def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
 
 
 def gaussian_integral(z: Tensor, cov: Tensor, scales: Tensor) -> Tensor:
-    """|I + s cov|^-1/2 exp(-s z' (I + s cov)^-1 z / 2): E exp(-s |x|^2 / 2), x ~ N(z, cov), eq. 25.
+    """E exp(-s |x|^2 / 2), x ~ N(z, cov): |I + s cov|^-1/2 exp(-s z' (I + s cov)^-1 z / 2), eq. 24.
 
     z (..., r), cov (..., r, r), each s of scales (K) -> (..., K).
     """
@@ -671,9 +671,9 @@ def gaussian_integral(z: Tensor, cov: Tensor, scales: Tensor) -> Tensor:
 class ExponentialQuadraticCost(nn.Module):
     """1 - exp(-(x - target)' weights (x - target) / (2 width^2)), mean over `widths`, eq. 24-25.
 
-    target (D) is a state; weights (F, F) are those of its features, sine and cosine of `angles`
-    appended. `exploration` times the deviation is added to the expectation of each width: below 0
-    it favors what is uncertain.
+    target (D) is a state, weights (F, F) are those of its features: the state, then the sine and
+    cosine of each of `angles`. `exploration` times the cost's standard deviation is added for each
+    width: below 0 it favors uncertain states.
     """
 
     def __init__(self, target, weights, *, widths: Sequence[float] = (1.0,),
@@ -681,39 +681,35 @@ class ExponentialQuadraticCost(nn.Module):
         super().__init__()
         self.angles, self.exploration = tuple(angles), exploration
         target = torch.as_tensor(target, dtype=torch.float64)[None]
-        self.register_buffer("target", with_angles(*known(target), self.angles)[0][0])
+        self.register_buffer("target", append_sin_cos(*known(target), self.angles)[0][0])
         weights = torch.as_tensor(weights, dtype=torch.float64)
         if weights.shape != (len(self.target),) * 2:
-            raise ValueError(f"weights must be square, of {len(self.target)} features")
+            raise ValueError(f"weights must be a square matrix for {len(self.target)} features")
         values, vectors = torch.linalg.eigh(weights)
         if values[0] < -1e-12 * values[-1] or not torch.equal(weights, weights.T):
             raise ValueError("weights must be symmetric and positive semi-definite")
         root = (vectors * values.clamp(min=0).sqrt())[:, values > 1e-12 * values[-1]]
         self.register_buffer("root", root.T.contiguous())  # (r, F): weights = root' root
-        once = 1 / torch.as_tensor(widths, dtype=torch.float64).square()
-        self.register_buffer("scales", torch.cat([once, 2 * once]))  # of 1 - cost and its square
+        scale = 1 / torch.as_tensor(widths, dtype=torch.float64).square()
+        self.register_buffer("scales", torch.cat([scale, 2 * scale]))  # for 1 - cost and its square
 
-    def moments(self, mean: Tensor, cov: Tensor, exploration=0.0) -> tuple[Tensor, Tensor]:
-        """Features N(mean (..., F), cov (..., F, F)) -> expected cost and its variance (...).
+    def forward(self, mean: Tensor, cov: Tensor, explore: bool = True) -> tuple[Tensor, Tensor]:
+        """Features N(mean (..., F), cov (..., F, F)) -> expected cost, variance of the cost (...).
 
         The variance is the mean over the widths, as the authors', not that of the mean cost.
         """
         z, cov = (mean - self.target) @ self.root.T, self.root @ cov @ self.root.T
-        once, twice = gaussian_integral(z, cov, self.scales).chunk(2, -1)
-        variance = (twice - once.square()).clamp(min=0)
-        cost = 1 - once
-        if exploration:
-            cost = cost + exploration * variance.clamp(min=1e-12).sqrt()
+        first, second = gaussian_integral(z, cov, self.scales).chunk(2, -1)  # moments of 1 - cost
+        variance = (second - first.square()).clamp(min=0)
+        cost = 1 - first
+        if explore and self.exploration:
+            cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
         return cost.mean(-1), variance.mean(-1)
-
-    def forward(self, mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
-        """As `moments`, the cost with its exploration term."""
-        return self.moments(mean, cov, self.exploration)
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
-        belief = with_angles(*known(observation.double().flatten(0, -2)), self.angles)
-        return self.moments(*belief)[0].view(observation.shape[:-1])
+        belief = append_sin_cos(*known(observation.double().flatten(0, -2)), self.angles)
+        return self(*belief, explore=False)[0].view(observation.shape[:-1])
 
 
 # --- imagination environment --------------------------------------------------------------------
@@ -723,7 +719,7 @@ class ImaginedEnv(ModelBasedEnvBase):
     """Carries a Gaussian belief through the GPs: `mean` (N, F) and `covariance` (N, F, F).
 
     The belief is over the features, so that policy, model and cost share the sines and cosines.
-    An action is a belief, too: `action` (N, A), `action_covariance` (N, A, A) and `action_gain`.
+    An action is a Gaussian, too: `action` (N, A), `action_covariance` (N, A, A) and `action_gain`.
     """
 
     dtype = torch.float64
@@ -734,20 +730,20 @@ class ImaginedEnv(ModelBasedEnvBase):
         if noise not in ("latent", "observed"):
             raise ValueError(f"noise is latent or observed, not {noise}")
         self.cost, self.noise, actions = cost, noise, torch.arange(world_model.action_dim)
-        self.register_buffer("inputs", torch.cat([world_model.features, width + actions]))
+        self.register_buffer("inputs", torch.cat([world_model.state_inputs, width + actions]))
 
     def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
-        """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError if cov is not one."""
+        """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError for no covariance."""
         values = torch.linalg.eigvalsh(cov)
-        most = values.abs().amax(-1, keepdim=True)
-        if not torch.equal(cov, cov.mT) or (values < -1e-9 * most).any():
+        largest = values.abs().amax(-1, keepdim=True)
+        if not torch.equal(cov, cov.mT) or (values < -1e-9 * largest).any():
             raise ValueError("a covariance must be symmetric and positive semi-definite")
-        mean, cov = with_angles(mean, cov, self.world_model.angles)
+        mean, cov = append_sin_cos(mean, cov, self.world_model.angles)
         return TensorDict(mean=mean, covariance=cov, batch_size=len(mean))
 
     def policy(self, controller: nn.Module, prepared=None) -> Callable[[TensorDict], TensorDict]:
         """The controller as a policy for `rollout`."""
-        names, index = ("action", "action_covariance", "action_gain"), self.world_model.features
+        names, index = ("action", "action_covariance", "action_gain"), self.world_model.state_inputs
 
         def act(td: TensorDict) -> TensorDict:
             state = select(td["mean"], td["covariance"], index)
@@ -756,19 +752,19 @@ class ImaginedEnv(ModelBasedEnvBase):
         return act
 
     def _step(self, td: TensorDict) -> TensorDict:
-        """The next belief and, if there is a cost, `cost` and `cost_variance` there."""
+        """The next belief and, if there is a cost, its `cost`, `cost_variance` and `reward`."""
         model, d = self.world_model, self.world_model.obs_dim
-        cross = td["covariance"].index_select(-1, model.features).bmm(td["action_gain"])
+        state_action = td["covariance"].index_select(-1, model.state_inputs).bmm(td["action_gain"])
         action, action_cov = td["action"], td["action_covariance"]
-        mean, cov = join(td["mean"], td["covariance"], action, action_cov, cross)
+        mean, cov = join(td["mean"], td["covariance"], action, action_cov, state_action)
         with_inputs = cov.index_select(-1, self.inputs)
         inputs = mean.index_select(-1, self.inputs), with_inputs.index_select(-2, self.inputs)
         change, change_cov, gain = model(*inputs)
-        cross = with_inputs[:, :d].bmm(gain)
-        cov = cov[:, :d, :d] + change_cov + (cross + cross.mT)
+        state_change = with_inputs[:, :d].bmm(gain)
+        cov = cov[:, :d, :d] + change_cov + (state_change + state_change.mT)  # eq. 10-11
         if self.noise == "observed":
             cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
-        mean, cov = with_angles(mean[:, :d] + change, cov, model.angles)
+        mean, cov = append_sin_cos(mean[:, :d] + change, cov, model.angles)
         after = TensorDict(mean=mean, covariance=cov, batch_size=len(mean))
         if self.cost is not None:
             cost, variance = self.cost(mean, cov)
@@ -781,15 +777,15 @@ class ImaginedEnv(ModelBasedEnvBase):
 
 def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, evaluations: int,
            stop: Callable = lambda: False):  # fmt: skip
-    """Improve every row of theta (R, P) by L-BFGS: the best row (P) evaluated, its value, used.
+    """Improve each row of theta (N, P) by L-BFGS -> best parameters (P), their value, evaluations.
 
-    objective: (R, P) -> values (R) and gradients (R, P); scale (R, P): natural units of theta. All
+    objective: (N, P) -> values (N) and gradients (N, P); scale (N, P): natural units of theta. All
     rows are evaluated in one batch, at most `evaluations` times; each has its own line search and
     ends by itself. After each third of the evaluations only the better half goes on. What is not
-    finite counts as a step too long: a value just above the row's last one, without gradient.
+    finite counts as too long a step: a value just above the row's last one, with gradient zero.
     """
     lowest_value, best, used, limit = math.inf, None, 0, math.inf
-    row_lowest, row_last = torch.full((2, len(theta)), math.inf, dtype=torch.float64)
+    row_last, row_lowest = torch.zeros_like(theta[:, 0]), torch.full_like(theta[:, 0], math.inf)
 
     def evaluate(z: np.ndarray, batch_indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
         nonlocal lowest_value, best, used, limit
@@ -798,18 +794,19 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
         points = torch.from_numpy(z) * scale[batch_indices]
         values, grads = objective(points)
         used += 1
-        if (least := values.nan_to_num(math.inf).min().item()) < lowest_value:
-            lowest_value, best = least, points[values == least][0].clone()
+        row = values.nan_to_num(math.inf).argmin()
+        if values[row] < lowest_value:  # not if it is NaN
+            lowest_value, best = values[row].item(), points[row].clone()
         finite = (values.abs() < 1e100) & (grads.abs() < 1e100).all(-1)
-        previous = row_last[batch_indices].nan_to_num(posinf=0.0)
-        row_last[batch_indices] = torch.where(finite, values, row_last[batch_indices])
+        previous = row_last[batch_indices]
+        row_last[batch_indices] = torch.where(finite, values, previous)
         values = torch.where(finite, values, previous + 0.01 * (1 + previous.abs()))
         row_lowest[batch_indices] = torch.minimum(row_lowest[batch_indices], values)
         if used % math.ceil(evaluations / 3) == 0:
             limit = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
         return values.numpy(), (grads * scale[batch_indices]).where(finite[:, None], 0.0).numpy()
 
-    def drop_the_worse(intermediate_result):
+    def drop_the_worse(intermediate_result):  # SciPy requires this name
         if intermediate_result.fun > limit:
             raise StopIteration
 
@@ -824,33 +821,32 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
 class Agent:
     """World model, controller, cost and the transitions seen: `act`, `learn`.
 
-    spec: observation `shapes`, `action_dim`, action `classes` of the environment. The state is its
-    vectors side by side, in the order of their keys.
+    spec: observation `shapes`, `action_dim` and action `classes` of the environment. The state is
+    the observed vectors, concatenated in the order of their keys.
     """
 
     def __init__(self, spec: dict, args: Args):
         self.spec, self.args = spec, args
         self.keys = sorted(spec["shapes"])
-        shapes = list(spec["shapes"].values())
-        width, actions = sum(map(math.prod, shapes)), spec["action_dim"]
+        width, actions = sum(map(math.prod, spec["shapes"].values())), spec["action_dim"]
         if spec["classes"]:
             raise RunError("PILCO needs Box actions: those of --env-id are discrete")
         if width > 20:
-            why = "it has a Gaussian process for each, and the cost of a step grows with its square"
-            raise RunError(f"PILCO needs at most 20 numbers, --env-id observes {width}: {why}")
+            why = "it fits a Gaussian process to each, and a step's cost grows with their square"
+            raise RunError(f"PILCO takes at most 20 numbers, --env-id observes {width}: {why}")
         if not set(args.angles) <= set(range(width)) or len(set(args.angles)) < len(args.angles):
             raise RunError(f"--angles must be different indices of the {width} numbers observed")
         options = dict(max_inducing=args.max_inducing, fit_steps=args.fit_steps)
         self.world_model = GPWorldModel(width, actions, angles=args.angles, **options)
-        features, size = len(self.world_model.features), width + 2 * len(args.angles)
+        features, size = len(self.world_model.state_inputs), width + 2 * len(args.angles)
         options = dict(bound=args.bound, restarts=args.restarts)
         if args.controller == "linear":
             self.controller = LinearController(features, actions, **options)
         else:
             self.controller = RBFController(features, actions, centers=args.centers, **options)
-        target = self.numbers("target", width, 0.0)
+        target = self.flag_vector("target", width, 0.0)
         whole = len(args.weights) == size**2
-        weights = self.numbers("weights", size**2 if whole else size, 1.0)
+        weights = self.flag_vector("weights", size**2 if whole else size, 1.0)
         weights = weights.view(size, size) if whole else torch.diag(weights)
         options = dict(widths=args.widths, angles=args.angles, exploration=args.exploration)
         try:
@@ -858,12 +854,12 @@ class Agent:
         except ValueError as error:
             raise RunError(f"--weights: {error}") from None
         self.env = ImaginedEnv(self.world_model, noise=args.noise)
-        self.data, self.firsts, self.drawn = None, [], False
+        self.data, self.first_states, self.drawn = None, [], False
         self.fps = max(1, round(1 / (args.dt * args.action_repeat)))
 
-    def numbers(self, name: str, count: int, empty: float) -> Tensor:
-        """A flag of `count` numbers; RunError for another count."""
-        values = getattr(self.args, name) or (empty,) * count
+    def flag_vector(self, name: str, count: int, default: float) -> Tensor:
+        """A flag of `count` finite numbers, if empty all `default`; RunError otherwise."""
+        values = getattr(self.args, name) or (default,) * count
         flag, preset = f"--{name.replace('_', '-')}", self.args.preset
         if len(values) != count:
             given = f", those of --preset {preset}" if values == PRESETS[preset].get(name) else ""
@@ -882,12 +878,12 @@ class Agent:
         if random:
             action = torch.rand(len(rows), self.spec["action_dim"]) * 2 - 1
             return TensorDict(action=action, batch_size=[len(rows)])
-        features = with_angles(*known(self.state(rows)), self.args.angles)
-        belief = select(*features, self.world_model.features)
-        action = self.controller(*belief, self.best())[0].float()
+        features = append_sin_cos(*known(self.state(rows)), self.args.angles)
+        belief = select(*features, self.world_model.state_inputs)
+        action = self.controller(*belief, self.prepare_best())[0].float()
         return TensorDict(action=action, batch_size=[len(rows)])
 
-    def best(self):
+    def prepare_best(self):
         """The policy that acts, prepared: the first of those side by side."""
         return self.controller.prepare(self.controller.theta[:1])
 
@@ -897,33 +893,33 @@ class Agent:
         new = TensorDict(observation=states[:-1], action=actions.double(), batch_size=len(actions))
         new["next", "observation"] = states[1:]
         self.data = new if self.data is None else torch.cat([self.data, new])
-        self.firsts.append(states[0])
+        self.first_states.append(states[0])
 
     def start(self) -> tuple[Tensor, Tensor]:
-        """Moments (1, D), (1, D, D) of the first state: the flags', else those of all seen."""
-        seen, args, width = torch.stack(self.firsts), self.args, len(self.firsts[0])
+        """N(mean (1, D), cov (1, D, D)) of the first state: from flags, else from all rollouts."""
+        seen, args, width = torch.stack(self.first_states), self.args, len(self.first_states[0])
         std = seen.std(0, correction=0).clamp(min=0.01)
-        mean = self.numbers("start", width, 0.0) if args.start else seen.mean(0)
-        std = self.numbers("start_std", width, 0.0) if args.start_std else std
+        mean = self.flag_vector("start", width, 0.0) if args.start else seen.mean(0)
+        std = self.flag_vector("start_std", width, 0.0) if args.start_std else std
         return mean[None], torch.diag(std.square())[None]
 
-    def imagine(self, prepared, number: int = 1, exploration: bool = True) -> TensorDict:
-        """The beliefs [number, horizon] of policies that `prepare` returned, and their cost."""
+    def imagine(self, prepared, number: int = 1, explore: bool = True) -> TensorDict:
+        """Simulate `number` prepared policies: beliefs [number, horizon] and expected costs."""
         start = self.env.belief(*self.start()).expand(number).clone()
         policy = self.env.policy(self.controller, prepared)
         dream = self.env.rollout(self.args.horizon, policy, start, auto_reset=False)
-        cost = self.cost if exploration else self.cost.moments
-        after = dream["next"]  # the cost of all steps at once takes a tenth less time
-        after["cost"], after["cost_variance"] = cost(after["mean"], after["covariance"])
+        after = dream["next"]  # all costs at once take a tenth less time than in `_step`
+        costs = self.cost(after["mean"], after["covariance"], explore)
+        after["cost"], after["cost_variance"] = costs
         return dream
 
     @torch.no_grad()
     def predict(self) -> TensorDict:
         """The beliefs [1, horizon] that the policy leads to; their cost without exploration."""
-        return self.imagine(self.best(), exploration=False)
+        return self.imagine(self.prepare_best(), explore=False)
 
     def objective(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Discounted expected cost (R) of x_1..x_H for parameters (R, P), and its gradient."""
+        """Discounted expected cost (N) of x_1..x_H, eq. 2, at theta (N, P), and its gradient."""
         theta = theta.detach().requires_grad_()
         dream = self.imagine(self.controller.prepare(theta), len(theta))
         steps = torch.arange(1, self.args.horizon + 1, dtype=torch.float64)
@@ -932,37 +928,34 @@ class Agent:
 
     def draw_controller(self):
         """First parameters, as the authors': centers like first states, lengthscales 1 and 0.7."""
-        index = self.world_model.features
-        mean, cov = select(*with_angles(*self.start(), self.args.angles), index)
+        index = self.world_model.state_inputs
+        mean, cov = select(*append_sin_cos(*self.start(), self.args.angles), index)
         values, vectors = torch.linalg.eigh(cov[0])
         noise = torch.randn(1000, len(index), dtype=torch.float64)
         points = mean + noise @ (vectors * values.clamp(min=0).sqrt()).T
         scale = torch.where(index < self.world_model.obs_dim, 1.0, 0.7).double()  # sine and cosine
-        self.controller.theta.data = self.controller.draw(points, scale, 0.1)
+        self.controller.theta.data = self.controller.draw(points, scale, target_std=0.1)
 
     def learn(self, stop: Callable = lambda: False) -> dict:
-        """Fit the GPs to all data, improve the policy: metrics; none if stop() came before that."""
+        """Fit the GPs to all data and improve the policy -> metrics; {} if stop() came first."""
         started = time.monotonic()
         self.world_model.fit(self.data)
-        fitted = time.monotonic()
-        if stop():
-            return {}
-        args = self.args
+        fitted, args = time.monotonic(), self.args
         if not self.drawn:
             self.draw_controller()
-        elif args.restarts > 1:  # the authors have none; centers near the start find little now
-            states = self.world_model.dataset(self.data)[0][:, : len(self.world_model.features)]
+        elif args.restarts > 1:  # not the authors'. Centers near the start would find little now
+            states = self.world_model.dataset(self.data)[0][:, : len(self.world_model.state_inputs)]
             theta = self.controller.draw(states, states.std(0).clamp(min=1e-6), 0.5)
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
         theta, scale = self.controller.theta.data, self.controller.scale(self.controller.theta.data)
         budget = args.iterations, args.evaluations
-        theta, _, used = search(self.objective, theta, scale, *budget, stop)
-        if theta is None:
+        best, _, used = search(self.objective, theta, scale, *budget, stop)
+        if best is None:
             if stop():
                 return {}
             raise RunError("the expected cost is not a number: look at the scale of observations")
-        self.controller.theta.data[:1] = theta
+        self.controller.theta.data[:1] = best
         _, signal, noise = self.world_model.hyper
         ratios = (signal - noise).exp().tolist()
         return {
@@ -972,15 +965,15 @@ class Agent:
         }  # fmt: skip
 
     def state_dict(self) -> dict:
-        data = None if self.data is None else self.data.to_dict()
         return {
-            "spec": self.spec, "args": asdict(self.args), "drawn": self.drawn, "data": data,
+            "spec": self.spec, "args": asdict(self.args), "drawn": self.drawn,
+            "data": None if self.data is None else self.data.to_dict(), "firsts": self.first_states,
             "theta": self.controller.theta.detach(), "hyper": self.world_model.hyper,
-            "firsts": self.firsts,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict):
-        model, self.firsts, self.drawn = self.world_model, list(state["firsts"]), state["drawn"]
+        model, self.drawn = self.world_model, state["drawn"]
+        self.first_states = list(state["firsts"])
         model.hyper = state["hyper"]
         self.controller.theta.data.copy_(state["theta"])
         if state["data"] is not None:
@@ -1010,7 +1003,7 @@ def check_horizon(args: Args):
 
 
 def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int) -> dict:
-    """Metrics of a rollout; of a trial, also the cost that was predicted."""
+    """Metrics of a rollout; for a trial, also the predicted cost."""
     costs = agent.cost.of(agent.state(rows)[1:])
     predicted = {"search/cost": agent.predict()["next", "cost"].mean().item()} if trial else {}
     return predicted | {
@@ -1021,27 +1014,27 @@ def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int) -> dict:
 
 
 def report(metrics: dict, horizon: int):
-    """One line for each trial."""
-    m = {key.split("/")[-1]: value for key, value in metrics.items()}
-    name = f"trial {m['trial']}" if m["trial"] else "random rollout"
-    text = f"{name}, {m['seconds']:.1f} s: cost {metrics['episode/cost']:.3f}"
-    text += f", at the end {m['final_cost']:.3f}"
-    if m["length"] < horizon:
-        text += f" (ended after {m['length']} of {horizon} steps)"
-    if "evaluations" in m:
-        ratios = " ".join(f"{value:.0f}" for key, value in m.items() if key.startswith("snr"))
-        text += f"; predicted {metrics['search/cost']:.3f} ({m['evaluations']} evaluations)"
-        text += f", SNR {ratios}, fit {m['fit']:.1f} s, search {m['search']:.1f} s"
-        if m["evaluations"] == 1:
+    """Print one line about a rollout."""
+    name = f"trial {metrics['trial']}" if metrics["trial"] else "random rollout"
+    text = f"{name}, {metrics['seconds']:.1f} s: cost {metrics['episode/cost']:.3f}"
+    text += f", at the end {metrics['episode/final_cost']:.3f}"
+    if metrics["episode/length"] < horizon:
+        text += f" (ended after {metrics['episode/length']} of {horizon} steps)"
+    if metrics["trial"]:
+        ratios = " ".join(f"{value:.0f}" for key, value in metrics.items() if "snr" in key)
+        used = metrics["search/evaluations"]
+        text += f"; predicted {metrics['search/cost']:.3f} ({used} evaluations), SNR {ratios}"
+        text += f", fit {metrics['time/fit']:.1f} s, search {metrics['time/search']:.1f} s"
+        if used == 1:
             text += "; NO GRADIENT: the cost is flat where the policies begin, try larger --widths"
     print(text, flush=True)
 
 
 def load(run: str | Path) -> Agent:
-    """The trained agent of a run folder, ready to `act`; RunError if it has no policy so far."""
+    """The trained agent of a run folder, ready to `act`; RunError if it has no policy yet."""
     agent = load_agent(run, "pilco", Args, Agent)
     if not agent.drawn:
-        raise RunError(f"{run} has no policy so far: its first trial is not over")
+        raise RunError(f"{run} has no policy yet: its first trial is not finished")
     return agent
 
 

@@ -371,7 +371,7 @@ def test_errors_name_what_is_missing(runs, tmp_path):
     state = torch.load(early / "checkpoint.pt", weights_only=True)
     state["agent"] |= {"drawn": False, "hyper": None}
     torch.save(state, early / "checkpoint.pt")
-    with pytest.raises(RunError, match="no policy so far: its first trial is not over"):
+    with pytest.raises(RunError, match="no policy yet: its first trial is not finished"):
         pilco.load(early)
     copy = tmp_path / "copy"
     shutil.copytree(runs / "dreamer_v3", copy)

@@ -21,6 +21,7 @@ from pilco import (
     LinearController,
     PenalizedMarginalLikelihood,
     RBFController,
+    append_sin_cos,
     exact,
     fitc,
     known,
@@ -29,7 +30,6 @@ from pilco import (
     search,
     sine_moments,
     squash,
-    with_angles,
 )
 
 VECTORS = Path(__file__).parent / "pilco_matlab.npz"
@@ -327,12 +327,12 @@ def test_squash(name):
 def test_angles():
     given, out = case("gTrig")
     angles = [int(i) - 1 for i in column(given["i"])]
-    mean, cov = with_angles(column(given["m"])[None], given["v"][None], angles)
+    mean, cov = append_sin_cos(column(given["m"])[None], given["v"][None], angles)
     assert error(mean[0, 4:], column(out["M"])) < 1e-13
     assert error(cov[0, 4:, 4:], out["V"]) < 1e-13
     assert error(cov[0, :4, 4:], given["v"] @ out["C"]) < 1e-13
     assert torch.equal(mean[0, :4], column(given["m"])) and torch.equal(cov[0, :4, :4], given["v"])
-    sure, none = with_angles(*known(column(given["m"])[None]), angles)
+    sure, none = append_sin_cos(*known(column(given["m"])[None]), angles)
     theta = column(given["m"])[angles]
     near = torch.stack([theta.sin(), theta.cos()], -1).flatten()
     assert error(sure[0, 4:], near) < 1e-14 and none.abs().max() < 1e-15
@@ -466,7 +466,7 @@ def test_cost_of_the_scenarios(name):
         angles=preset["angles"],
     )
     assert preset["widths"] == (given["width"].item(),)
-    state = with_angles(column(given["m"])[None], given["s"][None], preset["angles"])
+    state = append_sin_cos(column(given["m"])[None], given["s"][None], preset["angles"])
     value, variance = cost(*state)
     assert error(value[0], out["L"].squeeze()) < 1e-12
     assert error(variance[0], out["S2"].squeeze()) < 1e-12
@@ -488,7 +488,7 @@ def test_widths_and_exploration():
     assert ExponentialQuadraticCost(target=torch.zeros(4), weights=torch.eye(4)).of(
         torch.zeros(2, 4)
     ).tolist() == [0, 0]
-    with pytest.raises(ValueError, match="weights must be square, of 6 features"):
+    with pytest.raises(ValueError, match="weights must be a square matrix for 6 features"):
         ExponentialQuadraticCost(torch.zeros(4), torch.eye(4), angles=[1])
 
 
@@ -606,15 +606,15 @@ def test_data_that_cannot_be_fitted():
 
     cases = [
         (transitions(1), "at least two transitions, not 1"),
-        (changed("observation", spoil), r"NaN or infinity in observation, numbers \[1\]"),
+        (changed("observation", spoil), r"NaN or infinity in observation, at indices \[1\]"),
         (
             changed(("next", "observation"), spoil),
-            r"NaN or infinity in next observation, numbers \[1\]",
+            r"NaN or infinity in next observation, at indices \[1\]",
         ),
     ]
     still = transitions(20)
     still["next", "observation"][:, 0] = still["observation"][:, 0]
-    cases.append((still, r"numbers \[0\] of the observation always change alike"))
+    cases.append((still, r"observation indices \[0\] always change by the same amount"))
     for td, words in cases:
         with pytest.raises(pilco.RunError, match=words):
             GPWorldModel(2, 1).fit(td)
@@ -646,7 +646,7 @@ def scenario():
     given, out = case("propagate_cartpole")
     most, (scale, signal, noise) = given["maxU"].item(), hyper(given["dyn_hyp"])
     model = GPWorldModel(4, 1, angles=[3])
-    assert [i + 1 for i in model.features] == column(given["dyni"]).int().tolist()
+    assert [i + 1 for i in model.state_inputs] == column(given["dyni"]).int().tolist()
     inputs = torch.cat([given["dyn_inputs"][:, :-1], given["dyn_inputs"][:, -1:] / most], -1)
     scale[:, -1] -= math.log(most)  # actions are within [-1, 1] here
     model.hyper = scale, signal, noise
@@ -703,7 +703,7 @@ def tiny_agent(actions=1, **changes):
     spec = {"shapes": {"observation": [2]}, "action_dim": actions, "classes": []}
     agent = Agent(spec, Args(**options))
     torch.manual_seed(0)
-    agent.data, agent.firsts = transitions(30), [torch.zeros(2, dtype=torch.float64)]
+    agent.data, agent.first_states = transitions(30), [torch.zeros(2, dtype=torch.float64)]
     more = torch.rand(30, actions - 1, dtype=torch.float64)
     agent.data["action"] = torch.cat([agent.data["action"], more], -1)
     agent.world_model.fit(agent.data)
@@ -734,7 +734,7 @@ def test_gradient_of_the_expected_cost(changes):
 def test_predictions_are_without_exploration_and_discount():
     agent = tiny_agent(exploration=-0.5, gamma=0.9, restarts=1)
     after = agent.predict()["next"][0]
-    cost, variance = agent.cost.moments(after["mean"], after["covariance"])
+    cost, variance = agent.cost(after["mean"], after["covariance"], explore=False)
     assert error(after["cost"], cost) < 1e-12 and error(after["cost_variance"], variance) < 1e-12
     steps = torch.arange(1, 6, dtype=torch.float64)
     total = (0.9**steps * (cost - 0.5 * variance.sqrt())).sum()
@@ -755,9 +755,9 @@ def test_acting_is_the_mean_of_the_imagined_action():
     agent = tiny_agent()
     rows = TensorDict(observation=3 * torch.randn(50, 2), batch_size=[50])
     action = agent.act(rows)["action"]
-    index = agent.world_model.features
-    mean, cov = with_angles(*known(rows["observation"].double()), agent.args.angles)
-    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.best())
+    index = agent.world_model.state_inputs
+    mean, cov = append_sin_cos(*known(rows["observation"].double()), agent.args.angles)
+    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.prepare_best())
     assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
 
 

@@ -236,7 +236,7 @@ def test_data_that_cannot_be_used(inside, tmp_path):
     with pytest.raises(checkpoint.RunError, match="not finite"):
         inside(*argv, "--env-id", "running:Spoiled-v0", "--random-rollouts", 9)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(checkpoint.RunError, match="always change alike: leave them out"):
+    with pytest.raises(checkpoint.RunError, match="always change by the same amount: omit them"):
         inside(*argv, "--env-id", "running:Long-v0")
     assert checkpoint.load(tmp_path / "run")["done"] == 1
 

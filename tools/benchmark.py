@@ -102,7 +102,7 @@ def benchmark_policy(make_agent, args, repeats: int = 10):
         log_hyper = (torch.rand(4, 5) + 1.5).log(), torch.full((4,), -1.6), torch.full((4,), -5.3)
         agent.world_model.hyper = tuple(value.double() for value in log_hyper)
         agent.world_model.factorize(x, y)
-        agent.firsts = [torch.zeros(4).double()]
+        agent.first_states = [torch.zeros(4).double()]
         agent.draw_controller()
         for _ in range(repeats):
             start = time.perf_counter()

@@ -123,7 +123,7 @@ class SampledEnv(ModelBasedEnvBase):
     def _step(self, td: TensorDict) -> TensorDict:
         model, state = self.world_model, td["state"]
         script = script_of(model)
-        inputs = script.with_angles(*script.known(state), model.angles)[0][:, model.features]
+        inputs = script.append_sin_cos(*script.known(state), model.angles)[0][:, model.state_inputs]
         inputs = torch.cat([inputs, td["action"]], -1)
         mean, variance = predict(inputs, model.posterior, model.hyper)
         if self.noise == "observed":

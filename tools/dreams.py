@@ -151,9 +151,12 @@ def plot_beliefs(predicted: TensorDict, costs: Tensor, states: Tensor) -> Figure
 
 def last_trial(agent) -> tuple[TensorDict, Tensor]:
     """Of pilco.py: beliefs [H] predicted before the last trial, and the states (T, D) of it."""
-    start = (agent.data["observation"] == agent.firsts[-1]).all(-1).nonzero()[-1].item()
+    start = (agent.data["observation"] == agent.first_states[-1]).all(-1).nonzero()[-1].item()
     states = agent.data["next", "observation"][start:]
-    agent.data, agent.firsts = agent.data[:start], agent.firsts[:-1]  # what was known by then
+    agent.data, agent.first_states = (
+        agent.data[:start],
+        agent.first_states[:-1],
+    )  # what was known by then
     agent.world_model.factorize(*agent.world_model.dataset(agent.data))
     return agent.predict()["next"][0], states
 

@@ -54,7 +54,7 @@ def dream_picture(agent, seed, context, stride, margin, columns: int = 13) -> Fi
 @torch.no_grad()
 def trial_picture(agent, every: int = 4) -> Figure:
     """The last trial of cart-pole, played again: frames, and the belief beside what happened."""
-    steps, trial = np.arange(1, agent.args.horizon + 1), len(agent.firsts) - 1
+    steps, trial = np.arange(1, agent.args.horizon + 1), len(agent.first_states) - 1
     predicted, states = last_trial(agent)
     frames = evaluate(agent, 1, seed=agent.args.seed * 1000 + trial)[1]
     angle = predicted["mean"][:, 3], predicted["covariance"][:, 3, 3], states[:, 3]
