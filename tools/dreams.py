@@ -153,10 +153,7 @@ def last_trial(agent) -> tuple[TensorDict, Tensor]:
     """Of pilco.py: beliefs [H] predicted before the last trial, and the states (T, D) of it."""
     start = (agent.data["observation"] == agent.first_states[-1]).all(-1).nonzero()[-1].item()
     states = agent.data["next", "observation"][start:]
-    agent.data, agent.first_states = (
-        agent.data[:start],
-        agent.first_states[:-1],
-    )  # what was known by then
+    agent.data, agent.first_states = agent.data[:start], agent.first_states[:-1]
     agent.world_model.factorize(*agent.world_model.dataset(agent.data))
     return agent.predict()["next"][0], states
 
