@@ -38,9 +38,10 @@ from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
     Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, evaluate_run,
-    gather, launch, load_agent, mean, mean_, parse_flags, prepare,
+    gather_ranks, launch, load_agent, mean_over_ranks, mean_over_ranks_, parse_flags, prepare,
 )  # fmt: skip
 
+SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
 Discount = Annotated[float, Rule("above 0 and at most 1", lambda x: 0 < x <= 1)]
 Horizon = Annotated[int, Rule("at least 2: the last state has no return", lambda x: x >= 2)]
 Preset = Literal["default", "dmc_vision", "debug"]
@@ -57,11 +58,11 @@ class Args:
 
     # the run
 
-    run: MayChange[str] = ""  # folder; empty: runs/dreamer/<env>/seed<seed>
+    run: MayChange[str] = ""  # folder; empty: runs/<script>/<env>/seed<seed>
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
-    eval_every: MayChange[Natural] = 10_000  # environment steps between single test episodes
+    eval_every: MayChange[Natural] = 10_000  # environment steps between test episodes
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Natural] = 0  # of torch and numpy on the CPU; 0: their choice
@@ -86,7 +87,7 @@ class Args:
     prefill: Natural = 5_000  # environment steps of random actions
     batch_size: Count = 50  # windows per update
     batch_length: Count = 50  # rows per window, all of one episode
-    train_every: Count = 1_000  # environment steps between bursts of updates, at multiples of it
+    train_every: Count = 1_000  # environment steps; each multiple brings a burst of updates
     train_steps: Count = 100  # updates in a burst
     pretrain: Count = 100  # updates in the first burst, instead of train_steps
     replay_size: int = 5_000_000  # rows; allocates only what --steps can fill
@@ -261,7 +262,7 @@ def rssm_step(prior, posterior, state, belief, action, encoded_obs, keep, noise)
 
 
 class RSSMRollout(nn.Module):
-    """Filters a sequence in a Python loop: the posterior latents of every step.
+    """Filters a sequence: the posterior latents of every step.
 
     `compile_step` compiles the step; that is fastest. `use_scan` uses torch's scan operator: one
     graph for any length, but Inductor (torch 2.13) cannot lower its gradient.
@@ -378,13 +379,13 @@ class ObsDecoder(nn.Module):
 
     def first_deconv(self, x: Tensor) -> Tensor:
         """The first transposed convolution, of 1x1 images: (N, C) -> (N, C', 5, 5)."""
-        layer = self.deconvs[0]  # as a matrix product: nine times as fast on a CPU, channels last
+        layer = self.deconvs[0]  # as a matrix product: channels last, nine times as fast on a CPU
         weight, bias = layer.weight.permute(2, 3, 1, 0).flatten(0, 2), layer.bias.repeat(25)
         return F.linear(x, weight, bias).unflatten(1, (5, 5, -1)).permute(0, 3, 1, 2)
 
 
 class DreamerActor(nn.Module):
-    """Policy on features (..., F): OneHots of `classes` choices each, or TanhNormal if empty."""
+    """Policy on features (..., F): TanhNormal, or one categorical per entry of `classes`."""
 
     def __init__(self, inputs: int, action_spec, classes=(), units=400, init_std=5.0):
         super().__init__()
@@ -400,8 +401,8 @@ class DreamerActor(nn.Module):
         x = self.mlp(feat).float()
         if self.classes:
             return OneHots(x.split(self.classes, -1))
-        mean, std = x.chunk(2, -1)
-        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(std + self.raw_init_std) + 1e-4)
+        mean, raw_std = x.chunk(2, -1)
+        return TanhNormal(5 * torch.tanh(mean / 5), F.softplus(raw_std + self.raw_init_std) + 1e-4)
 
     def draw_noise(self, *shape: int) -> Tensor:
         """Random numbers (*shape, A) for the distribution's `sample`: normal or Gumbel."""
@@ -502,7 +503,7 @@ class WorldModel(nn.Module):
 def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor:
     """KL(posterior || prior) of td[B, T] in nats: a scalar, at least `free_nats`."""
     kl = gaussian_kl(td["posterior_mean"], td["posterior_std"], td["prior_mean"], td["prior_std"])
-    kl = mean(kl.mean()) if delayed_clamp else kl  # `mean` is over ranks
+    kl = mean_over_ranks(kl.mean()) if delayed_clamp else kl
     return kl.clamp(min=free_nats).mean()
 
 
@@ -530,7 +531,7 @@ def continue_loss(head: nn.Module, feat: Tensor, is_terminal: Tensor, gamma: flo
 class DreamerModelLoss(nn.Module):
     """World model loss: eq. 10 (reconstruction, reward, KL of posterior and prior), continuation.
 
-    `delayed_clamp` takes the mean of the KL before the free nats, as the authors' TF2 code does;
+    `delayed_clamp` clamps the mean KL at free_nats, as the authors' TF2 code does;
     otherwise every KL is clamped before the mean. `reco_loss` and `reward_loss` are kinds of
     `elementwise_loss`; "normal" is the authors'. Elements of a row are summed, rows averaged.
     """
@@ -627,7 +628,7 @@ class DreamerActorLoss(nn.Module):
 
 
 class DreamerValueLoss(nn.Module):
-    """Value loss, eq. 8: regression on the lambda-returns; "normal" adds a constant."""
+    """Value loss, eq. 8: regression on the lambda-returns by `elementwise_loss`."""
 
     def __init__(self, value_model: nn.Module, *, value_loss="normal", discount_loss=True):
         super().__init__()
@@ -711,7 +712,7 @@ class Agent:
         if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
-            self.update = CudaGraphModule(self.update, warmup=3)  # update never waits for the GPU
+            self.update = CudaGraphModule(self.update, warmup=3)  # possible: update never syncs
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -744,7 +745,7 @@ class Agent:
         return latent.set("action", action * (~rows["is_last"]).float()[:, None])  # 0 at the end
 
     def explore(self, action: Tensor) -> Tensor:
-        """Adds Gaussian noise to (N, A); if discrete, random with probability --expl-amount."""
+        """Adds noise to (N, A); discrete actions turn random with probability --expl-amount."""
         if not self.actor.classes:
             return (action + self.args.expl_amount * torch.randn_like(action)).clamp(-1, 1)
         swap = torch.rand(len(action), 1, device=self.device) < self.args.expl_amount
@@ -771,8 +772,8 @@ class Agent:
         params = {name: list(module.parameters()) for name, module in self.modules.items()}
         grads = {k: torch.autograd.grad(sum(losses[k].values()), params[k]) for k in losses}
         metrics = {k: loss for part in losses.values() for k, loss in part.items()}
-        for name, optimizer in self.optimizers.items():  # step only once all gradients are computed
-            mean_(grads[name])  # over all ranks
+        for name, optimizer in self.optimizers.items():  # no step before all gradients are computed
+            mean_over_ranks_(grads[name])
             for p, grad in zip(params[name], grads[name], strict=True):
                 p.grad = grad
             metrics[f"grad_norm_{name}"] = nn.utils.clip_grad_norm_(params[name], self.args.clip)
@@ -792,7 +793,7 @@ class Agent:
             "train/prior_entropy": entropy,
         }
 
-    def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
+    def stored_rows(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
         """Rows[N] as the replay stores them: with the chosen action."""
         return rows.copy().set("action", latent["action"].cpu())
 
@@ -809,7 +810,7 @@ class Agent:
 
 def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    return load_agent(run, "dreamer", Args, Agent, device)
+    return load_agent(run, SCRIPT, Args, Agent, device)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -818,14 +819,14 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
 def updates_owed(args: Args, run: Run, replay) -> int:
     """Updates owed at this step: a burst at each multiple of --train-every, after the prefill.
 
-    0 until the replay is ready. If all finished episodes are too short, its `sample` says so.
+    0 until the replay is ready. If all finished episodes are too short, `replay.sample` raises.
     """
     previous_step = run.step - args.num_envs * args.action_repeat
     multiples = run.step // args.train_every - previous_step // args.train_every
     if run.step < args.prefill or not multiples:
         return 0
-    ready = gather(torch.tensor([float(replay.ready)]))  # of every device
-    all_too_short = replay.finished and not ready.any() and not run.updates  # `sample` says so
+    ready = gather_ranks(torch.tensor([float(replay.ready)]))
+    all_too_short = replay.finished and not ready.any() and not run.updates  # `sample` raises
     if not ready.all() and not all_too_short:
         if run.step - args.prefill < args.train_every:  # say it once
             run.logger.note("no update before an episode of --batch-length rows has ended")
@@ -847,16 +848,16 @@ def main(argv: list[str] | None = None):
 
     envs = make_envs(args)
     agent = Agent(envs.spec, args, device)
-    with Run("dreamer", args, agent) as run:
-        example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    with Run(SCRIPT, args, agent) as run:
+        example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
         replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
 
         while run.training(latent):
-            if not run.owed:  # after a stop, finish its updates first
+            if not run.owed:  # resumed: finish the owed updates first
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
-                replay.append(agent.row(rows, latent))
+                replay.append(agent.stored_rows(rows, latent))
                 run.count(rows)
                 run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):

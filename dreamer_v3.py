@@ -39,9 +39,10 @@ from common.imagination import ModelBasedEnvBase
 from common.replay import make_replay
 from common.run import (
     Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, evaluate_run,
-    gather, launch, load_agent, mean_, parse_flags, prepare,
+    gather_ranks, launch, load_agent, mean_over_ranks_, parse_flags, prepare,
 )  # fmt: skip
 
+SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 Unimix = Annotated[float, Rule("above 0, for a finite KL, and below 1", lambda x: 0 < x < 1)]
@@ -62,7 +63,7 @@ class Args:
 
     # the run
 
-    run: MayChange[str] = ""  # folder; empty: runs/dreamer_v3/<env>/seed<seed>
+    run: MayChange[str] = ""  # folder; empty: runs/<script>/<env>/seed<seed>
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
@@ -198,7 +199,7 @@ def two_hot_encode(x: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
-    """Expectation (...) over bins of softmax(logits), eq. 10, logits (..., num_bins)."""
+    """Mean (...) of the bins under softmax(logits), eq. 10; logits (..., num_bins)."""
     probs = logits.float().softmax(-1)
     middle = len(bins) // 2
     # Mirrored bins are paired before the sum, so that uniform logits give exactly 0.
@@ -207,7 +208,7 @@ def two_hot_decode(logits: Tensor, bins: Tensor) -> Tensor:
 
 
 def two_hot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
-    """Cross entropy (...) of softmax(logits) with the two-hot target (...), eq. 11."""
+    """Cross entropy (...) of softmax(logits) with the two-hot encoded target (...), eq. 11."""
     return -(two_hot_encode(target, bins) * logits.float().log_softmax(-1)).sum(-1)
 
 
@@ -306,7 +307,7 @@ def mlp(inputs: int, units: int, layers: int, outputs=0, outscale=1.0) -> nn.Seq
 
 
 class BlockLinear(nn.Module):
-    """Independent linear maps, one per slice of the input, each also seeing `shared` numbers."""
+    """One linear map per slice of the input; each map also reads all `shared` inputs."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, shared: int = 0):
         super().__init__()
@@ -623,7 +624,7 @@ class WorldModel(nn.Module):
 
 
 def kl_losses(posterior_logits, prior_logits, unimix: float, free_nats: float):
-    """Dynamics and representation losses (B, T), eq. 3: free_nats clamp the sum over S."""
+    """Dynamics and representation losses (B, T), eq. 3, clamped after the sum over S."""
     dynamic = categorical_kl(posterior_logits.detach(), prior_logits, unimix)
     representation = categorical_kl(posterior_logits, prior_logits.detach(), unimix)
     return dynamic.clamp(min=free_nats), representation.clamp(min=free_nats)
@@ -707,10 +708,10 @@ def log_prob_and_entropy(actor, feat: Tensor, action: Tensor) -> tuple[Tensor, T
 
 
 class DreamerV3ActorLoss(nn.Module):
-    """Imagines, scores with lambda-returns, and trains the actor by REINFORCE, eq. 6-7.
+    """Trains the actor by REINFORCE on the lambda-returns of dreams, eq. 6-7.
 
-    Advantages are divided by max(1, high - low). These buffers are moving averages of the returns'
-    5th and 95th percentiles, updated before use in training mode.
+    Advantages are divided by max(1, high - low), where low and high are moving averages of the
+    returns' 5th and 95th percentiles, updated before use in training mode.
     """
 
     def __init__(self, actor_model: DreamerActor, value_model: nn.Module,
@@ -725,7 +726,7 @@ class DreamerV3ActorLoss(nn.Module):
         self.register_buffer("quantiles", torch.tensor([0.05, 0.95]))
 
     def forward(self, td: TensorDictBase, noise: TensorDictBase | None = None):
-        """Latents td[*B], N in all -> loss_actor, and dream[N, H + 1] from them; no gradient to td.
+        """N latents td[*B] -> loss_actor, and the dream[N, H + 1] from them; td gets no gradient.
 
         The dream has `feat`, `action`, `reward`, `continue`, `weight`, `value_logits`, `value`,
         `entropy`, `lambda_target`. At its last step, action and target are zeros.
@@ -766,16 +767,16 @@ class DreamerV3ActorLoss(nn.Module):
     def return_scale(self, returns: Tensor) -> Tensor:
         """max(1, high - low); training mode first updates both averages."""
         if self.training:
-            low, high = torch.quantile(gather(returns.flatten()), self.quantiles)  # of all ranks
+            low, high = torch.quantile(gather_ranks(returns.flatten()), self.quantiles)
             self.low.lerp_(low, 0.01)
             self.high.lerp_(high, 0.01)
         return (self.high - self.low).clamp(min=1.0)
 
 
 def critic_loss(logits, target, feat, slow_value: nn.Module, bins: Tensor) -> Tensor:
-    """Cross entropy (...) of logits with the target (...), plus with the slow critic's value."""
-    with torch.no_grad():  # keeps the critic near its own moving average
-        slow = two_hot_decode(slow_value(feat), bins)
+    """Cross entropy (...) of logits with target, plus that with the slow critic's value."""
+    with torch.no_grad():
+        slow = two_hot_decode(slow_value(feat), bins)  # keeps the critic near its moving average
     return two_hot_loss(logits, target.detach(), bins) + two_hot_loss(logits, slow, bins)
 
 
@@ -920,8 +921,8 @@ class Agent:
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
             self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
-            action = spec["action_dim"], spec["classes"]
-            self.actor = DreamerActor(model.feat_size, *action, args.units)
+            action_dim, classes = spec["action_dim"], spec["classes"]
+            self.actor = DreamerActor(model.feat_size, action_dim, classes, args.units)
             self.value = mlp(model.feat_size, args.units, 3, BINS, outscale=0.0)
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
             belief_dim, state_size = model.prior.latent_sizes
@@ -930,9 +931,8 @@ class Agent:
                 self.actor, self.value, self.env, imagination_horizon=args.imagination_horizon,
                 lam=args.lam, entropy_bonus=args.entropy_bonus,
             )  # fmt: skip
-            self.value_loss = DreamerV3ValueLoss(
-                self.value, self.slow_value, lam=args.lam, horizon=args.horizon
-            )
+            options = dict(lam=args.lam, horizon=args.horizon)
+            self.value_loss = DreamerV3ValueLoss(self.value, self.slow_value, **options)
         self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, horizon=args.horizon)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
@@ -941,7 +941,7 @@ class Agent:
         if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile and self.device.type == "cuda":
-            self.update = CudaGraphModule(self.update, warmup=3)  # update never waits for the GPU
+            self.update = CudaGraphModule(self.update, warmup=3)  # possible: update never syncs
 
     def initial(self, num_envs: int) -> TensorDict:
         """Latents and action before the first row, [N]; a row with is_first ignores them."""
@@ -953,7 +953,7 @@ class Agent:
     def act(self, rows: TensorDict, latent: TensorDict | None = None, sample: bool = True):
         """Rows[N] and the previous latent[N] -> latent[N] with its `action` (N, A).
 
-        `sample=False` takes the policy's mode; the published scores are of the sampling policy.
+        `sample=False` takes the policy's mode; the authors' published scores sample.
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
@@ -982,7 +982,7 @@ class Agent:
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         grads = [p.grad for p in self.optimizer.param_groups[0]["params"]]
-        mean_(grads)  # over all ranks
+        mean_over_ranks_(grads)
         losses["grad_norm"] = nn.utils.get_total_norm(grads)
         self.optimizer.step()
         with torch.no_grad():
@@ -1002,8 +1002,8 @@ class Agent:
             "train/prior_entropy": -(prior * prior.log()).sum((-2, -1)).mean(),
         }
 
-    def row(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
-        """Rows[N] as the replay stores them: with the action chosen there and compact latents."""
+    def stored_rows(self, rows: TensorDict, latent: TensorDict) -> TensorDict:
+        """Rows[N] as the replay stores them: with the chosen action and compact latents."""
         stored = dict(belief=latent["belief"].half(), state=latent["state"].byte())
         return rows.copy().update({**stored, "action": latent["action"]}).cpu()
 
@@ -1021,7 +1021,7 @@ class Agent:
 
 def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if there is no checkpoint."""
-    return load_agent(run, "dreamer_v3", Args, Agent, device)
+    return load_agent(run, SCRIPT, Args, Agent, device)
 
 
 # --- main ---------------------------------------------------------------------------------------
@@ -1040,19 +1040,19 @@ def main(argv: list[str] | None = None):
 
     envs = make_envs(args)
     agent = Agent(envs.spec, args, device)
-    with Run("dreamer_v3", args, agent) as run:
-        example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    with Run(SCRIPT, args, agent) as run:
+        example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
         replay = make_replay(args, example, run.folder, online=True)
-        updates = Ratio(updates_per_row)
-        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=updates)
+        ratio = Ratio(updates_per_row)
+        latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
 
         while run.training(latent):
-            if not run.owed:  # after a stop, finish its updates first
+            if not run.owed:  # resumed: finish the owed updates first
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent)
-                replay.append(agent.row(rows, latent))
+                replay.append(agent.stored_rows(rows, latent))
                 run.count(rows)
-                run.owe(updates(run.step // args.action_repeat) if replay.ready else 0)
+                run.owe(ratio(run.step // args.action_repeat) if replay.ready else 0)
             for batch in run.batches(replay):
                 metrics, latents = agent.update(batch)
                 replay.write_back(batch, latents)

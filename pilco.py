@@ -53,12 +53,12 @@ from common.run import (
     prepare,
 )  # fmt: skip
 
-JITTER = 1e-6  # added to a deterministic GP's variance, as the authors do, and FITC's ridge
+SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
+JITTER = 1e-6  # the authors add it to a deterministic GP's variance; FITC's relative ridge, too
 Finite = Annotated[float, Rule("a finite number", math.isfinite)]
-Widths = Annotated[tuple[float, ...], Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
-Stds = Annotated[
-    tuple[float, ...], Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)
-]
+Numbers = tuple[float, ...]
+Widths = Annotated[Numbers, Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
+Stds = Annotated[Numbers, Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)]
 Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum", "debug"]
 
 
@@ -73,12 +73,12 @@ class Args:
 
     # the run
 
-    run: MayChange[str] = ""  # folder; empty: runs/pilco/<env>/seed<seed>
+    run: MayChange[str] = ""  # folder; empty: runs/<script>/<env>/seed<seed>
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes
     eval_episodes: MayChange[Count] = 10  # played at the end, and by --eval
     benchmark: bool = False  # time the expected cost and its gradient
-    threads: MayChange[Natural] = 1  # of torch and numpy, more do not help; 0: their choice
+    threads: MayChange[Natural] = 1  # for torch and numpy: more do not help; 0: their default
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
 
     # environment
@@ -172,10 +172,10 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
 
 
 def scale_matrices(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors for matrices X, element by element, from Lambda_a^-1 (E, I); see `log_expectations`.
+    """Elementwise factors for matrices X, from Lambda_a^-1 (E, I); see `log_expectations`.
 
     D is Lambda_a for each of the E functions, then (Lambda_a^-1 + Lambda_b^-1)^-1 for each of the
-    E^2 pairs. Multiplied with X they give D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1;
+    E^2 pairs. The three factors times X: D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1;
     and, for the pairs only, Lambda_a^-1 D^1/2 X D^1/2 Lambda_b^-1.
     """
     a, b = torch.broadcast_tensors(precision[..., :, None, :], precision[..., None, :, :])
@@ -188,11 +188,7 @@ def scale_matrices(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class KernelExpansion(NamedTuple):
-    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x), with all that moment matching needs of them.
-
-    For GPs, whose functions are uncertain, also the `inverse` of the kernel matrix and weight =
-    beta beta' - inverse.
-    """
+    """E functions f_a(x) = sum_i beta_ai k_a(x_i, x), with what moment matching needs of them."""
 
     inputs: Tensor  # (n, I)
     beta: Tensor  # (E, n)
@@ -200,8 +196,8 @@ class KernelExpansion(NamedTuple):
     log_signal: Tensor  # (E): log alpha
     variance: Tensor  # (E): of f_a(x) far from all x_i: alpha^2; JITTER if f_a has no uncertainty
     scales: tuple[Tensor, Tensor, Tensor]  # of `scale_matrices`
-    inverse: Tensor | None = None  # (E, n, n)
-    weight: Tensor | None = None  # (E, n, n)
+    inverse: Tensor | None = None  # (E, n, n), GPs only: inverse of the kernel matrix
+    weight: Tensor | None = None  # (E, n, n), GPs only: beta beta' - inverse
 
 
 def kernel_expansion(inputs: Tensor, log_lengthscale: Tensor, log_signal: Tensor, beta: Tensor,
@@ -240,21 +236,21 @@ def log_expectations(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tenso
     cross = cross_scale * (eye - w[:, count:])  # Lambda_a^-1 R^-1 cov Lambda_b^-1
     precision = f.precision.expand(len(nu), -1, -1)
     squares = (nu[:, :, None] * nu[:, None]).flatten(1, 2)  # nu_i nu_i'
-    # q_i / k_a(x_i, mean) in logs; for pairs, what i adds to Q_ij / (k_a(x_i, mean) k_b(x_j, mean))
+    # log(q_i / k_a(x_i, mean)); for pairs, i's part of log(Q_ij / (k_a(x_i, mean) k_b(x_j, mean)))
     logdets = torch.cat([half_logdet[:, :count], 0.5 * half_logdet[:, count:]], 1)[..., None]
     terms = torch.baddbmm(logdets, forms.flatten(-2), squares, beta=-1, alpha=0.5)
     single, pair = terms.split([count, count**2], 1)
     log_kernel = torch.baddbmm(2 * f.log_signal[..., None], precision, nu.square(), alpha=-0.5)
     offset = pair.unflatten(1, (count, count)) - single[:, :, None]
-    inverse = torch.diag_embed(precision) - forms[:, :count]  # (cov + Lambda_a)^-1
-    return log_kernel + single, inverse, offset, cross.unflatten(1, (count, count))
+    total_precision = torch.diag_embed(precision) - forms[:, :count]  # (cov + Lambda_a)^-1
+    return log_kernel + single, total_precision, offset, cross.unflatten(1, (count, count))
 
 
 class PairSums(torch.autograd.Function):
     """sum_ij coef_ab,i k_ij coef_ba,j for all functions a and b: (N, E, E).
 
-    k_ij = exp(offset_ab,i + nu_i' cross_ab nu_j + offset_ba,j) - 1; for GPs with a = b, weight
-    times that minus inverse. nu (N, I, n), offset and coef (N, E, E, n), cross (N, E, E, I, I) with
+    k_ij = exp(offset_ab,i + nu_i' cross_ab nu_j + offset_ba,j) - 1; for GPs with a = b, it is
+    weight * that - inverse. nu (N, I, n), offset and coef (N, E, E, n), cross (N, E, E, I, I) with
     cross_ba = cross_ab'. f gets no gradient. In numpy, with no n x n array kept for the backward
     pass, this takes a third of torch's time.
     """
@@ -293,18 +289,18 @@ class PairSums(torch.autograd.Function):
         nu_and_one, cross, coef, sums, f = ctx.saved
         nu, count = nu_and_one[:, None, None, :-1], len(cross[0])
         grad = (grad + grad.mT).numpy()[..., None]  # each pair appears twice in the matrix
-        by_c = grad * sums[..., -1, :]
-        # by its exponent, k has the derivative k + b b' with b = 1; for a GP with itself, b = beta,
-        # because weight + inverse = beta beta'
-        b = np.ones(coef.shape[1:])
+        by_coef = grad * sums[..., -1, :]
+        # the derivative of k by its exponent is k + r r': r = beta for a GP with itself, because
+        # weight + inverse = beta beta', and r = 1 otherwise
+        r = np.ones(coef.shape[1:])
         if f.inverse is not None:
-            b[range(count), range(count)] = f.beta.numpy()
-        slopes = ((b * coef) @ nu_and_one[:, None].mT).swapaxes(1, 2)[..., None] * b[:, :, None]
+            r[range(count), range(count)] = f.beta.numpy()
+        slopes = ((r * coef) @ nu_and_one[:, None].mT).swapaxes(1, 2)[..., None] * r[:, :, None]
         slopes += sums
         slopes *= (grad * coef)[:, :, :, None]  # sum_j (nu_j, 1) times the gradient by exponent ij
         by_nu = (cross @ slopes[..., :-1, :]).sum((1, 2))
         by_cross = 0.5 * (nu @ slopes[..., :-1, :].mT)  # the other half goes to cross_ba
-        return *map(torch.from_numpy, (by_nu, slopes[..., -1, :], by_cross, by_c)), None
+        return *map(torch.from_numpy, (by_nu, slopes[..., -1, :], by_cross, by_coef)), None
 
 
 def moment_matching(mean: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, Tensor, Tensor]:
@@ -315,13 +311,13 @@ def moment_matching(mean: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tens
     - 1) with p = beta q, where the paper subtracts two sums that are almost equal.
     """
     nu = f.inputs.mT - mean[..., None]  # (N, I, n), eq. 16
-    log_q, inverse, offset, cross = log_expectations(nu, cov, f)
+    log_q, total_precision, offset, cross = log_expectations(nu, cov, f)
     # Q / (q q) may overflow where q is as good as 0
     offset = offset.masked_fill((log_q < -300)[:, :, None], -1e30)
     q = torch.exp(log_q)  # eq. 15
     p = f.beta * q
     f_mean = p.sum(-1)  # eq. 14
-    gain = (inverse * p.bmm(nu.mT)[:, :, None]).sum(-1).mT
+    gain = (total_precision * p.bmm(nu.mT)[:, :, None]).sum(-1).mT
     coef = p[:, :, None].expand_as(offset)
     if f.inverse is not None:
         same = torch.eye(offset.shape[1], dtype=torch.bool)[..., None]
@@ -376,10 +372,7 @@ def append_sin_cos(mean: Tensor, cov: Tensor, angles: Sequence[int]) -> tuple[Te
 
 
 def squash(mean, cov, gain, bound: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Bound actions u ~ N(mean, cov) to [-1, 1]; gain (N, I, A): from the state to the actions.
-
-    bound: "gSat" is (9 sin u + sin 3u) / 8, "gSin" sin u.
-    """
+    """Bound actions u ~ N(mean, cov) to [-1, 1]; gain (N, I, A): from the state to the actions."""
     frequencies, amplitudes = {"gSat": ((1, 3), (9 / 8, 1 / 8)), "gSin": ((1,), (1,))}[bound]
     eye = torch.eye(mean.shape[-1], dtype=mean.dtype)
     frequency = torch.cat([factor * eye for factor in frequencies], 1)
@@ -490,8 +483,8 @@ class GPWorldModel(nn.Module):
     """p(x' | x, u): a GP for each state variable's difference, eq. 3-8, in the units of the data.
 
     Angles enter as sine and cosine. With more than `max_inducing` points the GPs keep the
-    hyperparameters of all data and predict through inducing inputs (FITC). `state_dict` does not
-    hold what `fit` learns: `factorize` computes it from the data and the hyperparameters `hyper`.
+    hyperparameters of all data and predict through inducing inputs (FITC). `state_dict` holds
+    neither `hyper` nor `posterior`; `factorize` computes `posterior` from `hyper` and the data.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, *, angles: Sequence[int] = (),
@@ -499,8 +492,7 @@ class GPWorldModel(nn.Module):
         super().__init__()
         self.obs_dim, self.action_dim, self.angles = obs_dim, action_dim, tuple(angles)
         self.max_inducing, self.fit_steps = max_inducing, fit_steps
-        features = range(obs_dim + 2 * len(self.angles))
-        state_inputs = [i for i in features if i not in self.angles]
+        state_inputs = sorted(set(range(obs_dim + 2 * len(self.angles))) - set(self.angles))
         self.register_buffer("state_inputs", torch.tensor(state_inputs))
         self.hyper = self.posterior = None
 
@@ -517,20 +509,16 @@ class GPWorldModel(nn.Module):
         return torch.cat([inputs, action], -1), after - x
 
     def fit(self, td: TensorDict) -> "GPWorldModel":
-        """Learn from td[n]: `observation`, `action`, ("next", "observation"); RunError if it fails.
-
-        It starts from the last hyperparameters, if any.
-        """
+        """Fit to td[n]: `observation`, `action`, ("next", "observation"); RunError if it fails."""
         check_data(td)
         x, y = self.dataset(td)
         std = x.std(0).clamp(min=1e-6)
-        if self.hyper is None:
+        if self.hyper is None:  # otherwise start from the last fit
             signal = y.std(0).clamp(min=1e-6).log()
             self.hyper = std.log().expand(self.obs_dim, -1).clone(), signal, signal - math.log(10)
         mll = PenalizedMarginalLikelihood(self.build(x, y), std)
         try:
-            with warnings.catch_warnings():  # about stopping at maxiter
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):  # about stopping at maxiter
                 fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": self.fit_steps}})
         except ModelFittingError as error:
             raise RunError(f"the Gaussian processes could not be fitted: {error}") from None
@@ -540,7 +528,7 @@ class GPWorldModel(nn.Module):
     def build(self, x: Tensor, y: Tensor) -> IndependentGPs:
         """GPyTorch's model of the data at the current hyperparameters."""
         batch = {"batch_shape": torch.Size([self.obs_dim])}
-        positive = gpytorch.constraints.Positive(torch.exp, torch.log)  # the fit moves logarithms
+        positive = gpytorch.constraints.Positive(torch.exp, torch.log)  # so the fit is in logs
         base = gpytorch.kernels.RBFKernel(x.shape[-1], lengthscale_constraint=positive, **batch)
         covar = gpytorch.kernels.ScaleKernel(base, outputscale_constraint=positive, **batch)
         likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=positive, **batch)
@@ -567,10 +555,7 @@ class GPWorldModel(nn.Module):
 
 
 class LinearController(nn.Module):
-    """u = squash(W x + b): moments of inputs -> moments of actions, for N policies side by side.
-
-    `theta` (N, P) holds their parameters; `prepare` computes once what `forward` needs every step.
-    """
+    """u = squash(W x + b) for N policies side by side; `theta` (N, P) holds their parameters."""
 
     def __init__(self, inputs: int, action_dim: int, *, bound: str = "gSat", restarts: int = 1):
         super().__init__()
@@ -590,6 +575,7 @@ class LinearController(nn.Module):
         return torch.ones_like(theta)
 
     def prepare(self, theta: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute once what every step needs."""
         return unpack(self.theta if theta is None else theta, self.sizes)
 
     def forward(self, mean: Tensor, cov: Tensor, prepared=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -603,8 +589,8 @@ class LinearController(nn.Module):
 class RBFController(nn.Module):
     """u = squash(f(x)), f the mean of a GP with `centers` points: signal 1, noise 0.01.
 
-    Centers are shared by all actions, targets and lengthscales are not. See LinearController for
-    `theta`, `prepare` and the shapes.
+    All actions share the centers; each has its own targets and lengthscales. See LinearController
+    for `theta`, `prepare` and the shapes.
     """
 
     def __init__(self, inputs: int, action_dim: int, *, centers: int = 50, bound: str = "gSat",
@@ -650,8 +636,7 @@ class RBFController(nn.Module):
 def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
     """Rows of parameters (N, P) -> {name: (N, *size)}, views of them."""
     parts = theta.split([math.prod(size) for size in sizes.values()], -1)
-    named = zip(sizes.items(), parts, strict=True)
-    return {name: part.unflatten(-1, size) for (name, size), part in named}
+    return {name: x.unflatten(-1, sizes[name]) for name, x in zip(sizes, parts, strict=True)}
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -694,17 +679,14 @@ class ExponentialQuadraticCost(nn.Module):
         self.register_buffer("scales", torch.cat([scale, 2 * scale]))  # for 1 - cost and its square
 
     def forward(self, mean: Tensor, cov: Tensor, explore: bool = True) -> tuple[Tensor, Tensor]:
-        """Features N(mean (..., F), cov (..., F, F)) -> expected cost, variance of the cost (...).
-
-        The variance is the mean over the widths, as the authors', not that of the mean cost.
-        """
+        """Features N(mean (..., F), cov (..., F, F)) -> expected cost, variance of cost (...)."""
         z, cov = (mean - self.target) @ self.root.T, self.root @ cov @ self.root.T
         first, second = gaussian_integral(z, cov, self.scales).chunk(2, -1)  # moments of 1 - cost
         variance = (second - first.square()).clamp(min=0)
         cost = 1 - first
         if explore and self.exploration:
             cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
-        return cost.mean(-1), variance.mean(-1)
+        return cost.mean(-1), variance.mean(-1)  # like the authors, not that of the mean cost
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
@@ -733,7 +715,7 @@ class ImaginedEnv(ModelBasedEnvBase):
         self.register_buffer("inputs", torch.cat([world_model.state_inputs, width + actions]))
 
     def belief(self, mean: Tensor, cov: Tensor) -> TensorDict:
-        """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError for no covariance."""
+        """The start N(mean (N, D), cov (N, D, D)) of a rollout; ValueError for a bad covariance."""
         values = torch.linalg.eigvalsh(cov)
         largest = values.abs().amax(-1, keepdim=True)
         if not torch.equal(cov, cov.mT) or (values < -1e-9 * largest).any():
@@ -757,10 +739,8 @@ class ImaginedEnv(ModelBasedEnvBase):
         state_action = td["covariance"].index_select(-1, model.state_inputs).bmm(td["action_gain"])
         action, action_cov = td["action"], td["action_covariance"]
         mean, cov = join(td["mean"], td["covariance"], action, action_cov, state_action)
-        with_inputs = cov.index_select(-1, self.inputs)
-        inputs = mean.index_select(-1, self.inputs), with_inputs.index_select(-2, self.inputs)
-        change, change_cov, gain = model(*inputs)
-        state_change = with_inputs[:, :d].bmm(gain)
+        change, change_cov, gain = model(*select(mean, cov, self.inputs))
+        state_change = cov[:, :d].index_select(-1, self.inputs).bmm(gain)  # cov(x, change)
         cov = cov[:, :d, :d] + change_cov + (state_change + state_change.mT)  # eq. 10-11
         if self.noise == "observed":
             cov = cov + torch.diag(torch.exp(2 * model.hyper[2]))
@@ -781,8 +761,8 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
 
     objective: (N, P) -> values (N) and gradients (N, P); scale (N, P): natural units of theta. All
     rows are evaluated in one batch, at most `evaluations` times; each has its own line search and
-    ends by itself. After each third of the evaluations only the better half goes on. What is not
-    finite counts as too long a step: a value just above the row's last one, with gradient zero.
+    ends by itself. After each third of the evaluations only the better half goes on. A result that
+    is not finite becomes gradient zero and a value just above the row's last: the search backs off.
     """
     lowest_value, best, used, limit = math.inf, None, 0, math.inf
     row_last, row_lowest = torch.zeros_like(theta[:, 0]), torch.full_like(theta[:, 0], math.inf)
@@ -810,19 +790,16 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
         if intermediate_result.fun > limit:
             raise StopIteration
 
+    options = dict(maxiter=iterations, maxcor=50, factr=10, pgtol=1e-9, pass_batch_indices=True)
     with contextlib.suppress(StopIteration):
-        fmin_l_bfgs_b_batched(
-            evaluate, (theta / scale).numpy(), maxiter=iterations, maxcor=50, factr=10, pgtol=1e-9,
-            callback=drop_the_worse, pass_batch_indices=True,
-        )  # fmt: skip
+        fmin_l_bfgs_b_batched(evaluate, (theta / scale).numpy(), callback=drop_the_worse, **options)
     return best, lowest_value, used
 
 
 class Agent:
     """World model, controller, cost and the transitions seen: `act`, `learn`.
 
-    spec: observation `shapes`, `action_dim` and action `classes` of the environment. The state is
-    the observed vectors, concatenated in the order of their keys.
+    spec: observation `shapes`, `action_dim` and action `classes` of the environment.
     """
 
     def __init__(self, spec: dict, args: Args):
@@ -835,7 +812,8 @@ class Agent:
             why = "it fits a Gaussian process to each, and a step's cost grows with their square"
             raise RunError(f"PILCO takes at most 20 numbers, --env-id observes {width}: {why}")
         if not set(args.angles) <= set(range(width)) or len(set(args.angles)) < len(args.angles):
-            raise RunError(f"--angles must be different indices of the {width} numbers observed")
+            text = f"--angles must be different indices of the {width} numbers observed"
+            raise RunError(f"{text}; without that flag they are those of --preset {args.preset}")
         options = dict(max_inducing=args.max_inducing, fit_steps=args.fit_steps)
         self.world_model = GPWorldModel(width, actions, angles=args.angles, **options)
         features, size = len(self.world_model.state_inputs), width + 2 * len(args.angles)
@@ -844,9 +822,9 @@ class Agent:
             self.controller = LinearController(features, actions, **options)
         else:
             self.controller = RBFController(features, actions, centers=args.centers, **options)
-        target = self.flag_vector("target", width, 0.0)
+        target = self.flag_vector("target", torch.zeros(width))
         whole = len(args.weights) == size**2
-        weights = self.flag_vector("weights", size**2 if whole else size, 1.0)
+        weights = self.flag_vector("weights", torch.ones(size**2 if whole else size))
         weights = weights.view(size, size) if whole else torch.diag(weights)
         options = dict(widths=args.widths, angles=args.angles, exploration=args.exploration)
         try:
@@ -857,19 +835,19 @@ class Agent:
         self.data, self.first_states, self.drawn = None, [], False
         self.fps = max(1, round(1 / (args.dt * args.action_repeat)))
 
-    def flag_vector(self, name: str, count: int, default: float) -> Tensor:
-        """A flag of `count` finite numbers, if empty all `default`; RunError otherwise."""
-        values = getattr(self.args, name) or (default,) * count
+    def flag_vector(self, name: str, default: Tensor) -> Tensor:
+        """A flag's numbers, or `default`; RunError if the count is wrong or one is not finite."""
+        values = getattr(self.args, name) or default.tolist()
         flag, preset = f"--{name.replace('_', '-')}", self.args.preset
-        if len(values) != count:
+        if len(values) != len(default):
             given = f", those of --preset {preset}" if values == PRESETS[preset].get(name) else ""
-            raise RunError(f"{flag} needs {count} numbers, not {len(values)}{given}")
+            raise RunError(f"{flag} needs {len(default)} numbers, not {len(values)}{given}")
         if not all(map(math.isfinite, values)):
             raise RunError(f"{flag} needs finite numbers")
         return torch.tensor(values, dtype=torch.float64)
 
     def state(self, rows: TensorDict) -> Tensor:
-        """Rows [*B] -> states (*B, D)."""
+        """Rows [*B] -> states (*B, D): the observed vectors, in the order of their keys."""
         return torch.cat([rows[key] for key in self.keys], -1).double()
 
     @torch.no_grad()
@@ -880,12 +858,9 @@ class Agent:
             return TensorDict(action=action, batch_size=[len(rows)])
         features = append_sin_cos(*known(self.state(rows)), self.args.angles)
         belief = select(*features, self.world_model.state_inputs)
-        action = self.controller(*belief, self.prepare_best())[0].float()
+        prepared = self.controller.prepare(self.controller.theta[:1])  # row 0: the best policy
+        action = self.controller(*belief, prepared)[0].float()
         return TensorDict(action=action, batch_size=[len(rows)])
-
-    def prepare_best(self):
-        """The policy that acts, prepared: the first of those side by side."""
-        return self.controller.prepare(self.controller.theta[:1])
 
     def add(self, rows: TensorDict, actions: Tensor):
         """Keep a rollout: rows [T + 1], actions (T, A)."""
@@ -897,10 +872,9 @@ class Agent:
 
     def start(self) -> tuple[Tensor, Tensor]:
         """N(mean (1, D), cov (1, D, D)) of the first state: from flags, else from all rollouts."""
-        seen, args, width = torch.stack(self.first_states), self.args, len(self.first_states[0])
-        std = seen.std(0, correction=0).clamp(min=0.01)
-        mean = self.flag_vector("start", width, 0.0) if args.start else seen.mean(0)
-        std = self.flag_vector("start_std", width, 0.0) if args.start_std else std
+        seen = torch.stack(self.first_states)
+        mean = self.flag_vector("start", seen.mean(0))
+        std = self.flag_vector("start_std", seen.std(0, correction=0).clamp(min=0.01))
         return mean[None], torch.diag(std.square())[None]
 
     def imagine(self, prepared, number: int = 1, explore: bool = True) -> TensorDict:
@@ -916,7 +890,7 @@ class Agent:
     @torch.no_grad()
     def predict(self) -> TensorDict:
         """The beliefs [1, horizon] that the policy leads to; their cost without exploration."""
-        return self.imagine(self.prepare_best(), explore=False)
+        return self.imagine(self.controller.prepare(self.controller.theta[:1]), explore=False)
 
     def objective(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Discounted expected cost (N) of x_1..x_H, eq. 2, at theta (N, P), and its gradient."""
@@ -927,13 +901,13 @@ class Agent:
         return total.detach(), torch.autograd.grad(total.sum(), theta)[0]
 
     def draw_controller(self):
-        """First parameters, as the authors': centers like first states, lengthscales 1 and 0.7."""
+        """Draw parameters as the authors do: centers like first states, lengthscales 1 and 0.7."""
         index = self.world_model.state_inputs
         mean, cov = select(*append_sin_cos(*self.start(), self.args.angles), index)
         values, vectors = torch.linalg.eigh(cov[0])
         noise = torch.randn(1000, len(index), dtype=torch.float64)
         points = mean + noise @ (vectors * values.clamp(min=0).sqrt()).T
-        scale = torch.where(index < self.world_model.obs_dim, 1.0, 0.7).double()  # sine and cosine
+        scale = torch.where(index < self.world_model.obs_dim, 1.0, 0.7).double()  # 0.7: sin, cos
         self.controller.theta.data = self.controller.draw(points, scale, target_std=0.1)
 
     def learn(self, stop: Callable = lambda: False) -> dict:
@@ -943,14 +917,13 @@ class Agent:
         fitted, args = time.monotonic(), self.args
         if not self.drawn:
             self.draw_controller()
-        elif args.restarts > 1:  # not the authors'. Centers near the start would find little now
+        elif args.restarts > 1:  # unlike the authors: new policies, centers among all states seen
             states = self.world_model.dataset(self.data)[0][:, : len(self.world_model.state_inputs)]
             theta = self.controller.draw(states, states.std(0).clamp(min=1e-6), 0.5)
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
         theta, scale = self.controller.theta.data, self.controller.scale(self.controller.theta.data)
-        budget = args.iterations, args.evaluations
-        best, _, used = search(self.objective, theta, scale, *budget, stop)
+        best, _, used = search(self.objective, theta, scale, args.iterations, args.evaluations, stop)
         if best is None:
             if stop():
                 return {}
@@ -1032,7 +1005,7 @@ def report(metrics: dict, horizon: int):
 
 def load(run: str | Path) -> Agent:
     """The trained agent of a run folder, ready to `act`; RunError if it has no policy yet."""
-    agent = load_agent(run, "pilco", Args, Agent)
+    agent = load_agent(run, SCRIPT, Args, Agent)
     if not agent.drawn:
         raise RunError(f"{run} has no policy yet: its first trial is not finished")
     return agent
@@ -1055,7 +1028,7 @@ def main(argv: list[str] | None = None):
     agent = Agent(envs.spec, args)
     envs.close()
     check_horizon(args)
-    with Run("pilco", args, agent, total=args.random_rollouts + args.trials) as run:
+    with Run(SCRIPT, args, agent, total=args.random_rollouts + args.trials) as run:
         run.resume()
         while run.training():
             trial = max(0, run.done + 1 - args.random_rollouts)  # 0: random

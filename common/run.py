@@ -46,11 +46,15 @@ FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to
 
 
 def launch(main: Callable):
-    """Call main(); a RunError, a full disk or Ctrl-C ends it with one line, not a traceback."""
+    """Call main(); what the user can mend, or Ctrl-C, ends it with one line, not a traceback."""
     try:
         main()
     except RunError as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        if error.name != "tools":
+            raise
+        sys.exit("error: this needs the folder tools/ beside the script")
     except KeyboardInterrupt:
         sys.exit("stopped: the last checkpoint is kept")
     except OSError as error:
@@ -154,20 +158,20 @@ def autocast(agent) -> torch.autocast:
     return torch.autocast(kind, torch.bfloat16, enabled=enabled)
 
 
-# --- several devices: tools/ranks.py replaces these ---------------------------------------------
+# --- ranks (one per device): tools/ranks.py replaces these --------------------------------------
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean of x over all devices, where a loss needs one over the whole batch."""
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of x over all ranks, where a loss needs one over the whole batch."""
     return x
 
 
-def mean_(tensors: list[Tensor]):
-    """Replace each tensor by its mean over all devices."""
+def mean_over_ranks_(tensors: list[Tensor]):
+    """Replace each tensor by its mean over all ranks."""
 
 
-def gather(x: Tensor) -> Tensor:
-    """x (N, ...) of all devices, one after the other."""
+def gather_ranks(x: Tensor) -> Tensor:
+    """x (N, ...) of all ranks, one after the other."""
     return x
 
 

@@ -386,7 +386,7 @@ def replay_rows(folder, argv):
     args = parse_args([*map(str, argv), "--run", str(folder)])
     envs = make_envs(args)
     agent = Agent(envs.spec, args)
-    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
     replay = make_replay(args, example, folder, online=True)
     envs.close()
     replay.load_state_dict(checkpoint.load(folder)["replay"])

@@ -715,7 +715,9 @@ def test_the_noisy_action_is_the_models_input():
     after = agent.act(rows, latent)
     inputs = (latent[k] for k in ("state", "belief", "action"))
     near(after["belief"], agent.world_model.prior.recurrence(*inputs))
-    assert torch.equal(agent.row(rows, latent)["action"], latent["action"])  # in the replay, too
+    assert torch.equal(
+        agent.stored_rows(rows, latent)["action"], latent["action"]
+    )  # in the replay, too
     first = rows_of(agent, 2, is_first=True)
     near(agent.act(first, latent)["belief"], agent.act(first, None)["belief"])
 

@@ -327,7 +327,9 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
 def test_a_fork_of_pilco_under_another_name_dreams(runs, tmp_path, monkeypatch):
     shutil.copy(pilco.__file__, tmp_path / "my_pilco.py")
     monkeypatch.syspath_prepend(tmp_path)
-    agent = importlib.import_module("my_pilco").load(runs / "pilco")
+    fork = importlib.import_module("my_pilco")
+    monkeypatch.setattr(fork, "SCRIPT", "pilco")  # to load the original's run
+    agent = fork.load(runs / "pilco")
     steps = []
     for one in (pilco.load(runs / "pilco"), agent):
         dream = dream_env(one, 3)

@@ -973,7 +973,7 @@ def test_49_stored_latents():
     agent = v3_agent()
     latents = v3_latents(agent.args, 3, 5).set("action", torch.randn(3, 5, 2))
     rows = make_batch(agent, 3, 5).exclude("belief", "state", "action")
-    stored = torch.stack([agent.row(rows[:, t], latents[:, t]) for t in range(5)], 1)
+    stored = torch.stack([agent.stored_rows(rows[:, t], latents[:, t]) for t in range(5)], 1)
     assert stored["belief"].dtype == torch.float16 and stored["state"].dtype == torch.uint8
     assert {*rows.keys(), "belief", "state", "action"} == set(stored.keys())
     batch = with_previous(stored)

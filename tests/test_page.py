@@ -287,13 +287,13 @@ def collect(args, folder):
     """An agent and a replay of 300 random rows, in place of the page's Collector."""
     envs = make_envs(args)
     agent = dreamer.Agent(envs.spec, args)
-    example = agent.row(example_rows(agent.spec), agent.initial(1))[0]
+    example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
     replay = make_replay(args, example, folder, episodes=True)
     latent = agent.initial(1)
     for _ in range(300):
         rows = envs.step(latent["action"])
         latent = agent.act(rows, latent, random=True)
-        replay.append(agent.row(rows, latent))
+        replay.append(agent.stored_rows(rows, latent))
     envs.close()
     return agent, replay
 

@@ -757,7 +757,8 @@ def test_acting_is_the_mean_of_the_imagined_action():
     action = agent.act(rows)["action"]
     index = agent.world_model.state_inputs
     mean, cov = append_sin_cos(*known(rows["observation"].double()), agent.args.angles)
-    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], agent.prepare_best())
+    prepared = agent.controller.prepare(agent.controller.theta[:1])
+    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], prepared)
     assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
 
 

@@ -234,9 +234,11 @@ def test_a_missing_script(path):
 
 def test_one_process_is_not_patched():
     x = torch.tensor([1.0, 2.0], requires_grad=True)
-    assert common.run.mean(x) is x and common.run.gather(x) is x
-    common.run.mean_([x])
+    assert common.run.mean_over_ranks(x) is x and common.run.gather_ranks(x) is x
+    common.run.mean_over_ranks_([x])
     assert x.tolist() == [1.0, 2.0]
     assert ranks.world_size() == 1 and ranks.rank() == 0 and ranks.rank_seed(5) == 5
     for script in (dreamer, dreamer_v3):
-        assert script.Run is common.run.Run and script.mean_ is common.run.mean_
+        assert (
+            script.Run is common.run.Run and script.mean_over_ranks_ is common.run.mean_over_ranks_
+        )

@@ -580,7 +580,7 @@ class Product:
     def act(self, rows, latent):
         return TensorDict(action=torch.zeros(len(rows), 1), batch_size=[len(rows)])
 
-    def row(self, rows, latent):
+    def stored_rows(self, rows, latent):
         return rows.set("action", latent["action"])
 
     def update(self, batch):

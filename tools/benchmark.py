@@ -31,7 +31,7 @@ def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
         latent = agent.act(row, latent)
         seconds["environment"].append(middle - start)
         seconds["policy"].append(time.perf_counter() - middle)
-        rows.append(agent.row(row, latent))
+        rows.append(agent.stored_rows(row, latent))
     envs.close()
     window = with_previous(torch.stack(rows[-args.batch_length - 1 :], 1))
     batch = window[torch.arange(args.batch_size) % args.num_envs].to(device)

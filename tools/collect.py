@@ -156,4 +156,4 @@ def main(
 
 
 if __name__ == "__main__":
-    launch(lambda: tyro.cli(main, description=__doc__))
+    launch(lambda: tyro.cli(main, prog="python -m tools.collect", description=__doc__))

@@ -50,7 +50,7 @@ def play(agent, episodes: int, rows: int, seed: int) -> TensorDict:
     while len(played) <= rows and not (played and played[-1]["is_last"].any()):
         env_rows = envs.step(None if latent is None else latent["action"])
         latent = agent.act(env_rows, latent)
-        played.append(agent.row(env_rows, latent))
+        played.append(agent.stored_rows(env_rows, latent))
     envs.close()
     if len(played) <= 8:
         raise RunError(f"an episode ends after {len(played) - 1} actions: too short for a dream")
@@ -159,7 +159,7 @@ def last_trial(agent) -> tuple[TensorDict, Tensor]:
 
 
 def main():
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, prog="python -m tools.dreams", description=__doc__)
     script = checkpoint.load(args.run)["header"]["script"]
     agent = importlib.import_module(script).load(args.run)
     logger = Logger(args.run, 0, tensorboard=False)

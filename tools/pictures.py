@@ -132,4 +132,4 @@ def main(
 
 
 if __name__ == "__main__":
-    launch(lambda: tyro.cli(main, description=__doc__))
+    launch(lambda: tyro.cli(main, prog="python -m tools.pictures", description=__doc__))

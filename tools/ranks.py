@@ -81,7 +81,7 @@ def rank_seed(seed: int) -> int:
 # --- communication ------------------------------------------------------------------------------
 
 
-def mean_(tensors: list[Tensor]):
+def mean_over_ranks_(tensors: list[Tensor]):
     """Replace each tensor by its mean over all ranks, with one all-reduce."""
     flat = torch.cat([x.flatten() for x in tensors])
     dist.all_reduce(flat)
@@ -90,14 +90,14 @@ def mean_(tensors: list[Tensor]):
         x.copy_(average.view_as(x))
 
 
-def mean(x: Tensor) -> Tensor:
-    """The mean of x over all ranks. Its gradient is this rank's: `mean_` averages it later."""
+def mean_over_ranks(x: Tensor) -> Tensor:
+    """The mean of x over all ranks. Its gradient is this rank's; all are averaged later."""
     average = x.detach().clone()
-    mean_([average])
+    mean_over_ranks_([average])
     return x + (average - x.detach())
 
 
-def gather(x: Tensor) -> Tensor:
+def gather_ranks(x: Tensor) -> Tensor:
     """x (N, ...) of all ranks, concatenated, without gradient."""
     gathered = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(gathered, x.detach().contiguous())
@@ -107,7 +107,7 @@ def gather(x: Tensor) -> Tensor:
 def means(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
     """Metrics (0-dim tensors), averaged over all ranks."""
     values = torch.stack([value.float() for value in metrics.values()])
-    mean_([values])
+    mean_over_ranks_([values])
     return dict(zip(metrics, values, strict=True))
 
 
@@ -213,7 +213,8 @@ def make_rank_replay(args, example, folder: Path, **options):
 
 def patch(script):
     """Replace in a script's module what differs on several devices."""
-    patches = dict(mean=mean, mean_=mean_, gather=gather, Run=RanksRun)
+    functions = mean_over_ranks, mean_over_ranks_, gather_ranks
+    patches = {f.__name__: f for f in functions} | {"Run": RanksRun}
     patches |= dict(make_envs=lambda args: make_envs(rank_args(args)), make_replay=make_rank_replay)
     for name in patches.keys() & vars(script).keys():
         setattr(script, name, patches[name])

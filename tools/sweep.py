@@ -77,7 +77,8 @@ class Job:
 
 
 def main(argv: list[str] | None = None):
-    args, flags = tyro.cli(Args, args=argv, description=__doc__, return_unknown_args=True)
+    args, flags = tyro.cli(Args, prog="python -m tools.sweep", args=argv, description=__doc__,
+                           return_unknown_args=True)  # fmt: skip
     jobs = plan(args, flags)
     stopped = any(job.state != DONE for job in jobs) and run_all(args, jobs)
     print(table(jobs))
