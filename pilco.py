@@ -797,10 +797,7 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
 
 
 class Agent:
-    """World model, controller, cost and the transitions seen: `act`, `learn`.
-
-    spec: observation `shapes`, `action_dim` and action `classes` of the environment.
-    """
+    """World model, controller, cost, data. spec: observation `shapes`, `action_dim`, `classes`."""
 
     def __init__(self, spec: dict, args: Args):
         self.spec, self.args = spec, args
@@ -923,7 +920,8 @@ class Agent:
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
         theta, scale = self.controller.theta.data, self.controller.scale(self.controller.theta.data)
-        best, _, used = search(self.objective, theta, scale, args.iterations, args.evaluations, stop)
+        budget = args.iterations, args.evaluations
+        best, _, used = search(self.objective, theta, scale, *budget, stop)
         if best is None:
             if stop():
                 return {}
