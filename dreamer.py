@@ -683,10 +683,7 @@ class DreamerDecoder(nn.Module):
 
 
 class Agent:
-    """World model, actor and value: `act` in an environment, `update` on a batch of replay.
-
-    `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
-    """
+    """World model, actor, value. spec: observation `shapes`, `action_dim`, action `classes`."""
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
@@ -759,11 +756,8 @@ class Agent:
         return torch.cat(list(map(F.one_hot, draws, self.actor.classes)), -1).float()
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> dict:
-        """One gradient step of every network on a replay batch [B, T], on the agent's device.
-
-        Returns metrics (0-dim tensors). `noise` replaces that of posteriors and dreams, for tests.
-        """
-        noise, losses = noise or {}, {}
+        """One update of all networks: batch [B, T] on the agent's device -> 0-dim metrics."""
+        noise, losses = noise or {}, {}  # with noise, tests replace the random numbers
         with autocast(self):
             losses["world_model"], td = self.model_loss(batch.copy(), noise.get("posterior"))
             starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal

@@ -156,10 +156,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
     training = args.train_ratio and not (args.benchmark or args.eval)
     if training and windows < args.batch_size * args.batch_length:
-        raise RunError(
-            "training would never start: it needs --batch-size x --batch-length windows, but "
-            f"--steps and --replay-size allow only {max(0, windows):,}"
-        )
+        text = "--steps and --replay-size give fewer windows than --batch-size x --batch-length"
+        raise RunError(f"{text}: training would never start")
     return args
 
 
@@ -912,10 +910,7 @@ class Ratio:
 
 
 class Agent:
-    """World model, actor and critic: `act` in an environment, `update` on a batch of replay.
-
-    `spec` holds what the environment fixes: observation `shapes`, `action_dim`, action `classes`.
-    """
+    """World model, actor, critic. spec: observation `shapes`, `action_dim`, action `classes`."""
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
@@ -967,11 +962,8 @@ class Agent:
         return latent.set("action", action * (~rows["is_last"]).float()[:, None])
 
     def update(self, batch: TensorDict, noise: dict | None = None) -> tuple[dict, TensorDict]:
-        """One update of all networks: batch [B, T] -> 0-dim metrics, latents [B, T] for the replay.
-
-        `noise` replaces the random numbers of the posteriors and of the dreams, for tests.
-        """
-        noise = noise or {}
+        """One update of all networks: batch [B, T] -> 0-dim metrics, latents [B, T] for replay."""
+        noise = noise or {}  # with it, tests replace the random numbers
         with autocast(self):
             losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
             actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # starts at every row
