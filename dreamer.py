@@ -501,7 +501,7 @@ class WorldModel(nn.Module):
 
 
 def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor:
-    """KL(posterior || prior) of td[B, T] in nats: a scalar, at least `free_nats`."""
+    """Mean KL(posterior || prior) in nats; with `delayed_clamp`, clamped last."""
     kl = gaussian_kl(td["posterior_mean"], td["posterior_std"], td["prior_mean"], td["prior_std"])
     kl = mean_over_ranks(kl.mean()) if delayed_clamp else kl
     return kl.clamp(min=free_nats).mean()
@@ -760,7 +760,7 @@ class Agent:
         noise, losses = noise or {}, {}  # with noise, tests replace the random numbers
         with autocast(self):
             losses["world_model"], td = self.model_loss(batch.copy(), noise.get("posterior"))
-            starts = td[:, :-1] if self.args.pcont else td  # the last row may be terminal
+            starts = td[:, :-1] if self.args.pcont else td  # pcont: last may be terminal
             losses["actor"], dream = self.actor_loss(starts, noise.get("dream"))
             losses["value"], _ = self.value_loss(dream)
         params = {name: list(module.parameters()) for name, module in self.modules.items()}
@@ -813,7 +813,7 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
 def updates_owed(args: Args, run: Run, replay) -> int:
     """Updates owed at this step: a burst at each multiple of --train-every, after the prefill.
 
-    0 until the replay is ready. If all finished episodes are too short, `replay.sample` raises.
+    0 until the replay is ready; if all finished episodes are too short, not 0: `sample` raises.
     """
     previous_step = run.step - args.num_envs * args.action_repeat
     multiples = run.step // args.train_every - previous_step // args.train_every
@@ -825,8 +825,8 @@ def updates_owed(args: Args, run: Run, replay) -> int:
         if run.step - args.prefill < args.train_every:  # say it once
             run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0
-    updates = multiples * args.train_steps
-    return updates if run.updates else updates + args.pretrain - args.train_steps
+    first = args.train_steps if run.updates else args.pretrain
+    return first + (multiples - 1) * args.train_steps
 
 
 def main(argv: list[str] | None = None):
@@ -848,7 +848,7 @@ def main(argv: list[str] | None = None):
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
 
         while run.training(latent):
-            if not run.owed:  # resumed: finish the owed updates first
+            if not run.owed:  # a resumed run first does those owed
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
                 replay.append(agent.stored_rows(rows, latent))

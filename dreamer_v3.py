@@ -411,7 +411,7 @@ class RSSMRollout(nn.Module):
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
         """Adds state, belief and both logits to td[B, T] with encoded_obs and action.
 
-        `previous` holds the action before each row and the latents before the first row. Without
+        `previous` holds action and latents before each row; latents count at t = 0 only. Without
         it the actions of td shift by one row and the latents start at zero, as at `is_first`.
         """
         previous, is_first = td.get("previous", None), td.get("is_first", None)
@@ -598,8 +598,8 @@ class WorldModel(nn.Module):
         self.prior = RSSMPrior(action_spec, blocks=args.blocks, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        widths = *self.prior.latent_sizes, args.depth, args.units
-        self.decoder = ObsDecoder(shapes, *widths, args.blocks)
+        rest = args.depth, args.units, args.blocks
+        self.decoder = ObsDecoder(shapes, *self.prior.latent_sizes, *rest)
         self.feat_size = sum(self.prior.latent_sizes)
         self.reward = mlp(self.feat_size, args.units, 1, BINS, outscale=0.0)
         self.cont = mlp(self.feat_size, args.units, 1, outputs=1)
@@ -948,7 +948,7 @@ class Agent:
     def act(self, rows: TensorDict, latent: TensorDict | None = None, sample: bool = True):
         """Rows[N] and the previous latent[N] -> latent[N] with its `action` (N, A).
 
-        `sample=False` takes the policy's mode; the authors' published scores sample.
+        `sample=False` takes the policy's mode; the authors' scores use sampling.
         """
         rows, model = rows.to(self.device), self.world_model
         latent = self.initial(len(rows)) if latent is None else latent
@@ -1039,7 +1039,7 @@ def main(argv: list[str] | None = None):
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
 
         while run.training(latent):
-            if not run.owed:  # resumed: finish the owed updates first
+            if not run.owed:  # a resumed run first does those owed
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent)
                 replay.append(agent.stored_rows(rows, latent))

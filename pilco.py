@@ -54,7 +54,7 @@ from common.run import (
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
-JITTER = 1e-6  # the authors add it to a deterministic GP's variance; FITC's relative ridge, too
+JITTER = 1e-6  # the authors' variance of a deterministic GP; here also FITC's relative ridge
 Finite = Annotated[float, Rule("a finite number", math.isfinite)]
 Numbers = tuple[float, ...]
 Widths = Annotated[Numbers, Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
@@ -64,7 +64,7 @@ Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum"
 
 @dataclass
 class Args:
-    """Flags. The defaults are the authors', except for --trials, --evaluations and --restarts."""
+    """Flags. The authors' defaults, except --trials, --evaluations, --restarts and --centers."""
 
     preset: Preset = "cart_pole"  # a scenario; other flags override it
     env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
@@ -86,7 +86,7 @@ class Args:
     horizon: Count = 40  # actions in a rollout, real or imagined
     random_rollouts: Count = 1  # before the first trial
     action_repeat: Count = 1  # environment steps per action
-    dt: Positive = 0.1  # seconds that an environment step lasts, for the log
+    dt: Positive = 0.1  # seconds per environment step, for log and films
     camera: int = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
@@ -175,7 +175,7 @@ def scale_matrices(precision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Elementwise factors for matrices X, from Lambda_a^-1 (E, I); see `log_expectations`.
 
     D is Lambda_a for each of the E functions, then (Lambda_a^-1 + Lambda_b^-1)^-1 for each of the
-    E^2 pairs. The three factors times X: D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1;
+    E^2 pairs. The factors turn X into D^-1/2 X D^-1/2; Lambda_a^-1 D^1/2 X D^1/2 Lambda_a^-1;
     and, for the pairs only, Lambda_a^-1 D^1/2 X D^1/2 Lambda_b^-1.
     """
     a, b = torch.broadcast_tensors(precision[..., :, None, :], precision[..., None, :, :])
@@ -236,8 +236,8 @@ def log_expectations(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tenso
     cross = cross_scale * (eye - w[:, count:])  # Lambda_a^-1 R^-1 cov Lambda_b^-1
     precision = f.precision.expand(len(nu), -1, -1)
     squares = (nu[:, :, None] * nu[:, None]).flatten(1, 2)  # nu_i nu_i'
-    # log(q_i / k_a(x_i, mean)); for pairs, i's part of log(Q_ij / (k_a(x_i, mean) k_b(x_j, mean)))
     logdets = torch.cat([half_logdet[:, :count], 0.5 * half_logdet[:, count:]], 1)[..., None]
+    # log(q_i / k_a(x_i, mean)); for pairs, i's part of log(Q_ij / (k_a(x_i, mean) k_b(x_j, mean)))
     terms = torch.baddbmm(logdets, forms.flatten(-2), squares, beta=-1, alpha=0.5)
     single, pair = terms.split([count, count**2], 1)
     log_kernel = torch.baddbmm(2 * f.log_signal[..., None], precision, nu.square(), alpha=-0.5)
@@ -288,7 +288,7 @@ class PairSums(torch.autograd.Function):
     def backward(ctx, grad):
         nu_and_one, cross, coef, sums, f = ctx.saved
         nu, count = nu_and_one[:, None, None, :-1], len(cross[0])
-        grad = (grad + grad.mT).numpy()[..., None]  # each pair appears twice in the matrix
+        grad = (grad + grad.mT).numpy()[..., None]  # ab and ba: one sum; aa has coef twice
         by_coef = grad * sums[..., -1, :]
         # the derivative of k by its exponent is k + r r': r = beta for a GP with itself, because
         # weight + inverse = beta beta', and r = 1 otherwise
@@ -397,13 +397,13 @@ class IndependentGPs(gpytorch.models.ExactGP, GPyTorchModel):
         return gpytorch.distributions.MultivariateNormal(mean, self.covar_module(x))
 
     def log_hyperparameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Logs of lengthscales (E, I), and standard deviations of signal (E) and noise (E)."""
+        """Logs of lengthscales (E, I) and of the std of signal (E) and noise (E)."""
         scale, signal = self.covar_module.base_kernel.lengthscale, self.covar_module.outputscale
         return scale[:, 0].log(), signal.log() / 2, self.likelihood.noise[:, 0].log() / 2
 
 
 class PenalizedMarginalLikelihood(gpytorch.mlls.ExactMarginalLogLikelihood):
-    """Log marginal likelihood (E) per data point, minus the authors' penalty.
+    """Log marginal likelihood (E) minus the authors' penalty, per data point.
 
     sum_d (ln(lengthscale_d / std_d) / ln 100)^30 + (ln(signal / noise) / ln 1000)^30: a wall at
     lengthscales of 100 standard deviations of their input and at a signal-to-noise ratio of 1,000.
@@ -482,8 +482,8 @@ def check_data(td: TensorDict):
 class GPWorldModel(nn.Module):
     """p(x' | x, u): a GP for each state variable's difference, eq. 3-8, in the units of the data.
 
-    Angles enter as sine and cosine. With more than `max_inducing` points the GPs keep the
-    hyperparameters of all data and predict through inducing inputs (FITC). `state_dict` holds
+    Angles enter as sine and cosine. With more than `max_inducing` points the GPs are still
+    fitted to all data but predict through inducing inputs (FITC). `state_dict` holds
     neither `hyper` nor `posterior`; `factorize` computes `posterior` from `hyper` and the data.
     """
 
@@ -614,7 +614,7 @@ class RBFController(nn.Module):
         return theta
 
     def scale(self, theta: Tensor) -> Tensor:
-        """Natural units of the parameters (N, P), for the search: of centers, the lengthscales."""
+        """Natural units of the parameters (N, P), for the search: lengthscales for centers."""
         scale = torch.ones_like(theta)
         unit = unpack(theta, self.sizes)["log_lengthscale"].mean(1, keepdim=True).exp()
         unpack(scale, self.sizes)["centers"].copy_(unit)
@@ -686,7 +686,7 @@ class ExponentialQuadraticCost(nn.Module):
         cost = 1 - first
         if explore and self.exploration:
             cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
-        return cost.mean(-1), variance.mean(-1)  # like the authors, not that of the mean cost
+        return cost.mean(-1), variance.mean(-1)  # mean variance, as the authors have it
 
     def of(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
@@ -764,11 +764,11 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
     ends by itself. After each third of the evaluations only the better half goes on. A result that
     is not finite becomes gradient zero and a value just above the row's last: the search backs off.
     """
-    lowest_value, best, used, limit = math.inf, None, 0, math.inf
+    lowest_value, best, used, worst = math.inf, None, 0, math.inf
     row_last, row_lowest = torch.zeros_like(theta[:, 0]), torch.full_like(theta[:, 0], math.inf)
 
     def evaluate(z: np.ndarray, batch_indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal lowest_value, best, used, limit
+        nonlocal lowest_value, best, used, worst
         if used == evaluations or stop():
             raise StopIteration
         points = torch.from_numpy(z) * scale[batch_indices]
@@ -783,16 +783,16 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
         values = torch.where(finite, values, previous + 0.01 * (1 + previous.abs()))
         row_lowest[batch_indices] = torch.minimum(row_lowest[batch_indices], values)
         if used % math.ceil(evaluations / 3) == 0:
-            limit = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
+            worst = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
         return values.numpy(), (grads * scale[batch_indices]).where(finite[:, None], 0.0).numpy()
 
-    def drop_the_worse(intermediate_result):  # SciPy requires this name
-        if intermediate_result.fun > limit:
+    def end_worse_row(intermediate_result):  # SciPy requires this name
+        if intermediate_result.fun > worst:
             raise StopIteration
 
     options = dict(maxiter=iterations, maxcor=50, factr=10, pgtol=1e-9, pass_batch_indices=True)
     with contextlib.suppress(StopIteration):
-        fmin_l_bfgs_b_batched(evaluate, (theta / scale).numpy(), callback=drop_the_worse, **options)
+        fmin_l_bfgs_b_batched(evaluate, (theta / scale).numpy(), callback=end_worse_row, **options)
     return best, lowest_value, used
 
 
@@ -813,12 +813,12 @@ class Agent:
             raise RunError(f"{text}; without that flag they are those of --preset {args.preset}")
         options = dict(max_inducing=args.max_inducing, fit_steps=args.fit_steps)
         self.world_model = GPWorldModel(width, actions, angles=args.angles, **options)
-        features, size = len(self.world_model.state_inputs), width + 2 * len(args.angles)
+        inputs, size = len(self.world_model.state_inputs), width + 2 * len(args.angles)
         options = dict(bound=args.bound, restarts=args.restarts)
         if args.controller == "linear":
-            self.controller = LinearController(features, actions, **options)
+            self.controller = LinearController(inputs, actions, **options)
         else:
-            self.controller = RBFController(features, actions, centers=args.centers, **options)
+            self.controller = RBFController(inputs, actions, centers=args.centers, **options)
         target = self.flag_vector("target", torch.zeros(width))
         whole = len(args.weights) == size**2
         weights = self.flag_vector("weights", torch.ones(size**2 if whole else size))
