@@ -94,7 +94,7 @@ class Args:
 
     angles: tuple[int, ...] = ()  # indices of state variables whose sine and cosine are features
     start: tuple[float, ...] = ()  # mean of the first state; empty: the mean of those seen
-    start_std: Stds = ()  # its standard deviations; empty: those of the states seen, >= 0.01
+    start_std: Stds = ()  # its standard deviations; empty: of the first states seen, >= 0.01
     noise: Literal["latent", "observed"] = "latent"  # observed: each step adds the noise variance
 
     # world model
@@ -220,7 +220,7 @@ def invert(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def log_expectations(nu: Tensor, cov: Tensor, f: KernelExpansion) -> tuple[Tensor, ...]:
-    """Logarithms of q_i, eq. 15, and of Q_ij / (q_i q_j), eq. 22, for nu_i = x_i - mean.
+    """Logs of q_i, eq. 15, and of Q_ij / (q_i q_j), eq. 22; nu (N, I, n): x_i - mean.
 
     For functions a and b the second is offset_ab,i + nu_i' cross_ab nu_j + offset_ba,j. Returns
     log q (N, E, n), (cov + Lambda_a)^-1 (N, E, I, I), offset (N, E, E, n), cross (N, E, E, I, I).
@@ -764,11 +764,11 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
     ends by itself. After each third of the evaluations only the better half goes on. A result that
     is not finite becomes gradient zero and a value just above the row's last: the search backs off.
     """
-    lowest_value, best, used, worst = math.inf, None, 0, math.inf
+    lowest_value, best, used, cutoff = math.inf, None, 0, math.inf
     row_last, row_lowest = torch.zeros_like(theta[:, 0]), torch.full_like(theta[:, 0], math.inf)
 
     def evaluate(z: np.ndarray, batch_indices: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        nonlocal lowest_value, best, used, worst
+        nonlocal lowest_value, best, used, cutoff
         if used == evaluations or stop():
             raise StopIteration
         points = torch.from_numpy(z) * scale[batch_indices]
@@ -783,11 +783,11 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
         values = torch.where(finite, values, previous + 0.01 * (1 + previous.abs()))
         row_lowest[batch_indices] = torch.minimum(row_lowest[batch_indices], values)
         if used % math.ceil(evaluations / 3) == 0:
-            worst = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
+            cutoff = row_lowest[batch_indices].sort()[0][(len(z) - 1) // 2].item()
         return values.numpy(), (grads * scale[batch_indices]).where(finite[:, None], 0.0).numpy()
 
     def end_worse_row(intermediate_result):  # SciPy requires this name
-        if intermediate_result.fun > worst:
+        if intermediate_result.fun > cutoff:
             raise StopIteration
 
     options = dict(maxiter=iterations, maxcor=50, factr=10, pgtol=1e-9, pass_batch_indices=True)

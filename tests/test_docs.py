@@ -259,11 +259,14 @@ def test_pilco_metrics_are_explained(tmp_path):
     assert logged(run(pilco, tmp_path / "run")) == glossary("pilco") - {"..."}
 
 
-def test_readme_scores_are_those_of_the_manifests():
-    rows = re.findall(r"^\| \[(\w+)\.py\].*\| (-?[\d.]+) \| [^|]+\|$", TEXTS["README.md"], re.M)
+def test_readme_lines_and_scores_are_those_of_scripts_and_manifests():
+    pattern = r"^\| \[(\w+)\.py\].* \| ([\d,]+) \| [^|]+ \| (-?[\d.]+)[^|]*\| [^|]+\|$"
+    rows = re.findall(pattern, TEXTS["README.md"], re.M)
     tasks = {"dreamer_v3": "Pendulum-v1", "dreamer": "Pendulum-v1", "pilco": "PILCO-CartPole-v0"}
-    assert [name for name, _ in rows] == list(tasks)
-    for script, score in rows:
+    assert [name for name, _, _ in rows] == list(tasks)
+    for script, lines, score in rows:
+        source = (REPO / f"{script}.py").read_text()
+        assert int(lines.replace(",", "")) == source.count("\n"), script
         manifest = json.loads((REPO / "results" / script / "manifest.json").read_text())
         seeds = manifest[f"{tasks[script]}.csv"]["seeds"].values()
         returns = [seed["evaluations"][-1]["return"] for seed in seeds]
