@@ -456,17 +456,17 @@ class ObsEncoder(nn.Module):
 
     def embed(self, td: TensorDictBase) -> Tensor:
         """Observations td[*B] -> (*B, E)."""
-        parts = []
+        embeds = []
         if self.vectors:
-            parts.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
+            embeds.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
         if self.images:
             x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, h, w, c)
             x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # (N, c, h, w), channels last in memory
             for layer, norm in zip(self.convs, self.norms, strict=True):
                 x = F.max_pool2d(layer(x), 2)
                 x = F.silu(norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-            parts.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, td.shape))
-        return torch.cat(parts, -1)
+            embeds.append(x.permute(0, 2, 3, 1).flatten(1).unflatten(0, td.shape))
+        return torch.cat(embeds, -1)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
         """Adds `encoded_obs` to td[*B]."""

@@ -635,8 +635,8 @@ class RBFController(nn.Module):
 
 def unpack(theta: Tensor, sizes: dict) -> dict[str, Tensor]:
     """Rows of parameters (N, P) -> {name: (N, *size)}, views of them."""
-    parts = theta.split([math.prod(size) for size in sizes.values()], -1)
-    return {name: x.unflatten(-1, sizes[name]) for name, x in zip(sizes, parts, strict=True)}
+    values = theta.split([math.prod(size) for size in sizes.values()], -1)
+    return {name: x.unflatten(-1, sizes[name]) for name, x in zip(sizes, values, strict=True)}
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -688,7 +688,7 @@ class ExponentialQuadraticCost(nn.Module):
             cost = cost + self.exploration * variance.clamp(min=1e-12).sqrt()
         return cost.mean(-1), variance.mean(-1)  # mean variance, as the authors have it
 
-    def of(self, observation: Tensor) -> Tensor:
+    def at(self, observation: Tensor) -> Tensor:
         """The cost (...) of states (..., D) that are known."""
         belief = append_sin_cos(*known(observation.double().flatten(0, -2)), self.angles)
         return self(*belief, explore=False)[0].view(observation.shape[:-1])
@@ -975,7 +975,7 @@ def check_horizon(args: Args):
 
 def assess(agent: Agent, rows: TensorDict, actions: Tensor, trial: int) -> dict:
     """Metrics of a rollout; for a trial, also the predicted cost."""
-    costs = agent.cost.of(agent.state(rows)[1:])
+    costs = agent.cost.at(agent.state(rows)[1:])
     predicted = {"search/cost": agent.predict()["next", "cost"].mean().item()} if trial else {}
     return predicted | {
         "episode/return": rows["reward"].sum().item(), "trial": trial,

@@ -18,9 +18,9 @@ def spec_shapes(spec, name: str) -> dict[str, tuple[int, ...]]:
 
     A spec that is not a dict describes the entry `name`.
     """
-    parts = getattr(spec, "spaces", spec)  # of a gymnasium Dict
-    if isinstance(parts, Mapping | TensorDictBase):
-        return {key: spec_shapes(part, key)[key] for key, part in parts.items()}
+    entries = getattr(spec, "spaces", spec)  # of a gymnasium Dict
+    if isinstance(entries, Mapping | TensorDictBase):
+        return {key: spec_shapes(part, key)[key] for key, part in entries.items()}
     shape = getattr(spec, "shape", spec)
     return {name: (shape,) if isinstance(shape, int) else tuple(shape)}
 

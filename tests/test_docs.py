@@ -306,7 +306,7 @@ def test_trial_picture():
     assert len(film.images) == 4
     for axes, predicted, real in (
         (angle, prediction["mean"][:, 3], states[:, 3]),
-        (cost, prediction["cost"], agent.cost.of(states)),
+        (cost, prediction["cost"], agent.cost.at(states)),
     ):
         for line, values in zip(axes.lines, (predicted, real), strict=True):
             assert np.allclose(line.get_ydata(), values.detach().numpy())

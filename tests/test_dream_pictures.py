@@ -115,7 +115,7 @@ def test_the_last_trial_of_pilco(tmp_path, monkeypatch, capsys):
     predicted, states = dreams.last_trial(agent)
     assert predicted["cost"].mean().item() == pytest.approx(logged["search/cost"], abs=1e-9)
     assert torch.equal(states, data["next", "observation"][-8:]) and len(agent.data) == 16
-    costs = agent.cost.of(states)
+    costs = agent.cost.at(states)
     assert costs.mean().item() == pytest.approx(logged["episode/cost"], abs=1e-9)
     plots = dreams.plot_beliefs(predicted, costs, states).axes
     real = [costs, *states.mT]

@@ -269,8 +269,8 @@ def test_observations_are_those_of_the_decoder(runs, dream, script):
         assert (one_hots.sum(-1) == 1).all()  # posteriors, not zeros
     with torch.no_grad():
         td = TensorDict(belief=belief, state=state, batch_size=3)
-        wanted = SCRIPTS[script].DreamerDecoder(agent.world_model)(td)["observation"]
-    np.testing.assert_allclose(observation, wanted, rtol=1e-5, atol=1e-6)
+        expected = SCRIPTS[script].DreamerDecoder(agent.world_model)(td)["observation"]
+    np.testing.assert_allclose(observation, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("script", ["dreamer", "dreamer_v3"])
@@ -283,9 +283,9 @@ def test_starts_are_posteriors_of_rows_that_end_no_episode(runs, script):
         torch.manual_seed(seed)
         starts = draw(seed)
         td = outputs[-1]
-        wanted = td["belief"].flatten(0, 1)[~td["is_last"].flatten()]
-        assert torch.equal(starts["belief"], wanted) and len(wanted)
-    assert script == "dreamer" or len(wanted) < td.numel()  # CartPole's episodes are short
+        expected = td["belief"].flatten(0, 1)[~td["is_last"].flatten()]
+        assert torch.equal(starts["belief"], expected) and len(expected)
+    assert script == "dreamer" or len(expected) < td.numel()  # CartPole's episodes are short
     assert torch.equal(outputs[0]["observation"], outputs[1]["observation"])
     assert not torch.equal(outputs[0]["observation"], outputs[2]["observation"])
     raw = torch.load(runs / script / "checkpoint.pt", weights_only=True)["replay"]
@@ -321,7 +321,7 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
     error = after["state"].mean(0) - exact["mean"][0, :2]
     assert (error.abs() < 5 * deviation / 200).all()
     torch.testing.assert_close(after["state"].std(0), deviation, rtol=0.03, atol=0)
-    torch.testing.assert_close(after["reward"], -agent.cost.of(after["state"]))
+    torch.testing.assert_close(after["reward"], -agent.cost.at(after["state"]))
 
 
 def test_a_fork_of_pilco_under_another_name_dreams(runs, tmp_path, monkeypatch):

@@ -38,18 +38,18 @@ GOLDEN = {key: torch.tensor(value) for key, value in np.load(VECTORS).items()}
 
 def case(name):
     """Inputs and outputs of the authors' code, {field: tensor}."""
-    found = [{}, {}]
+    actual = [{}, {}]
     for key, value in GOLDEN.items():
         where, kind, field = key.split("/")
         if where == name:
-            found[kind == "out"][field] = value
-    return found
+            actual[kind == "out"][field] = value
+    return actual
 
 
-def error(found, expected):
+def error(actual, expected):
     """Relative, Frobenius."""
-    assert found.shape == expected.shape, (found.shape, expected.shape)
-    return ((found - expected).norm() / expected.norm().clamp(min=1e-300)).item()
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-300)).item()
 
 
 def column(x):
@@ -90,8 +90,8 @@ def moments(name):
 def test_gp_moments(name):
     function, given, out, _ = moments(name)
     mean, cov = column(given["m"]), given["s"]
-    found = function(mean, cov)
-    for value, key, limit in zip(found, "MSV", (1e-11, 1e-8, 1e-11), strict=True):
+    actual = function(mean, cov)
+    for value, key, limit in zip(actual, "MSV", (1e-11, 1e-8, 1e-11), strict=True):
         assert error(value, column(out[key]) if key == "M" else out[key]) < limit
     jacobians = torch.autograd.functional.jacobian(function, (mean, cov))
     width, outputs = given["hyp"].shape[0] - 2, given["hyp"].shape[1]
@@ -107,14 +107,14 @@ def test_fitc():
     logs = hyper(given["hyp"])
     absolute = JITTER * torch.exp(-2 * logs[1])[:, None, None]  # the authors' ridge
     factors = fitc(given["inputs"], given["targets"], given["induce"], logs, absolute)
-    found = moment_matching(column(given["m"])[None], given["s"][None], factors)
-    for value, key in zip(found, ("M", "S", "V"), strict=True):
+    actual = moment_matching(column(given["m"])[None], given["s"][None], factors)
+    for value, key in zip(actual, ("M", "S", "V"), strict=True):
         assert error(value[0], column(out[key]) if key == "M" else out[key]) < 1e-10
     whole = exact(given["inputs"], given["targets"], hyper(given["hyp"]))
     same = fitc(given["inputs"], given["targets"], given["inputs"], hyper(given["hyp"]))
-    wanted = moment_matching(column(given["m"])[None], given["s"][None], whole)
-    found = moment_matching(column(given["m"])[None], given["s"][None], same)
-    for a, b in zip(found, wanted, strict=True):
+    expected = moment_matching(column(given["m"])[None], given["s"][None], whole)
+    actual = moment_matching(column(given["m"])[None], given["s"][None], same)
+    for a, b in zip(actual, expected, strict=True):
         assert error(a, b) < 1e-2, "with all points as inducing inputs: the GP, but for the ridge"
 
 
@@ -171,19 +171,19 @@ def test_gp_moments_by_monte_carlo():
         inner = ((near @ factors.inverse) * near).sum(-1).T
         variances.append(factors.variance - inner)
     values, variances = torch.cat(values), torch.cat(variances)
-    found = function(mean, cov)
+    actual = function(mean, cov)
     expected = values.T.cov() + torch.diag(variances.mean(0))
-    assert error(found[0], values.mean(0)) < 5e-3
-    assert error(found[1], expected) < 1e-2
+    assert error(actual[0], values.mean(0)) < 5e-3
+    assert error(actual[1], expected) < 1e-2
     cross = (x - mean).T @ (values - values.mean(0)) / n
-    assert error(cov @ found[2], cross) < 1e-2
+    assert error(cov @ actual[2], cross) < 1e-2
 
 
 def test_data_points_without_weight_and_order():
     """Points of weight 0 change nothing, nor does the order of the data."""
     function, given, _, factors = moments("gp0_cartpole")
     mean, cov = column(given["m"]), given["s"]
-    wanted = function(mean, cov)
+    expected = function(mean, cov)
     pad = torch.nn.functional.pad
     padded = factors._replace(
         inputs=torch.cat([factors.inputs, torch.randn(7, factors.inputs.shape[1]).double()]),
@@ -191,11 +191,11 @@ def test_data_points_without_weight_and_order():
         inverse=pad(factors.inverse, (0, 7, 0, 7)),
         weight=pad(factors.weight, (0, 7, 0, 7)),
     )
-    for a, b in zip(moment_matching(mean[None], cov[None], padded), wanted, strict=True):
+    for a, b in zip(moment_matching(mean[None], cov[None], padded), expected, strict=True):
         assert error(a[0], b) < 1e-12
     order = torch.randperm(len(given["inputs"]))
     other = exact(given["inputs"][order], given["targets"][order], hyper(given["hyp"]))
-    for a, b in zip(moment_matching(mean[None], cov[None], other), wanted, strict=True):
+    for a, b in zip(moment_matching(mean[None], cov[None], other), expected, strict=True):
         assert error(a[0], b) < 1e-9
 
 
@@ -224,9 +224,9 @@ def test_points_far_from_a_belief_add_nothing():
     ):
         mean = torch.full((1, 1), 0.2, dtype=torch.float64, requires_grad=True)
         cov = torch.ones(1, 1, 1, dtype=torch.float64, requires_grad=True)
-        found = moment_matching(mean, cov, pilco.kernel_expansion(points, log, log[0], weights))
-        sum(part.sum() for part in found).backward()
-        results.append((*found, mean.grad, cov.grad))
+        actual = moment_matching(mean, cov, pilco.kernel_expansion(points, log, log[0], weights))
+        sum(part.sum() for part in actual).backward()
+        results.append((*actual, mean.grad, cov.grad))
     for a, b in zip(*results, strict=True):
         assert error(a, b) < 1e-12
 
@@ -254,10 +254,10 @@ def test_pair_sums_and_their_gradients(gps):
             k = torch.where(torch.eye(2, dtype=torch.bool)[..., None, None], gp_k[:, :, None], k)
         return (coefs[..., None] * k * other_coefs[..., None, :]).sum((-2, -1))
 
-    found = pilco.PairSums.apply(*with_transposes(*given), f)
-    wanted, scale = plain(*with_transposes(*given)), torch.randn(3, 2, 2).double()
-    assert error(found, wanted) < 1e-12
-    grads = [torch.autograd.grad((x * scale).sum(), given) for x in (found, wanted)]
+    actual = pilco.PairSums.apply(*with_transposes(*given), f)
+    expected, scale = plain(*with_transposes(*given)), torch.randn(3, 2, 2).double()
+    assert error(actual, expected) < 1e-12
+    grads = [torch.autograd.grad((x * scale).sum(), given) for x in (actual, expected)]
     for a, b in zip(*grads, strict=True):
         assert error(a, b) < 1e-12
 
@@ -286,16 +286,16 @@ def test_variances_stay_positive(spread):
     cov = spread * torch.eye(5, dtype=torch.float64).expand(20, 5, 5)
     sure = pilco.kernel_expansion(x, scale, signal, factors.beta)
     for one in (factors, sure, sure._replace(variance=0 * signal)):
-        found, variance, gain = moment_matching(mean, cov, one)
-        assert found.isfinite().all() and gain.isfinite().all()
+        actual, variance, gain = moment_matching(mean, cov, one)
+        assert actual.isfinite().all() and gain.isfinite().all()
         assert torch.equal(variance, variance.mT)
         eigenvalues = torch.linalg.eigvalsh(variance)
         assert (eigenvalues > -1e-12 * eigenvalues[:, -1:]).all()
     if spread == 1e-8:
         near = pilco.kernel(mean, x, scale, signal)
         alone = torch.exp(2 * signal) - ((near @ factors.inverse) * near).sum(-1).T
-        found = moment_matching(mean, 1e-6 * cov, factors)[1].diagonal(dim1=-2, dim2=-1)
-        assert ((found - alone) / alone).abs().max() < 1e-2
+        actual = moment_matching(mean, 1e-6 * cov, factors)[1].diagonal(dim1=-2, dim2=-1)
+        assert ((actual - alone) / alone).abs().max() < 1e-2
 
 
 # --- sines --------------------------------------------------------------------------------------
@@ -311,17 +311,17 @@ def test_squash(name):
         column(given["e"]),
     )
     gain = torch.eye(4, dtype=torch.float64)[:, index]
-    found = squash(mean[None], cov[None], gain[None], name)
-    assert error(amplitude * found[0][0], column(out["M"])) < 1e-13
-    assert error(amplitude[:, None] * found[1][0] * amplitude, out["V"]) < 1e-13
-    assert error(found[2][0] * amplitude, out["C"]) < 1e-13
+    actual = squash(mean[None], cov[None], gain[None], name)
+    assert error(amplitude * actual[0][0], column(out["M"])) < 1e-13
+    assert error(amplitude[:, None] * actual[1][0] * amplitude, out["V"]) < 1e-13
+    assert error(actual[2][0] * amplitude, out["C"]) < 1e-13
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1_000_000, 2, generator=generator, dtype=torch.float64)
     u = mean + noise @ torch.linalg.cholesky(cov).T
     action = torch.sin(u) if name == "gSin" else (9 * torch.sin(u) + torch.sin(3 * u)) / 8
-    assert action.abs().max() <= 1 + 1e-12 and found[0].abs().max() <= 1
-    assert (found[0][0] - action.mean(0)).abs().max() < 5e-3
-    assert (found[1][0] - action.T.cov()).abs().max() < 5e-3
+    assert action.abs().max() <= 1 + 1e-12 and actual[0].abs().max() <= 1
+    assert (actual[0][0] - action.mean(0)).abs().max() < 5e-3
+    assert (actual[1][0] - action.T.cov()).abs().max() < 5e-3
 
 
 def test_angles():
@@ -352,12 +352,12 @@ def test_sines_of_an_angle_that_nobody_knows():
     eye = torch.eye(2, dtype=torch.float64)
     _, spread, _ = sine_moments(mean, cov, eye, torch.zeros(2, dtype=torch.float64))
     cross = math.exp(-0.5) / 2  # 2 sin x sin y = cos(x - y) - cos(x + y), and x - y has variance 1
-    wanted = torch.tensor([[0.5, cross], [cross, 0.5]], dtype=torch.float64)
-    assert error(spread[0], wanted) < 1e-12
+    expected = torch.tensor([[0.5, cross], [cross, 0.5]], dtype=torch.float64)
+    assert error(spread[0], expected) < 1e-12
     spread[0, 0, 1].backward()
     assert mean.grad.abs().max() < 1e-12
-    wanted = torch.tensor([[-cross / 2, cross], [0, -cross / 2]], dtype=torch.float64)
-    assert error(cov.grad[0], wanted) < 1e-12
+    expected = torch.tensor([[-cross / 2, cross], [0, -cross / 2]], dtype=torch.float64)
+    assert error(cov.grad[0], expected) < 1e-12
 
 
 # --- controllers --------------------------------------------------------------------------------
@@ -390,8 +390,8 @@ def test_rbf_controller():
     state = column(given["m"])[None], given["s"][None]
 
     def function(theta):
-        found = moment_matching(*state, controller.prepare(theta[None]))
-        return tuple(x[0] for x in found)
+        actual = moment_matching(*state, controller.prepare(theta[None]))
+        return tuple(x[0] for x in actual)
 
     theta = controller.theta.data[0]
     keys = {"M": (2,), "S": (2, 2), "C": (4, 2)}
@@ -420,10 +420,10 @@ def test_linear_controller():
     parts["bias"].copy_(column(given["b"]))
     squashed, pilco.squash = pilco.squash, lambda mean, cov, gain, bound: (mean, cov, gain)
     try:
-        found = controller(column(given["m"])[None], given["s"][None])
+        actual = controller(column(given["m"])[None], given["s"][None])
     finally:
         pilco.squash = squashed
-    for value, key in zip(found, ("M", "S", "C"), strict=True):
+    for value, key in zip(actual, ("M", "S", "C"), strict=True):
         assert error(value[0], out[key].view(value[0].shape)) < 1e-13
 
 
@@ -449,9 +449,9 @@ def test_saturating_cost():
     assert error(either(var_cov), either(out["dSds"])) < 1e-10
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1_000_000, 4, generator=generator, dtype=torch.float64)
-    found = cost.of(mean + noise @ torch.linalg.cholesky(cov).T)
-    assert ((found >= 0) & (found <= 1)).all()
-    assert abs(found.mean() - value) < 3e-3 and abs(found.var() - variance) < 3e-3
+    actual = cost.at(mean + noise @ torch.linalg.cholesky(cov).T)
+    assert ((actual >= 0) & (actual <= 1)).all()
+    assert abs(actual.mean() - value) < 3e-3 and abs(actual.var() - variance) < 3e-3
 
 
 @pytest.mark.parametrize("name", ["loss_pendulum_1", "loss_cp_2"])
@@ -485,7 +485,7 @@ def test_widths_and_exploration():
     expected = (one[0] + two[0] - 0.3 * (one[1].sqrt() + two[1].sqrt())) / 2
     assert error(cost(*state)[0], expected) < 1e-12
     assert error(cost(*state)[1], (one[1] + two[1]) / 2) < 1e-12
-    assert ExponentialQuadraticCost(target=torch.zeros(4), weights=torch.eye(4)).of(
+    assert ExponentialQuadraticCost(target=torch.zeros(4), weights=torch.eye(4)).at(
         torch.zeros(2, 4)
     ).tolist() == [0, 0]
     with pytest.raises(ValueError, match="weights must be a square matrix for 6 features"):
@@ -529,8 +529,8 @@ def test_hyperparameters_are_those_of_the_authors():
     gps = mll.model.train()
     value = -len(x) * mll(gps(*gps.train_inputs), gps.train_targets).sum()
     assert value.item() == pytest.approx(out["trained_fX"][-1].item(), abs=1e-3)
-    found = torch.cat([part.flatten() for part in gps.log_hyperparameters()])
-    assert error(found, column(out["trained_hyp"])) < 1e-3
+    actual = torch.cat([part.flatten() for part in gps.log_hyperparameters()])
+    assert error(actual, column(out["trained_hyp"])) < 1e-3
 
 
 def transitions(n=60, seed=0):
@@ -586,9 +586,9 @@ def test_inducing_inputs_are_the_most_uncertain_ones():
         left = (torch.exp(2 * model.hyper[1])[:, None] - explained) / noise[:, None]
         assert (x[left.sum(0).argmax()] == chosen[i]).all()
     test = known(model.dataset(transitions(100, seed=1))[0])
-    wanted = moment_matching(*test, exact(x, y, model.hyper))[0]
+    expected = moment_matching(*test, exact(x, y, model.hyper))[0]
     errors = [
-        error(moment_matching(*test, fitc(x, y, z, model.hyper))[0], wanted)
+        error(moment_matching(*test, fitc(x, y, z, model.hyper))[0], expected)
         for z in (chosen, *(x[torch.randperm(120)[:30]] for _ in range(5)))
     ]
     assert errors[0] < min(errors[1:])
@@ -668,14 +668,15 @@ def test_one_step_of_the_belief():
         return after["mean"][:4], after["covariance"][:4, :4]
 
     arguments = column(given["m"]), given["s"], controller.theta.data[0]
-    found, jacobians = function(*arguments), torch.autograd.functional.jacobian(function, arguments)
+    actual = function(*arguments)
+    jacobians = torch.autograd.functional.jacobian(function, arguments)
     index = matlab_columns(controller.sizes, 7)
-    for value, by, key, shape in zip(found, jacobians, ("M", "S"), ((4,), (4, 4)), strict=True):
+    for value, by, key, shape in zip(actual, jacobians, ("M", "S"), ((4,), (4, 4)), strict=True):
         assert error(value, out[f"{key}next"].view(shape)) < 1e-10
         assert error(by[0], unvec(out[f"d{key}dm"], shape, (4,))) < 1e-7
         assert error(either(by[1]), either(unvec(out[f"d{key}ds"], shape, (4, 4)))) < 1e-7
         assert error(by[2], unvec(out[f"d{key}dp"], shape, (67,))[..., index]) < 1e-7
-    assert torch.equal(found[1], found[1].T)
+    assert torch.equal(actual[1], actual[1].T)
 
 
 def test_rollout_and_noise():
@@ -758,8 +759,8 @@ def test_acting_is_the_mean_of_the_imagined_action():
     index = agent.world_model.state_inputs
     mean, cov = append_sin_cos(*known(rows["observation"].double()), agent.args.angles)
     prepared = agent.controller.prepare(agent.controller.theta[:1])
-    wanted, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], prepared)
-    assert error(action.double(), wanted.detach()) < 1e-6 and action.abs().max() <= 1
+    expected, _, _ = agent.controller(mean[:, index], cov[:, index][..., index], prepared)
+    assert error(action.double(), expected.detach()) < 1e-6 and action.abs().max() <= 1
 
 
 # --- policy search ------------------------------------------------------------------------------
@@ -781,16 +782,16 @@ def improve(objective, start, *args):
 def test_search_in_other_units():
     """The scale of the parameters is a change of variables."""
     scale = torch.tensor([[0.1, 3.0]], dtype=torch.float64)
-    start, there, here = torch.tensor([[-1.2, 1.0]], dtype=torch.float64), [], []
+    start, library_points, our_points = torch.tensor([[-1.2, 1.0]], dtype=torch.float64), [], []
 
     def other(z):
-        there.append(z * scale)
+        library_points.append(z * scale)
         values, grads = rosenbrock(z * scale)
         return values, grads * scale
 
     improve(other, start / scale, 100, 40)
-    search(lambda x: here.append(x) or rosenbrock(x), start, scale, 100, 40)
-    assert error(torch.cat(here), torch.cat(there)) < 1e-6 and len(here) == 40
+    search(lambda x: our_points.append(x) or rosenbrock(x), start, scale, 100, 40)
+    assert error(torch.cat(our_points), torch.cat(library_points)) < 1e-6 and len(here) == 40
 
 
 def test_search_finds_minima_side_by_side():
@@ -853,8 +854,8 @@ def test_search_survives_huge_values():
         over = x > 0.5
         return torch.where(over[:, 0], 1e300, value), torch.where(over, 1e300, grad)
 
-    found, best, _ = improve(cliff, torch.zeros(1, 1).double(), 50, 60)
-    assert 0.25 < best < 0.3 and best == (found.item() - 1) ** 2
+    actual, best, _ = improve(cliff, torch.zeros(1, 1).double(), 50, 60)
+    assert 0.25 < best < 0.3 and best == (actual.item() - 1) ** 2
 
 
 def test_rows_go_on_untouched_by_one_that_fails():
@@ -926,11 +927,11 @@ def test_the_better_half_has_the_lowest_values_found():
 
 def test_a_stop_ends_the_search():
     calls = []
-    found, value, used = search(
+    actual, value, used = search(
         lambda x: calls.append(0) or rosenbrock(x), torch.zeros(2, 2).double(),
         torch.ones(2, 2).double(), 100, 100, lambda: len(calls) == 7,
     )  # fmt: skip
-    assert used == len(calls) == 7 and value == rosenbrock(found[None])[0].item()
+    assert used == len(calls) == 7 and value == rosenbrock(actual[None])[0].item()
     assert search(rosenbrock, torch.zeros(1, 2).double(), 1, 9, 9, lambda: True)[0] is None
 
 
@@ -987,9 +988,9 @@ def test_plants_agree_with_their_costs(preset):
     env.reset(seed=0)
     for _ in range(200):
         obs, reward, *_ = env.step(rng.uniform(-1, 1, len(kwargs["limit"])))
-        assert reward == pytest.approx(-agent.cost.of(torch.tensor(env.z)[None]).item(), abs=1e-9)
+        assert reward == pytest.approx(-agent.cost.at(torch.tensor(env.z)[None]).item(), abs=1e-9)
         noise.append(obs - env.z)
     np.testing.assert_allclose(np.std(noise, 0), kwargs["noise"], rtol=0.2)
-    assert (agent.cost.of(torch.tensor([args.target], dtype=torch.float64)) < 1e-12).all()
+    assert (agent.cost.at(torch.tensor([args.target], dtype=torch.float64)) < 1e-12).all()
     starts = [env.reset(seed=i) and env.z for i in range(500)]
     np.testing.assert_allclose(np.std(starts, 0), kwargs["std"], rtol=0.15)

@@ -146,9 +146,9 @@ def test_what_searches_are_given(inside, monkeypatch):
 
     def watched(objective, theta, scale, *args):
         calls.append((objective.__self__.controller, theta.clone(), scale))
-        found = search(objective, theta, scale, *args)
-        calls[-1] += (found[0],)
-        return found
+        actual = search(objective, theta, scale, *args)
+        calls[-1] += (actual[0],)
+        return actual
 
     monkeypatch.setattr(pilco, "search", watched)
     inside(*DEBUG)

@@ -412,8 +412,8 @@ def test_the_curves_are_drawn_where_the_numbers_are():
     curves, _ = plot.make_curves(runs, points, args)
     styles = {"m": plot.STYLES[0], "paper": plot.PUBLISHED[0]}
     (axes,) = plot.draw_curves(curves, ["t"], styles, args).figure.axes
-    own, paper = axes.lines
-    assert own.get_xydata().tolist() == [[10, 2], [20, 4], [27, 6]]  # 27: where the first one ends
+    ours, paper = axes.lines
+    assert ours.get_xydata().tolist() == [[10, 2], [20, 4], [27, 6]]  # 27: where the first one ends
     assert paper.get_xydata().tolist() == [[10, 2], [40, 8]]
     bands = [band.get_paths()[0].vertices for band in axes.collections]
     for band, low, high in zip(bands, ((1, 2, 3), (1, 7)), ((3, 6, 9), (3, 9)), strict=True):

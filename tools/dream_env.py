@@ -129,7 +129,7 @@ class SampledEnv(ModelBasedEnvBase):
         if self.noise == "observed":
             variance = variance + torch.exp(2 * model.hyper[2])
         state = state + mean + variance.sqrt() * torch.randn_like(mean)
-        return TensorDict(state=state, reward=-self.cost.of(state), batch_size=td.batch_size)
+        return TensorDict(state=state, reward=-self.cost.at(state), batch_size=td.batch_size)
 
 
 class DreamVectorEnv(gymnasium.vector.VectorEnv):

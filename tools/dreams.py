@@ -169,7 +169,7 @@ def main():
         paths = draw(open_loop(agent, batch, context), context, logger)
     else:
         predicted, states = last_trial(agent)
-        paths = [logger.picture("dream", plot_beliefs(predicted, agent.cost.of(states), states))]
+        paths = [logger.picture("dream", plot_beliefs(predicted, agent.cost.at(states), states))]
     print("\n".join(map(str, paths)))
 
 

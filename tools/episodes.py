@@ -39,10 +39,10 @@ def read_all(paths, tasks=()) -> tuple[pd.DataFrame, list[str]]:
         raise RunError("no runs given: name run folders, or folders that contain some")
     found = [find_runs(path) for path in paths]
     runs = [(run["task"].iloc[0], run) for runs, _ in found for run in runs]
-    there = {task for task, _ in runs}
-    if missing := ", ".join(sorted(set(tasks) - there)):
-        raise RunError(f"no run of {missing}: there are runs of {', '.join(sorted(there))}")
-    chosen = [run for task, run in runs if task in (tasks or there)]
+    found_tasks = {task for task, _ in runs}
+    if missing := ", ".join(sorted(set(tasks) - found_tasks)):
+        raise RunError(f"no run of {missing}: there are runs of {', '.join(sorted(found_tasks))}")
+    chosen = [run for task, run in runs if task in (tasks or found_tasks)]
     return join(chosen), [note for _, notes in found for note in notes]
 
 
@@ -156,8 +156,8 @@ def read_references(names, tasks) -> tuple[pd.DataFrame, list[str]]:
                 curves[method, task] = curve.assign(task=task, method=method, band="min-max")
             notes.append(f"{method}: {data['notes']}")
         if not shared:
-            there = ", ".join(sorted(data["curves"]))
-            raise RunError(f"{method} has no curve for {', '.join(tasks)}: it has {there}")
+            available = ", ".join(sorted(data["curves"]))
+            raise RunError(f"{method} has no curve for {', '.join(tasks)}: it has {available}")
     kinds = {"step": int, "seeds": int, "return": float, "low": float, "high": float}
     published = pd.concat([pd.DataFrame(columns=CURVE), *curves.values()], ignore_index=True)
     return published.astype(kinds), notes

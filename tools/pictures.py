@@ -58,7 +58,7 @@ def trial_picture(agent, every: int = 4) -> Figure:
     predicted, states = last_trial(agent)
     frames = evaluate(agent, 1, seed=agent.args.seed * 1000 + trial)[1]
     angle = predicted["mean"][:, 3], predicted["covariance"][:, 3, 3], states[:, 3]
-    cost = predicted["cost"], predicted["cost_variance"], agent.cost.of(states)
+    cost = predicted["cost"], predicted["cost_variance"], agent.cost.at(states)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     film, *panels = figure.subplots(3, sharex=True, height_ratios=(0.62, 1.2, 1))
     for step in range(every // 2, len(steps), every):
