@@ -791,7 +791,7 @@ def test_search_in_other_units():
 
     improve(other, start / scale, 100, 40)
     search(lambda x: our_points.append(x) or rosenbrock(x), start, scale, 100, 40)
-    assert error(torch.cat(our_points), torch.cat(library_points)) < 1e-6 and len(here) == 40
+    assert error(torch.cat(our_points), torch.cat(library_points)) < 1e-6 and len(our_points) == 40
 
 
 def test_search_finds_minima_side_by_side():
