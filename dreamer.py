@@ -483,7 +483,7 @@ class WorldModel(nn.Module):
         self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """Adds their latents and moments to rows td[B, T]; see RSSMRollout."""
+        """Adds latents and moments to rows td[B, T]; see RSSMRollout."""
         return self.rollout(self.encoder(td), noise)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
@@ -813,7 +813,7 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
 def updates_owed(args: Args, run: Run, replay) -> int:
     """Updates owed at this step: a burst at each multiple of --train-every, after the prefill.
 
-    0 until the replay is ready; if all finished episodes are too short, not 0: `sample` raises.
+    0 until the replay is ready, unless all finished episodes are too short: `sample` raises.
     """
     previous_step = run.step - args.num_envs * args.action_repeat
     multiples = run.step // args.train_every - previous_step // args.train_every
@@ -844,11 +844,12 @@ def main(argv: list[str] | None = None):
     agent = Agent(envs.spec, args, device)
     with Run(SCRIPT, args, agent) as run:
         example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
+        # the last window of an episode has its terminal row
         replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
 
         while run.training(latent):
-            if not run.owed:  # a resumed run first does those owed
+            if not run.owed:  # resumed runs first do owed updates
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
                 replay.append(agent.stored_rows(rows, latent))

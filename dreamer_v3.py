@@ -501,7 +501,7 @@ class ObsDecoder(nn.Module):
             outputs |= {k: head(x) for k, head in zip(self.vectors, self.heads, strict=True)}
         if self.images:
             x = self.belief_in(belief.flatten(0, -2)).unflatten(-1, (*self.grid[:2], -1))
-            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # from (N, blocks, h, w, c)
+            x = x.permute(0, 2, 3, 1, 4).flatten(-2)  # (N, h, w, c)
             x = x + self.state_in(state.flatten(0, -2)).unflatten(-1, self.grid)
             for norm, layer in zip(self.norms, self.convs, strict=True):
                 x = F.silu(norm(x)).permute(0, 3, 1, 2)
@@ -588,7 +588,7 @@ def features(latent: TensorDictBase) -> Tensor:
 
 
 class WorldModel(nn.Module):
-    """Encoder, RSSM, decoder, reward and continuation heads; see Args for the sizes."""
+    """Encoder, RSSM, decoder, reward and continuation heads; action_spec: spec or A."""
 
     def __init__(self, shapes: dict, action_spec, args: Args):
         super().__init__()
@@ -606,7 +606,7 @@ class WorldModel(nn.Module):
         self.register_buffer("bins", two_hot_bins(BINS), persistent=False)
 
     def forward(self, td: TensorDictBase, noise: Tensor | None = None) -> TensorDictBase:
-        """Adds their latents and logits to rows td[B, T]; see RSSMRollout."""
+        """Adds latents and logits to rows td[B, T]; see RSSMRollout."""
         return self.rollout(self.encoder(td), noise)
 
     def predict_reward(self, feat: Tensor) -> Tensor:
@@ -1039,7 +1039,7 @@ def main(argv: list[str] | None = None):
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
 
         while run.training(latent):
-            if not run.owed:  # a resumed run first does those owed
+            if not run.owed:  # resumed runs first do owed updates
                 rows = envs.step(latent["action"])
                 latent = agent.act(rows, latent)
                 replay.append(agent.stored_rows(rows, latent))

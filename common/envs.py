@@ -329,7 +329,8 @@ def _make(env_id, options):
             raise
         with contextlib.suppress(Exception):
             importlib.import_module("shimmy")  # its ids are among the similar ones
-        near = ", ".join(difflib.get_close_matches(name, gymnasium.registry, 3, 0.4))
+        near = difflib.get_close_matches(name, gymnasium.registry, 3, 0.4)
+        near = ", ".join(env_id.removesuffix(name) + similar for similar in near)  # with its module
         raise RunError(f"unknown environment {env_id!r}: {error} Similar: {near}") from error
 
 

@@ -151,6 +151,8 @@ class Logger:
     def _print(self, row):
         """A line for a log file: progress, what the bar would show, and the returns."""
         values = self.shown | {k: v for k, v in row.items() if k.startswith(("episode/", "eval/"))}
+        if "episode/return" in values:
+            values.pop("return", None)  # of the episode before
         words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
         options = dict(initial=self.first, unit=" steps", bar_format=form, postfix=", ".join(words))

@@ -454,6 +454,8 @@ def test_a_killed_worker_is_named():
 def test_unknown_ids_and_missing_packages(monkeypatch):
     with pytest.raises(RunError, match=r"unknown environment 'CartPol-v1'.*CartPole-v1"):
         Envs("CartPol-v1")
+    with pytest.raises(RunError, match=r"Similar: .*dummy_envs:Base-v0"):
+        Envs("dummy_envs:Bas-v0")
     with pytest.raises(RunError, match=r"no_module_of_mine"):
         Envs("no_module_of_mine:Some-v0")
     with pytest.raises(RunError, match=r"NoModule-v0 needs a package.*a_module_that_is_not_here"):

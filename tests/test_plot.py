@@ -774,7 +774,11 @@ def test_a_seed_is_replaced_and_the_others_stay(tmp_path):
         path = collect.collect(run, tmp_path / "out")
     kept = [line for line in path.read_text().splitlines() if line.split(",")[2] in ("2", "10")]
     entries = json.loads((path.parent / "manifest.json").read_text())[path.name]["seeds"]
-    collect.collect(run_folder(tmp_path / "new", seed=3, episodes=[(5, 0.5)]), tmp_path / "out")
+    new, before = run_folder(tmp_path / "new", seed=3, episodes=[(5, 0.5)]), path.read_text()
+    with pytest.raises(RunError, match=r"csv already has seed 3 .commit abc.: --replace it, "):
+        collect.collect(new, tmp_path / "out")
+    assert path.read_text() == before
+    collect.collect(new, tmp_path / "out", replace=True)
     lines = path.read_text().splitlines()
     assert lines == ["step,return,seed,seconds", *kept[:2], "5,0.500,3,0.5", *kept[2:]]
     assert kept[0] == "10,2.000,2,1.0" and kept[2] == "10,10.000,10,1.0"
@@ -784,7 +788,7 @@ def test_a_seed_is_replaced_and_the_others_stay(tmp_path):
     assert (entries["3"]["steps"], after["3"]["steps"]) == (20, 5)
 
 
-def test_a_run_with_other_arguments_needs_a_tag(tmp_path, capsys):
+def test_a_run_with_other_arguments_needs_a_tag(tmp_path):
     first = run_folder(tmp_path / "first", seed=0, steps=100)
     path = collect.collect(first, tmp_path / "out")
     before = path.read_text(), path.with_name("manifest.json").read_text()
@@ -794,9 +798,8 @@ def test_a_run_with_other_arguments_needs_a_tag(tmp_path, capsys):
             collect.collect(other, tmp_path / "out")
     assert before == (path.read_text(), path.with_name("manifest.json").read_text())
     assert collect.collect(other, tmp_path / "out", "fast") != path
-    assert "replaces" not in capsys.readouterr().out
-    collect.collect(run_folder(tmp_path / "longer", seed=0, steps=300), tmp_path / "out")
-    assert capsys.readouterr().out == "replaces seed 0 of commit abc\n"
+    longer = run_folder(tmp_path / "longer", seed=0, steps=300)
+    assert collect.collect(longer, tmp_path / "out", replace=True) == path
 
 
 def test_the_columns_of_pilco(tmp_path):

@@ -534,6 +534,16 @@ def test_evaluation_samples():
     assert torch.stack(mode).abs().max() < 0.2
 
 
+def test_an_endless_episode_is_cut_and_said_so(monkeypatch, capsys):
+    monkeypatch.setattr(common.run, "MAX_STEPS", 10)
+    args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
+    envs = make_envs(args, num_envs=1, seed=0)
+    envs.close()
+    returns, _ = evaluate(Agent(envs.spec, args), 2, seed=5)
+    assert returns == [sum(range(10)), sum(range(10, 20))]  # the reward of step n is n
+    assert capsys.readouterr().out.count("cut after 10 steps: it has no max_episode_steps?") == 2
+
+
 # --- use ----------------------------------------------------------------------------------------
 
 

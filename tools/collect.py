@@ -5,8 +5,9 @@
 The file of a task has the rows of all its seeds. Columns: environment steps, return of the training
 episode that ended there, seed, wall-clock seconds; for PILCO also the trial (0: random), mean cost
 of all its steps and of the last ten, the cost that the model predicted and how often the search
-evaluated it. Collecting a seed again replaces it; the others stay. Runs with other arguments than
-those in the file are refused: --tag names a variant, whose runs get a separate file.
+evaluated it. A seed that is already there is refused, unless --replace says so; the others stay.
+Runs with other arguments than those in the file are refused, too: --tag names a variant, whose runs
+get a separate file.
 
 manifest.json beside the files records for each seed the commands, commits, versions and hardware
 that produced it, its arguments, wall-clock time and evaluations, and what kind of return it has.
@@ -89,7 +90,7 @@ def differences(one: dict, two: dict) -> list[str]:
     return [f"{key} {one[key]} and {two[key]}" for key in shared if one[key] != two[key]]
 
 
-def collect(run: Path, folder: Path, tag: str = "") -> Path:
+def collect(run: Path, folder: Path, tag: str = "", replace: bool = False) -> Path:
     """Add the run to its CSV file below `folder` and to the manifest; return the file's path."""
     if not (run / "args.json").is_file():
         raise RunError(f"{run} is not a run folder: it has no args.json")
@@ -112,9 +113,10 @@ def collect(run: Path, folder: Path, tag: str = "") -> Path:
         if diffs := differences(recorded.get("args", {}), entry["args"]):
             text = f"{path} has seed {other} with other arguments than {run}: {', '.join(diffs)}"
             raise RunError(f"{text}. Name the variant with --tag, or choose another --into")
-    if str(seed) in seeds:
-        commits = [origin["commit"][:7] for origin in seeds[str(seed)]["origin"]]
-        print(f"replaces seed {seed} of commit {', '.join(commits)}")
+    if str(seed) in seeds and not replace:
+        commits = ", ".join(origin["commit"][:7] for origin in seeds[str(seed)]["origin"])
+        text = f"{path} already has seed {seed} (commit {commits})"
+        raise RunError(f"{text}: --replace it, name a variant with --tag, or choose another --into")
     seeds[str(seed)] = entry
     write_rows(path, rows)
     write_manifest(manifest, files)
@@ -148,11 +150,12 @@ def main(
     runs: tyro.conf.Positional[tuple[Path, ...]],  # run folders
     tag: str = "",  # of a variant, for instance pixels; becomes part of the file name
     into: Path = RESULTS,  # the folder that holds <script>/<task>.csv
+    replace: bool = False,  # a seed that is already there
 ):
     if not runs:
         raise RunError("no run folder given")
     for run in runs:
-        print(collect(run, into, tag))
+        print(collect(run, into, tag, replace))
 
 
 if __name__ == "__main__":
