@@ -139,6 +139,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parse_flags(Args, argv, __doc__, lambda chosen: PRESETS[chosen.preset])
     if args.pcont and args.batch_length < 2:
         raise RunError("--pcont needs --batch-length of at least 2: the last row starts no dream")
+    if args.steps < args.prefill and not (args.benchmark or args.eval):
+        raise RunError(f"--steps {args.steps} are below --prefill {args.prefill}: no update comes")
     return args
 
 

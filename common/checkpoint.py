@@ -83,6 +83,7 @@ def load(folder, script=None, name="checkpoint.pt") -> dict:
     if not file.is_file():
         gone = f"{name} has not been saved yet, or is gone"
         why = gone if Path(folder).is_dir() else "there is no such folder"
+        why = "it is a file; name its folder" if Path(folder).is_file() else why
         raise RunError(f"no checkpoint in {folder}: {why}")
     try:
         with zipfile.ZipFile(file) as archive:
