@@ -37,13 +37,13 @@ def atomic_write(path, write) -> Path:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         while error and getattr(error, "errno", None) not in DISK_FULL:
-            error = error.__context__  # torch.save raises an error of its own on top of it
+            error = error.__context__  # torch.save raises its own error over the OSError
         if error:
             text = f"disk full: {path} was not written; the last good one is kept, if there is one"
             raise RunError(text) from None
         raise
     temporary.replace(path)
-    if os.name == "posix":  # else a power failure may undo the rename
+    if os.name == "posix":  # makes the rename survive a power loss
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -60,7 +60,7 @@ class Options:
     """Keyword arguments of `Envs`, named like the flags of the scripts."""
 
     action_repeat: int = 1  # inner steps per action, rewards are summed (Atari: frame skip)
-    obs: str = "auto"  # auto: all; vector: no image; pixels: one, or rendered; both: all + rendered
+    obs: str = "auto"  # auto: all; vector: no image; pixels: sole image/render; both: all + render
     image_size: int = 64  # images are resized to this square, MuJoCo renders at it
     env_workers: bool = False  # a process for each environment
     sticky: bool = False  # Atari: 25 % repeated actions and the full action set
@@ -89,13 +89,13 @@ class Envs:
             context = "forkserver" if hasattr(os, "fork") else "spawn"
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
-            # gymnasium shows a worker's traceback as a (red) warning; the error is raised here.
+            # gymnasium warns, too, with a color code before ERROR; the error is raised here.
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
         self._vector = make(makers)  # its autoreset is not used: `play` resets
         self.spec = self._vector.get_attr("row_spec")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
-        self._episodes = [0] * num_envs  # as of _row: a dead worker cannot be asked
+        self._episodes = [0] * num_envs  # those of _row, in case a worker dies
         self._actions = [bytearray() for _ in makers]  # float32, since the episode began
         self._row = None
 
@@ -120,7 +120,7 @@ class Envs:
         return self._row.clone()
 
     def _play(self, actions):
-        """Step environment i through actions[i] [K, A]; the rows after the last ones are kept."""
+        """Step environment i through actions[i] [K, A]; keep the rows after the last action."""
         try:
             rows = self._vector.call("play", actions)
         except (EOFError, ConnectionError) as error:
@@ -259,7 +259,7 @@ class _Rows(gymnasium.Wrapper):
 
         After the end of an episode the next action is ignored: it begins a new episode.
         """
-        repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat  # AtariPreprocessing's
+        repeat = 1 if "ALE/" in self.env_id else self.options.action_repeat  # its wrapper repeats
         try:
             for action in actions[self.index]:
                 first, total, terminated, truncated = self.done, 0.0, False, False

@@ -90,7 +90,7 @@ class Logger:
         from imageio.v3 import imwrite
 
         frames, path = np.asarray(frames), self.folder / f"{name}.mp4"
-        # H.264 halves the color planes, so both sides must be even. The file is called .tmp.
+        # H.264 halves the color planes, so both sides must be even. -f: the name is *.tmp.
         output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
         mp4 = dict(plugin="FFMPEG", extension=".mp4", macro_block_size=1, output_params=output)
         try:

@@ -36,7 +36,7 @@ def with_previous(rows: TensorDict) -> TensorDict:
 
 
 def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
-    """The replay of a run, no larger than `steps` can fill; if it is smaller, it has slack.
+    """The replay of a run, at most what `steps` can fill; if less than that, with slack.
 
     args: the script's flags; example, options: see Replay. Prints the size.
     """
@@ -55,11 +55,11 @@ def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
 class Replay:
     """A ring of the last capacity // N rows of each of N = `num_envs` environments in lockstep.
 
-    Row r of environment e, counted from 0, lies at (r % allocated) * N + e, so a longer run may ask
-    for a larger ring until this one wraps around. A process killed at any moment resumes exactly at
+    Row r of environment e, counted from 0, lies at (r % allocated) * N + e, so a resumed run may
+    enlarge the ring until it first wraps around. A process killed at any moment resumes exactly at
     its checkpoint. For that, the files keep `slack` more rows of each environment than can be drawn
-    (save when `exhausted`; with slack=0 this holds only until the ring is full), and `write_back`
-    fills that one of two slots which the checkpoint does not use. Nothing is flushed: a power
+    (save when `exhausted`; slack=0: exact only until the ring is full), and `write_back`
+    fills, of a row's two slots, the one no checkpoint uses. Nothing is flushed: a power
     failure can lose what the system had not written to the disk.
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
@@ -188,9 +188,9 @@ class Replay:
         return self.long
 
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
-        """Draw an episode, then a window [length] in it, as Dreamer (2020) does: [B, length].
+        """Draw an episode, then length - 1 rows of it, as Dreamer (2020) does: [B, length].
 
-        Row 0 precedes the window; where that begins an episode, it is from another one, or empty.
+        Row 0 is the one before these; if they begin an episode, it is another's, or empty.
         RunError if no episode is long enough.
         """
         episodes = self.long_episodes()
@@ -265,7 +265,7 @@ class Replay:
         saved, lost = state["layout"], []
         for key, size in self.found.items():
             if size < self.storage[key].nbytes * saved["allocated"] // self.allocated:
-                os.truncate(self.directory / key, size)  # as found, for the next start to notice
+                os.truncate(self.directory / key, size)  # undo growth, so the next start notices
                 lost.append(key)
         may_grow = state["total"] <= min(saved["allocated"], self.capacity)
         for name in self.layout | saved:

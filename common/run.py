@@ -133,7 +133,7 @@ def prepare(args) -> torch.device:
     """Set seeds and threads (0: the libraries' choice) of this process; return the run's device."""
     if args.threads:
         torch.set_num_threads(args.threads)
-        threadpool_limits(args.threads)  # numpy's, too: on busy cores they wait for each other
+        threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
     return pick_device(getattr(args, "device", "cpu"))
@@ -446,7 +446,7 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 
 
 def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
-    """Returns of episodes (very long ones in parts), and frames [size, size, 3] of the first."""
+    """Returns of episodes (cut every MAX_STEPS), and frames [size, size, 3] of the first."""
     envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     returns, frames = [], []
     latent, total, length = None, 0.0, 0
