@@ -96,8 +96,7 @@ class Replay:
         if need > free:
             text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {directory}"
             raise RunError(f"{text}: choose a smaller --replay-size")
-        files = {key: self.directory / key for key in leaves}
-        self.storage = {key: _memory_map(files[key], leaf) for key, leaf in leaves.items()}
+        self.storage = {k: _memory_map(self.directory / k, leaf) for k, leaf in leaves.items()}
         self.current = torch.zeros(rows, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows of each environment: now, at the last save

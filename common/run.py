@@ -458,9 +458,10 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
             total, length = total + rows["reward"].item(), length + 1
             if not returns and video_size and envs.can_render and len(frames) < MAX_FRAMES:
                 frames.append(envs.frame())
-            if length == MAX_STEPS:
+            cut = length == MAX_STEPS and not rows["is_last"].item()
+            if cut:
                 print(f"an episode was cut after {length:,} steps: it has no max_episode_steps?")
-            if rows["is_last"].item() or length == MAX_STEPS:
+            if cut or rows["is_last"].item():
                 returns.append(total)
                 total, length = 0.0, 0
     envs.close()

@@ -115,7 +115,7 @@ def test_fitc():
     expected = moment_matching(column(given["m"])[None], given["s"][None], whole)
     actual = moment_matching(column(given["m"])[None], given["s"][None], same)
     for a, b in zip(actual, expected, strict=True):
-        assert error(a, b) < 1e-2, "with all points as inducing inputs: the GP, but for the ridge"
+        assert error(a, b) < 1e-2, "with all points inducing: the GP, except for the ridge"
 
 
 def test_fitc_in_other_units():

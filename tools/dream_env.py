@@ -4,6 +4,7 @@ from dreamer_v3 import load
 envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
 """
 
+import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -95,6 +96,11 @@ def pilco_dream(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
         return states.update(dict(zip(agent.keys, observations, strict=True)))
 
     return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
+
+
+def load_run(run):
+    """The agent of a run folder, loaded by the script that trained it; RunError if that fails."""
+    return importlib.import_module(checkpoint.load(run)["header"]["script"]).load(run)
 
 
 def script_of(instance):

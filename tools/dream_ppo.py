@@ -10,7 +10,6 @@ OUT.csv and OUT.png, by default results/dreams/<script>.csv and .png.
 """
 
 import argparse
-import importlib
 import json
 import sys
 from functools import partial
@@ -33,7 +32,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import read_metrics
 from common.run import launch
-from tools.dream_env import dream_env
+from tools.dream_env import dream_env, load_run
 
 RESULTS = Path(__file__).parents[1] / "results"
 EPISODES, SAME_STEP = 10, gymnasium.vector.AutoresetMode.SAME_STEP
@@ -183,7 +182,7 @@ def main(
     if not Path(run, "args.json").exists():
         raise RunError(f"{run} is not a run folder: it has no args.json")
     args = json.loads(Path(run, "args.json").read_text())
-    agent = importlib.import_module(args["script"]).load(run)
+    agent = load_run(run)
     dreams = dream_env(agent, 16, horizon=horizon)
     env_spaces = dreams.single_observation_space, dreams.single_action_space
     if not all(isinstance(space, spaces.Box) and len(space.shape) == 1 for space in env_spaces):

@@ -11,7 +11,6 @@ from the actions alone. The pictures go to the run folder; the run may still be 
 Of pilco.py: the cost and the states that its Gaussian processes predicted for the last trial.
 """
 
-import importlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,17 +21,20 @@ from matplotlib.figure import Figure
 from tensordict import TensorDict
 from torch import Tensor
 
-from common import checkpoint
 from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import Logger
 from common.replay import with_previous
 from common.run import autocast, launch
-from tools.dream_env import decode
+from tools.dream_env import decode, load_run
+
+ORANGE = "#e07b1a"  # what is imagined
 
 
 @dataclass
 class Args:
+    """Flags."""
+
     run: tyro.conf.Positional[Path]  # folder of a run
     episodes: int = 6  # played in parallel
     rows: int = 128  # at most, of each episode; the model sees a quarter of them
@@ -117,7 +119,7 @@ def plot(curves: dict[str, tuple[Tensor, Tensor]], context: int) -> Figure:
     panels = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for axes, (label, (true, model)) in zip(panels, shown, strict=True):
         axes.plot(true, color="black", lw=1.5, label="true")
-        axes.plot(model, color="#e07b1a", lw=1.5, ls="--", label="model")
+        axes.plot(model, color=ORANGE, lw=1.5, ls="--", label="model")
         axes.axvspan(-0.5, context - 0.5, color="0.92", lw=0)
         axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
@@ -139,14 +141,21 @@ def plot_beliefs(predicted: TensorDict, costs: Tensor, states: Tensor) -> Figure
         panels[f"state {i}"] = predicted["mean"][:, i], variances[:, i], real
     figure = Figure(figsize=(7, 1 + 1.3 * len(panels)), layout="constrained")
     axes, steps = figure.subplots(len(panels), sharex=True), np.arange(1, len(variances) + 1)
-    for ax, (label, (mean, variance, real)) in zip(axes, panels.items(), strict=True):
-        spread = 2 * variance.clamp(min=0).sqrt()
-        ax.fill_between(steps, mean - spread, mean + spread, color="#e07b1a", alpha=0.25, lw=0)
-        ax.plot(steps, mean, color="#e07b1a", label="predicted, two deviations")
-        ax.plot(steps[: len(real)], real, color="black", lw=1.2, label="real")
+    for ax, (label, panel) in zip(axes, panels.items(), strict=True):
+        draw_belief(ax, steps, *panel)
         ax.set(ylabel=label, xlabel="" if ax is not axes[-1] else "steps")
-    axes[0].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes[0].legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     return figure
+
+
+def draw_belief(axes, steps, mean: Tensor, variance: Tensor, real: Tensor):
+    """A predicted number (H) with two standard deviations, and what happened (T)."""
+    spread = 2 * variance.clamp(min=0).sqrt()
+    band = dict(color=ORANGE, alpha=0.3, lw=0, label="two standard deviations")
+    axes.fill_between(steps, mean - spread, mean + spread, **band)
+    axes.plot(steps, mean, color=ORANGE, lw=2, label="predicted")
+    axes.plot(steps[: len(real)], real, color="black", lw=1.2, label="what happened")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def last_trial(agent) -> tuple[TensorDict, Tensor]:
@@ -160,9 +169,7 @@ def last_trial(agent) -> tuple[TensorDict, Tensor]:
 
 def main():
     args = tyro.cli(Args, prog="python -m tools.dreams", description=__doc__)
-    script = checkpoint.load(args.run)["header"]["script"]
-    agent = importlib.import_module(script).load(args.run)
-    logger = Logger(args.run, 0, tensorboard=False)
+    agent, logger = load_run(args.run), Logger(args.run, 0, tensorboard=False)
     if hasattr(agent, "actor"):
         batch = play(agent, args.episodes, args.rows, args.seed)
         context = batch.shape[1] // 4

@@ -10,7 +10,6 @@ what the Gaussian processes predicted of it. Of the folder with the results: lea
 """
 
 import csv
-import importlib
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,13 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-from common import checkpoint
 from common.checkpoint import RunError
 from common.logger import PNG
 from common.run import evaluate, launch
-from tools.dreams import last_trial, open_loop, play
+from tools.dream_env import load_run
+from tools.dreams import ORANGE, draw_belief, last_trial, open_loop, play
 
-ORANGE, GREEN, BLUE = "#e07b1a", "#2f8f4e", "#1f5fa8"
+GREEN, BLUE = "#2f8f4e", "#1f5fa8"
 
 
 def dream_picture(agent, seed, context, stride, margin, columns: int = 13) -> Figure:
@@ -66,14 +65,9 @@ def trial_picture(agent, every: int = 4) -> Figure:
         film.imshow(frames[step][70:182, 72:184], extent=extent, aspect="auto")
     film.axis("off")
     labels = "pole angle, rad", "cost"
-    for axes, label, (mean, variance, real) in zip(panels, labels, (angle, cost), strict=True):
-        spread = 2 * variance.clamp(min=0).sqrt()
-        band = dict(color=ORANGE, alpha=0.3, lw=0, label="two standard deviations")
-        axes.fill_between(steps, mean - spread, mean + spread, **band)
-        axes.plot(steps, mean, color=ORANGE, lw=2, label="predicted")
-        axes.plot(steps, real, color="black", lw=1.2, label="what happened")
+    for axes, label, panel in zip(panels, labels, (angle, cost), strict=True):
+        draw_belief(axes, steps, *panel)
         axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, loc="upper right")
     panels[1].set(xlabel="steps of 0.1 s", xlim=(0, len(steps)))
     return figure
@@ -121,7 +115,7 @@ def main(
     if (run / "pilco").is_dir():
         curves_picture(run).savefig(out, **PNG)
         return
-    agent = importlib.import_module(checkpoint.load(run)["header"]["script"]).load(run)
+    agent = load_run(run)
     if hasattr(agent, "actor"):
         figure = dream_picture(agent, seed, context, stride, margin)
     elif agent.args.env_id == "PILCO/CartPole-v0":

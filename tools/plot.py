@@ -57,6 +57,8 @@ ABOUT_PUBLISHED = (
 
 @dataclass
 class Args:
+    """Flags."""
+
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # paths, or NAME=PATH to name the method
     reference: tuple[str, ...] = ()  # published curves: names in results/reference, or files
     out: Path = Path("plots")  # folder for the plots and tables
