@@ -454,8 +454,10 @@ def test_the_profile_has_its_band():
     assert (middle.min(), middle.max()) == (pytest.approx(20), pytest.approx(70))
 
 
-def test_no_two_methods_look_alike():
+def test_no_two_methods_look_alike(plots):
     assert len(set(map(str, plot.STYLES))) == len(plot.STYLES) >= 36
+    svg = (plots / "curves.svg").read_text().lower()  # of two methods
+    assert [color.lower() in svg for color, _, _ in plot.STYLES[:4]] == [True, True, False, False]
 
 
 def test_curves_csv(plots):
@@ -726,7 +728,8 @@ def test_files_of_another_kind(tmp_path, run):
 
 
 def test_flags_that_cannot_be(run):
-    assert "--interval" in refuse(run, "--interval", "1.5")
+    for confidence in ("1.5", "0", "1"):
+        assert "--interval must be above 0" in refuse(run, "--interval", confidence)
     assert "--bin" in refuse(run, "--bin", "-1")
     assert "no run of hopper_hop: there are runs of walker_walk" in refuse(
         run, "--tasks", "hopper_hop")  # fmt: skip

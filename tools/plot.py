@@ -22,7 +22,7 @@ the mean return of the training episodes in the last 10 % of the steps.
 from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,7 +32,7 @@ import tyro
 from matplotlib.ticker import EngFormatter
 
 from common.checkpoint import RunError
-from common.run import Fraction, Natural, launch, parse_flags
+from common.run import Natural, Rule, launch, parse_flags
 from tools import scoring
 from tools.episodes import CURVE, read_all, read_references
 
@@ -53,6 +53,7 @@ ABOUT_PUBLISHED = (
     "there, the line between two. Without their single seeds there is no interval, IQM or "
     "optimality gap."
 )
+Confidence = Annotated[float, Rule("above 0 and below 1", lambda x: 0 < x < 1)]
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Args:
     out: Path = Path("plots")  # folder for the plots and tables
     tasks: tuple[str, ...] = ()  # only these, named as in the plots; empty: all
     statistic: Literal["mean", "iqm"] = "mean"  # over seeds, of curves and of scores per task
-    interval: Fraction = 0.95  # confidence of the bootstrap intervals
+    interval: Confidence = 0.95  # confidence of the bootstrap intervals
     bin: Natural = 0  # environment steps per point; 0: whole episodes, about 40 points
     at: Natural = 0  # steps at which runs are scored; 0: per task, where its shortest run ends
     normalize: str = ""  # file {task: [low, high]}; DM Control's suite has [0, 1000]
