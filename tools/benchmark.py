@@ -1,6 +1,7 @@
 """How long a run would take on this machine: what the scripts print for --benchmark."""
 
 import dataclasses
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -15,6 +16,7 @@ from common.envs import make_envs
 from common.replay import with_previous
 from common.run import autocast
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints when it starts and stops
 
 def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     """Print steps per second, time per update and per operation, the run's hours, and memory.
@@ -60,11 +62,11 @@ def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     print(f"{'':18}at the {rate:,.0f} GFLOP/s of a 1,024 x 1,024 {str(dtype)[6:]} product")
     per_row = (environment + policy) / args.num_envs + updates_per_row * update
     hours = args.steps / args.action_repeat * per_row / 3600
-    print(f"{hours:10.2f} h       {args.steps:,} environment steps without evaluations,")
-    print(f"{'':18}{updates_per_row:.3g} updates per row")
     print(f"{psutil.Process().memory_info().rss / 1e9:10.2f} GB      memory of the process")
     if device.type == "cuda":
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
+    print(f"{hours:10.2f} h       {args.steps:,} environment steps without evaluations,")
+    print(f"{'':18}{updates_per_row:.3g} updates per row")
 
 
 def print_operations(agent, batch, device: torch.device, count: int = 8):
