@@ -32,7 +32,7 @@ class Logger:
         self.step = self.first = 0  # now, and where this process took over
         self.process_start = self.run_start = time.monotonic()
         self.tensorboard, self.board, self.bar, self.bar_time = tensorboard, None, None, 0.0
-        self.first_update = None  # of this process: time, number
+        self.first_update = None  # of this process: time, number, step
 
     def add(self, metrics):
         """Add to the means of the next line; a 0-dim tensor stays on its device until then."""
@@ -72,7 +72,10 @@ class Logger:
         self.step, now = step, time.monotonic()
         self.shown |= {name: _plain(value) for name, value in postfix.items()}
         if self.first_update is None and "updates" in postfix:
-            self.first_update = now, postfix["updates"]
+            self.first_update = now, postfix["updates"], step
+            if self.bar is not None:
+                self.bar.start_t = self.bar.last_print_t = time.time()
+                self.bar.initial = step
         if self.quiet or now - self.bar_time < 0.2 or not sys.stderr.isatty():
             return
         if self.bar is None:
@@ -155,8 +158,10 @@ class Logger:
             values.pop("return", None)  # of the episode before
         words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
-        options = dict(initial=self.first, unit=" steps", bar_format=form, postfix=", ".join(words))
-        seconds = time.monotonic() - self.process_start
+        # Steps before the first update cost next to nothing: no rate is known until then.
+        begun, _, first = self.first_update or (time.monotonic(), 0, self.step)
+        options = dict(initial=first, unit=" steps", bar_format=form, postfix=", ".join(words))
+        seconds = time.monotonic() - begun
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
 
 
@@ -166,7 +171,7 @@ def _plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plot_curve(folder) -> Path:
+def plot_curve(folder, title: str) -> Path:
     """Draw the returns in metrics.jsonl against environment steps: learning_curve.png.
 
     Raises RunError while there is nothing to draw.
@@ -190,7 +195,7 @@ def plot_curve(folder) -> Path:
     if evaluations.size:
         axes.plot(*evaluations, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
     axes.set(xlabel="environment steps", ylabel="return (sum of rewards per episode)")
-    axes.set_title("  ".join(Path(folder).resolve().parts[-3:]), loc="left")
+    axes.set_title(title, loc="left")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlim(left=0)
     axes.grid(color="0.9")

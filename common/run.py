@@ -429,7 +429,8 @@ class Run:
         """If the run is complete: evaluate, film, and draw the learning curve."""
         if self.complete:
             self.logger.log(self.step, **evaluate_and_film(self.agent, self.logger, "policy"))
-            print(f"learning curve: {plot_curve(self.folder)}")
+            title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
+            print(f"learning curve: {plot_curve(self.folder, title)}")
 
 
 def check_finite(metrics: dict[str, Tensor], updates: int):

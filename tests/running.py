@@ -189,7 +189,7 @@ for line in sys.stdin:
 def no_pictures():
     """matplotlib would take half of the time of a short run."""
     logger.Logger.picture = lambda self, name, figure: self.folder / f"{name}.png"
-    common.run.plot_curve = lambda folder: folder / "learning_curve.png"
+    common.run.plot_curve = lambda folder, title: folder / "learning_curve.png"
 
 
 def wider_observation():
@@ -271,7 +271,7 @@ def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
     monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: {})
-    monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
+    monkeypatch.setattr(common.run, "plot_curve", lambda *_: None)
     monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
     return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 

@@ -150,7 +150,7 @@ def test_without_a_terminal_each_write_is_one_plain_line(tmp_path, capsys):
     assert out == "" and len(lines) == 3 and "\r" not in err
     assert lines[0].startswith("step 250 of 1,000 (25 %), ")
     assert lines[0].endswith(" left, loss 0.1235, fps None, episode/return 12.5")
-    assert re.search(r"%\), +[\d.]+ steps/s, ", lines[0])
+    assert "%), ? steps/s, ? left" in lines[0]  # no update so far
     assert lines[1] == "hello"
 
 
@@ -169,12 +169,17 @@ def test_progress_shows_losses_and_rates(tmp_path, capsys, monkeypatch):
     assert line.endswith("updates 60, model 3.5, actor -4, value 1, updates/s 2.5\n")
 
 
-def test_a_resumed_run_measures_its_own_speed(tmp_path, capsys, monkeypatch):
+def test_speed_is_that_of_this_process_since_its_first_update(tmp_path, capsys, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.load_state_dict({"step": 500, "wall": 9e6, "bytes": 0, "sums": {}, "counts": {}})
-    now[0] += 60
+    now[0] += 1
+    log.advance(550)  # random steps take no time
+    log.log(550)
+    assert "(55 %), ? steps/s, ? left" in capsys.readouterr().err
+    log.advance(550, updates=7)
+    now[0] += 30
     log.log(600)
     assert "(60 %),  1.67 steps/s, 04:00 left" in capsys.readouterr().err
     log.close()
@@ -192,6 +197,8 @@ def test_the_bar_on_a_terminal(tmp_path, monkeypatch):
     for _ in range(1000):
         log.advance(411)  # a long burst of updates
     assert screen.text.count("411/1000") <= 1 and log.bar.n == 410
+    log.advance(412, updates=1)
+    assert log.bar.initial == 412  # its rate is that since the first update
     log.log(500, **{"episode/return": 1.0})
     log.close()
     assert "step 500 of" not in screen.text
@@ -299,12 +306,12 @@ def test_learning_curve(tmp_path, log, drawn):
     log.log(1000, **{"eval/return": math.nan})
     log.file.write(b'{"step": 1010, "episode/ret')
     log.file.flush()
-    path = plot_curve(tmp_path)
+    path = plot_curve(tmp_path, "dreamer  Pendulum-v1  seed 0")
     assert path == tmp_path / "learning_curve.png" and path.stat().st_size > 5000
     (axes,) = drawn
     assert axes.get_xlabel() == "environment steps"
     assert axes.get_ylabel() == "return (sum of rewards per episode)"
-    assert axes.get_title(loc="left").endswith(tmp_path.name)
+    assert axes.get_title(loc="left") == "dreamer  Pendulum-v1  seed 0"
     lines = {line.get_label(): line.get_xydata() for line in axes.get_lines()}
     assert [len(data) for data in lines.values()] == [100, 100, 1]
     assert list(lines) == ["training", "mean of the last 5", "evaluation"]
@@ -315,4 +322,4 @@ def test_learning_curve(tmp_path, log, drawn):
 def test_a_learning_curve_needs_returns(tmp_path, log):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunError, match="no episode/return in"):
-            plot_curve(folder)
+            plot_curve(folder, "")
