@@ -2,7 +2,7 @@
 
     python dreamer.py                 # Pendulum-v1, 10,000 steps: return -190 (random: -1,233)
     python dreamer.py --preset dmc_vision --env-id dm_control/walker-walk-v0    # the paper's recipe
-    python dreamer.py --preset debug                                 # everything tiny
+    python dreamer.py --preset debug --run runs/dreamer/debug        # everything tiny
     python dreamer.py --eval runs/dreamer/Pendulum-v1/seed0    # play and film
     python dreamer.py --preset dmc_vision --benchmark                # how long would it take here?
 

@@ -2,7 +2,7 @@
 
     python dreamer_v3.py              # Pendulum-v1, 10k steps: return -760 to -130 (random -1,233)
     python dreamer_v3.py --preset dmc_proprio --env-id dm_control/walker-walk-v0
-    python dreamer_v3.py --preset debug                          # everything tiny
+    python dreamer_v3.py --preset debug --run runs/dreamer_v3/debug   # everything tiny
     python dreamer_v3.py --eval runs/dreamer_v3/Pendulum-v1/seed0    # play and film
     python dreamer_v3.py --preset dmc_proprio --benchmark        # how long would it take here?
 

@@ -3,7 +3,7 @@
     python pilco.py                                      # cart-pole swing-up, one rollout per trial
     python pilco.py --preset pendulum
     python pilco.py --preset inverted_pendulum           # gymnasium's, MuJoCo
-    python pilco.py --preset debug                       # everything tiny
+    python pilco.py --preset debug --run runs/pilco/debug      # everything tiny
     python pilco.py --eval runs/pilco/PILCO-CartPole-v0/seed0    # play and film
     python pilco.py --benchmark                          # time the expected cost and its gradient
 
