@@ -668,7 +668,7 @@ def test_other_action_repeats_are_told(tmp_path):
         run_folder(tmp_path / f"repeat{repeat}", WALKER, action_repeat=repeat)
     named = [f"{name}={tmp_path / name}" for name in ("repeat1", "repeat2")]
     plot.main([*named, "--out", str(tmp_path / "out")])
-    note = "walker_walk: the action repeat is 1 in repeat1, 2 in repeat2; steps count it."
+    note = "walker_walk: the action repeat is 1 in repeat1, 2 in repeat2; steps include it."
     assert note in (tmp_path / "out" / "table.md").read_text()
 
 
@@ -688,7 +688,7 @@ def test_references(tmp_path, run):
     assert f"{broken} is not laid out as" in refuse(run, "--reference", broken)
     for points in ("{}", '{"1": [1, null, 2, 5]}'):
         broken.write_text(f'{{"notes": "", "curves": {{"walker_walk": {points}}}}}')
-        assert "walker_walk has no points, or one that is no number" in refuse(
+        assert "walker_walk has no points, or one that is not finite" in refuse(
             run, "--reference", broken)  # fmt: skip
 
 

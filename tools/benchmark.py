@@ -18,6 +18,7 @@ from common.run import autocast
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints when it starts and stops
 
+
 def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     """Print steps per second, time per update and per operation, the run's hours, and memory.
 
@@ -91,7 +92,7 @@ def matmul_rate(device: torch.device, dtype=torch.float32, n: int = 1024) -> flo
 def benchmark_policy(make_agent, args, repeats: int = 10):
     """Print the median milliseconds for a policy's expected cost and its gradient.
 
-    4 states, 1 action, 40 steps, one policy with 10 centers: as other PILCO codes were measured.
+    4 states, 1 action, 40 steps, one policy with 10 centers: as other PILCO code was measured.
     make_agent(spec, args) builds the agent of pilco.py.
     """
     import resource  # not on Windows

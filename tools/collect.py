@@ -25,9 +25,9 @@ from common.logger import read_metrics
 from common.run import launch
 
 RESULTS = Path(__file__).parents[1] / "results"
-# Seeds of one result may differ in these: they do not change what is learned, or only how long, or
-# they stand for other flags (preset, size).
-BOOKKEEPING = ("script", "origin", "run", "fresh", "eval")  # in args.json, but no hyperparameters
+# Seeds of one result may differ in these: they change at most how long a run learns, or they
+# stand for other flags (preset, size).
+BOOKKEEPING = ("script", "origin", "run", "fresh", "eval")  # in args.json, not hyperparameters
 MAY_DIFFER = (*BOOKKEEPING, "seed", "preset", "size", "steps", "trials", "benchmark", "device",
         "threads", "compile", "env_workers", "tensorboard", "log_every", "save_every", "eval_every",
         "dream_every", "eval_episodes")  # fmt: skip
@@ -85,7 +85,7 @@ def _round(value):
 
 
 def differences(one: dict, two: dict) -> list[str]:
-    """Differences in the arguments that both runs have, which seeds of one result must not show."""
+    """Differences in arguments that both runs have and seeds of one result must share."""
     shared = [key for key in one if key in two and key not in MAY_DIFFER]
     return [f"{key} {one[key]} and {two[key]}" for key in shared if one[key] != two[key]]
 

@@ -57,8 +57,8 @@ def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
         raise RunError(f"{folder}/replay is gone: restore it")
     layout = state["layout"]
     rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
-    shape = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
-    replay = Replay(example, *shape, slack=slack)
+    args = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
+    replay = Replay(example, *args, slack=slack)
     replay.load_state_dict(state)
     if not len(replay):
         raise RunError(f"{folder} has only {replay.rows} rows so far: no window of {replay.length}")

@@ -106,7 +106,7 @@ class SB3VecEnv(VecEnv):
 class Evaluate(BaseCallback):
     """Plays the policy's mode in the real environment: `scores` [(actions, mean return)].
 
-    It does so before rollouts and at the end, when PPO has learned from all those actions:
+    It does so before rollouts and at the end, when PPO has learned from all past actions:
     `_on_rollout_end` would come before PPO learns from that rollout.
     """
 

@@ -159,7 +159,7 @@ def draw_belief(axes, steps, mean: Tensor, variance: Tensor, real: Tensor):
 
 
 def last_trial(agent) -> tuple[TensorDict, Tensor]:
-    """Of pilco.py: beliefs [H] predicted before the last trial, and the states (T, D) of it."""
+    """Drop pilco.py's last trial; return beliefs [H] predicted before it, its states (T, D)."""
     start = (agent.data["observation"] == agent.first_states[-1]).all(-1).nonzero()[-1].item()
     states = agent.data["next", "observation"][start:]
     agent.data, agent.first_states = agent.data[:start], agent.first_states[:-1]

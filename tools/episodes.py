@@ -106,7 +106,7 @@ def read_file(path: Path, name: str):
 
 
 def make_run(method, env_id, seed, episodes, source, args) -> tuple[str, pd.DataFrame]:
-    """The source of a run and its episodes, sorted; RunError if a return is no number."""
+    """The source of a run and its episodes, sorted; RunError for a non-finite return."""
     run = pd.DataFrame(list(episodes), columns=["step", "return"]).astype(float)
     if wrong := int((~np.isfinite(run["return"])).sum()):  # null stands for nan and inf
         raise RunError(f"{source}: {wrong} of {len(run)} returns are not finite numbers")
@@ -124,7 +124,7 @@ def task_name(env_id: str) -> str:
 
 
 def join(runs: list[pd.DataFrame]) -> pd.DataFrame:
-    """All episodes, numbered by run; RunError where runs of a method are not seeds of one thing."""
+    """All episodes, numbered by run; RunError where a method's runs are not seeds of one setup."""
     episodes = pd.concat([run.assign(run=i) for i, run in enumerate(runs)], ignore_index=True)
     for (task, method), same in episodes.drop_duplicates("run").groupby(["task", "method"]):
         for one, two in combinations(same.itertuples(), 2):
@@ -137,7 +137,7 @@ def join(runs: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def read_references(names, tasks) -> tuple[pd.DataFrame, list[str]]:
-    """Published curves of the tasks, and notes on them; RunError for one that has none of them."""
+    """Published curves of the tasks, and notes; RunError for a name with none of the tasks."""
     curves, notes = {}, []
     for name in names:
         path = Path(name) if Path(name).is_file() else REFERENCES / f"{name}.json"
@@ -152,7 +152,7 @@ def read_references(names, tasks) -> tuple[pd.DataFrame, list[str]]:
                 curve = pd.DataFrame(rows, columns=["step", "return", "low", "high", "seeds"])
                 curve = curve.astype(float).sort_values("step")
                 if curve.empty or not np.isfinite(curve).all(axis=None):
-                    raise ValueError(f"{task} has no points, or one that is no number")
+                    raise ValueError(f"{task} has no points, or one that is not finite")
                 curves[method, task] = curve.assign(task=task, method=method, band="min-max")
             notes.append(f"{method}: {data['notes']}")
         if not shared:

@@ -4,9 +4,9 @@
     python -m tools.pictures runs/pilco/PILCO-CartPole-v0/seed0 --out docs/trial.png
     python -m tools.pictures results --out docs/curves.png
 
-Of an agent that sees pixels: frames of a new episode, above what the world model predicts from the
-actions alone, after --context frames. Of PILCO's cart-pole: the rollout of the last trial, above
-what the Gaussian processes predicted of it. Of the folder with the results: learning curves.
+For a pixel agent: frames of a new episode, above what the world model predicts from the
+actions alone, after --context frames. For PILCO's cart-pole: the rollout of the last trial, above
+what the Gaussian processes predicted of it. For the results folder: learning curves.
 """
 
 import csv
@@ -98,10 +98,11 @@ def seeds_of(path: Path) -> list[dict[str, np.ndarray]]:
     """{column: numbers} of each seed in a file of results/, in order."""
     seeds = {}
     with path.open() as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        for row in reader:
             seeds.setdefault(row["seed"], []).append([float(x or "nan") for x in row.values()])
     tables = [np.array(sorted(rows)).T for rows in seeds.values()]  # the step comes first
-    return [dict(zip(row, table, strict=True)) for table in tables]
+    return [dict(zip(reader.fieldnames, table, strict=True)) for table in tables]
 
 
 def main(
@@ -121,7 +122,7 @@ def main(
     elif agent.args.env_id == "PILCO/CartPole-v0":
         figure = trial_picture(agent)
     else:
-        raise RunError(f"of pilco.py this draws PILCO/CartPole-v0, not {agent.args.env_id}")
+        raise RunError(f"pilco.py runs must be PILCO/CartPole-v0, not {agent.args.env_id}")
     figure.savefig(out, **PNG)
 
 

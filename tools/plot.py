@@ -13,9 +13,9 @@ tools/episodes.py says which paths it reads. Writes to --out:
     table       .md .tex         the scores, per task and over tasks
 
 A curve is the return of training episodes. A seed's value at x is the mean of its episodes that
-ended in (x - bin, x]; where none did, it keeps the last one, between its first and its last. The
+ended in (x - bin, x]; a bin without any, between two with some, repeats the value before. The
 line is the mean (or IQM) over seeds, drawn where all of them have a value; the band is a bootstrap
-interval over seeds, for a published curve the least and the greatest seed. The score of a run is
+interval over seeds, for a published curve the range over its seeds. The score of a run is
 the mean return of the training episodes in the last 10 % of the steps.
 """
 
@@ -38,7 +38,7 @@ from tools.episodes import CURVE, read_all, read_references
 
 THEME = sns.axes_style("ticks", {"axes.grid": True, "grid.color": "0.92"})
 THEME |= {"axes.titlesize": "medium", "legend.fontsize": 9, "legend.handlelength": 4}
-THEME |= {"svg.fonttype": "none", "svg.hashsalt": "plaindream"}  # text as text, the same each time
+THEME |= {"svg.fonttype": "none", "svg.hashsalt": "plaindream"}  # text stays text; reproducible
 # Okabe and Ito's colors; lines and markers tell them apart in gray. Published curves are gray.
 COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
 LINES = "-", "--", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1))
@@ -49,7 +49,7 @@ ABOUT = (
     "{} over seeds, [{:g} % bootstrap interval], (seeds)."
 )
 ABOUT_PUBLISHED = (
-    " Published curves: mean over seeds, [least, greatest seed in a point], (seeds); with no point "
+    " Published curves: mean over seeds, [lowest, highest seed at a point], (seeds); with no point "
     "there, the line between two. Without their single seeds there is no interval, IQM or "
     "optimality gap."
 )
@@ -75,7 +75,7 @@ class Args:
 
 
 def bin_width(episodes, points=40) -> int:
-    """Whole episodes, so that bins hold equally many, and about `points` bins."""
+    """A multiple of the steps per episode that gives about `points` bins."""
     steps = [run.unique() for _, run in episodes.groupby("run")["step"]]
     gap = max(1, round(max(np.median(np.diff(run, prepend=0)) for run in steps)))
     return int(gap * np.ceil(episodes["step"].max() / (points * gap)))
@@ -105,14 +105,14 @@ def curve(episodes, width, args) -> pd.DataFrame:
 
 
 def make_curves(episodes, published, args) -> tuple[pd.DataFrame, list[str]]:
-    """Rows of curves.csv, and notes on what was cut or has to be known."""
+    """Rows of curves.csv, and notes on cut curves and action repeats."""
     curves, notes = [], []
     for task, runs in episodes.groupby("task"):
         first = runs.drop_duplicates("run")
         repeats = {run.method: run.args.get("action_repeat") for run in first.itertuples()}
         if len(set(repeats.values()) - {None}) > 1:
             each = ", ".join(f"{repeat} in {name}" for name, repeat in repeats.items() if repeat)
-            notes.append(f"{task}: the action repeat is {each}; steps count it.")
+            notes.append(f"{task}: the action repeat is {each}; steps include it.")
         width = args.bin or bin_width(runs)
         for method, seeds in runs.groupby("method"):
             line, ends = curve(seeds, width, args), seeds.groupby("run")["step"].max()
@@ -132,7 +132,7 @@ def make_curves(episodes, published, args) -> tuple[pd.DataFrame, list[str]]:
 
 
 def panels(rows, styles, **options) -> sns.FacetGrid:
-    """Panels that call what they `map` for each method, with its color, line and marker."""
+    """Panels whose `map` draws each method with its color, line and marker."""
     names = rows["method"].unique()
     keywords = pd.DataFrame([styles[name] for name in names], columns=["color", "ls", "marker"])
     options |= {"hue_order": names, "hue_kws": keywords.to_dict("list"), "legend_out": False}
@@ -237,7 +237,7 @@ def write_tables(folder: Path, tables, notes):
 def write_over_tasks(scores, means, styles, args) -> pd.DataFrame:
     """Write aggregates and profile of normalized scores; returns the table of the aggregates."""
     rows = scoring.aggregate(pd.concat([scores, means]), scoring.METRICS, args.interval)
-    # Of published curves, the single seeds that the others need are not known.
+    # The other metrics need single seeds, which published curves do not have.
     known = rows["metric"].isin(["median", "mean"]) | ~rows["method"].isin(set(means["method"]))
     rows = rows[known].drop(columns="seeds")
     write(args.out / "aggregates", draw_aggregates(rows, styles, args), rows)
@@ -290,7 +290,7 @@ def main(argv=None):
     if reasons:
         notes.append(f"No aggregates: {reasons[0]}")
         for name, suffix in product(("aggregates", "profile"), (".png", ".svg", ".csv")):
-            # One of other runs must not stay beside the rest.
+            # A stale one must not stay beside the new files.
             (args.out / f"{name}{suffix}").unlink(missing_ok=True)
     else:
         # A published mean over tasks needs all of them.

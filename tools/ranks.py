@@ -61,7 +61,7 @@ def connect(device: str = ""):
 
 
 def rank_args(args):
-    """`args` for this rank: its share of the environments, the batch and the replay, its own seed.
+    """`args` for this rank's environments and replay: DIVIDED_FLAGS shared out, its own seed.
 
     RunError if the number of ranks does not divide the environments and the batch.
     """
@@ -149,7 +149,7 @@ class RanksRun(Run):
     def open(self):
         """Rank 0 opens the folder; then the others read its checkpoint and their own files."""
         if rank() == 0:
-            # args.json has the number of ranks, so that only as many can resume the run
+            # args.json has the number of ranks, so only that many can resume the run
             requested = {"script": self.script, **args_dict(self.args), "ranks": world_size()}
             opened = open_folder(self.script, self.args, requested)
             dist.barrier()

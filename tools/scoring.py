@@ -19,7 +19,7 @@ from tools.episodes import read_json, reading
 
 
 def iqm(*tasks, axis=-1):
-    """Mean of the middle half of all runs of all tasks (4.3); of less than four, of all."""
+    """Mean of the middle half of all runs of all tasks (4.3), or of all if under four."""
     return stats.trim_mean(np.concatenate(tasks, axis), 0.25, axis)
 
 
@@ -49,7 +49,7 @@ def interval(statistic, tasks, confidence):
     """
     if min(task.shape[-1] for task in tasks) < 2 or not tasks[0].size:
         return np.full((2, *tasks[0].shape[:-1]), np.nan)
-    batch = max(1, min(1000, 10**6 // tasks[0].size))  # many narrow bins must fit the memory
+    batch = max(1, min(1000, 10**6 // tasks[0].size))  # many narrow bins must fit in memory
     options = {"n_resamples": 10_000, "batch": batch, "vectorized": True, "axis": -1}
     options |= {"confidence_level": confidence, "rng": np.random.default_rng(0)}
     result = stats.bootstrap(tasks, statistic, method="percentile", **options)

@@ -29,7 +29,7 @@ from common.run import args_dict, check_same_args, launch, may_change, run_folde
 
 REFUSED_FLAGS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
-# Becomes the script. Linux tells it to save and stop if the worker dies (1 is PR_SET_PDEATHSIG).
+# Execs the script. On Linux SIGTERM makes it save if the worker dies (1 is PR_SET_PDEATHSIG).
 LAUNCHER = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -115,7 +115,7 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
         unit = "step" if hasattr(parsed, "steps") else "trial"
         folder = run_folder(path.stem, parsed)
         check_saved_args(folder, parsed)
-        argv = [str(path), *run_flags, "--run", str(folder)]  # a fork defaults to another folder
+        argv = [str(path), *run_flags, "--run", str(folder)]  # a fork's SCRIPT may differ
         total = getattr(parsed, f"{unit}s")
         job = Job(f"{parsed.env_id} seed {seed}", argv, folder.resolve(), unit, total, mark)
         job.state = DONE if finished(job) else WAITING
@@ -227,7 +227,7 @@ def run(job: Job, variables: dict[str, str], directory: str):
     command = [sys.executable, "-c", LAUNCHER, str(os.getpid()), *job.argv]
     with job.log.open("a") as log:
         print(job.mark, *job.argv, file=log, flush=True)
-        # A separate process group, because Ray kills a dead worker's before the run can save.
+        # Its own process group: Ray kills the one of a dead worker before the run can save.
         options = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         process = subprocess.Popen(command, cwd=directory, env=os.environ | variables, **options)
         try:
@@ -242,10 +242,10 @@ def run(job: Job, variables: dict[str, str], directory: str):
 
 def last_error(job: Job, code: int) -> str:
     """The script's last error message in the log of this try, or else the last line."""
-    text = job.log.read_text(errors="replace").rpartition(job.mark)[2].strip()
-    start = f"\n{text}".rfind("\nerror: ")
+    text = "\n" + job.log.read_text(errors="replace").rpartition(job.mark)[2].strip()
+    start = text.rfind("\nerror: ") + 1  # 0: none
     # Libraries print "error: " too, without ending the run.
-    from_script = code == 1 and start >= 0 and "\nTraceback (" not in text[start:]
+    from_script = code == 1 and start > 0 and "\nTraceback (" not in text[start:]
     return text[start:] if from_script else text.splitlines()[-1]
 
 
