@@ -12,7 +12,7 @@ pytest_plugins = ["running"]  # fixtures: nursery, start, two, inside
 
 @pytest.fixture(autouse=True)
 def restore_torch_settings():
-    """A script's main() sets these for its whole process, which then runs other tests."""
+    """Undo what a script's main() sets for the process, which then runs other tests."""
     yield
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)

@@ -110,7 +110,7 @@ class Slash(Base):
 
 
 class Latent(Nested):
-    """Observes two keys that rows use for latents, one an image, and a key that only ends so."""
+    """Observes two keys that rows use for latents, one an image, and `body.state`."""
 
     observation_space = spaces.Dict(
         {

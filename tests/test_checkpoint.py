@@ -270,7 +270,7 @@ def test_ratio_does_not_drift_and_resumes(ratio, stride):
     assert abs(total - (1 + step * ratio)) <= 1
 
 
-def test_a_file_instead_of_its_folder_is_named(tmp_path):
+def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     save(tmp_path, step=1)
     with pytest.raises(RunError, match=r"no checkpoint in .*checkpoint.pt: it is a file; name its"):
         load(tmp_path / "checkpoint.pt")

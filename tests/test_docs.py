@@ -35,7 +35,7 @@ FLAGS = {  # the smallest run of each script
 
 
 def run(script, folder: Path, flags: str = "") -> Path:
-    """Train in this process: the run folder."""
+    """Train here; returns the run folder."""
     flags = f"{FLAGS[script.__name__]} --threads 1 --no-tensorboard {flags}"
     script.main([*flags.split(), "--run", str(folder)])
     return folder
@@ -50,7 +50,7 @@ def prose(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub makes of the headings of a page."""
+    """GitHub's anchors for the headings of a page."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -201,7 +201,7 @@ def test_python_blocks_run(trained):
     assert sum(len(python_blocks(name)) for name in NAMES) == 4
     act, gym = (block.replace(RUN, str(trained)) for block in (act, gym))
     assert len(act.strip().splitlines()) == 8, "six lines, an import and a blank one"
-    assert "class Reach" in own_environment, "which the run was trained on"
+    assert "class Reach" in own_environment, "the run was trained on it"
     names = {}
     exec(act, names)
     assert names["rows"]["is_last"].all()
@@ -223,7 +223,7 @@ def test_equations_name_functions_that_exist(script):
     names = re.findall(r"`([A-Za-z_][\w.]*)`", re.sub(r"```.*?```", "", section, flags=re.DOTALL))
     assert len(names) >= 8
     for name in names:
-        functools.reduce(getattr, name.split("."), script)  # AttributeError: there is none
+        functools.reduce(getattr, name.split("."), script)  # AttributeError if missing
 
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3, pilco], ids=lambda x: x.__name__)
@@ -259,7 +259,7 @@ def test_pilco_metrics_are_explained(tmp_path):
     assert logged(run(pilco, tmp_path / "run")) == glossary("pilco") - {"..."}
 
 
-def test_readme_lines_and_scores_are_those_of_scripts_and_manifests():
+def test_readme_line_counts_and_scores_match_scripts_and_manifests():
     pattern = r"^\| \[(\w+)\.py\].* \| ([\d,]+) \| [^|]+ \| (-?[\d.]+)[^|]*\| [^|]+\|$"
     rows = re.findall(pattern, TEXTS["README.md"], re.M)
     tasks = {"dreamer_v3": "Pendulum-v1", "dreamer": "Pendulum-v1", "pilco": "PILCO-CartPole-v0"}
@@ -324,7 +324,7 @@ def test_curves_picture():
 
 
 def make_agent(script, args):
-    """An agent that has not learned."""
+    """An untrained agent."""
     envs = make_envs(args, num_envs=1)
     envs.close()
     return script.Agent(envs.spec, args)

@@ -1,4 +1,4 @@
-"""dreamer.py, details 59-70: formulas, networks, gradient routing, acting, the update."""
+"""dreamer.py: formulas, networks, gradient routing, acting, the update."""
 
 import math
 
@@ -121,7 +121,7 @@ def test_60_likelihoods():
 
 
 def test_61_lambda_return():
-    """The specification's example, and eq. 4-6 of the paper as weighted n-step returns."""
+    """A worked example, and eq. 4-6 of the paper as weighted n-step returns."""
     reward, value = torch.tensor([[1.0, 2, 3, 0]]), torch.tensor([[4.0, 5, 6, 7]])
     returns = lambda_return(reward, value, torch.full((1, 4), 0.99), 0.95)
     near(returns, [[12.19131, 11.63617, 9.93]])
@@ -156,7 +156,7 @@ def test_tanh_normal_against_torch():
 
 
 def test_mode_of_each_element():
-    """The mode is each element's likeliest of 100 samples; the authors' code takes the first's."""
+    """The mode is each element's likeliest of 100 samples; the authors use the first's for all."""
     torch.manual_seed(0)
     mean = torch.tensor([[-2.0, 0.0], [2.0, 0.3], [0.0, -1.0]])
     mode = TanhNormal(mean, torch.full((3, 2), 0.05)).mode

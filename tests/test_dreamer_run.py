@@ -315,7 +315,7 @@ def test_nothing_is_lost(start, tmp_path):
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(run / "replay")
-    for _ in range(2):  # the second one must not take what the first one creates for rows
+    for _ in range(2):  # the second must not mistake the first one's new files for rows
         assert "replay/ lacks" in start(*argv, "--steps", 80).error()
     text = start(*argv, "--steps", 60, "--fresh").done()
     assert "resumes" not in text and lines_of(run) == before

@@ -225,7 +225,7 @@ def test_rewards_and_terminations_are_those_of_the_heads(runs, dream, script):
     agent = SCRIPTS[script].load(runs / script)
     model, belief_dim = agent.world_model, agent.args.deter
     observation, _ = envs.reset(seed=1)
-    if script == "dreamer_v3":  # put the head between going on and ending
+    if script == "dreamer_v3":  # make ending as likely as going on
         bias = envs.env.world_model.cont[-1].bias
         with torch.no_grad():
             feat = torch.as_tensor(observation)
@@ -324,7 +324,7 @@ def test_pilcos_samples_have_the_moments_of_the_imagined_environment(runs, noise
     torch.testing.assert_close(after["reward"], -agent.cost.at(after["state"]))
 
 
-def test_a_fork_of_pilco_under_another_name_dreams(runs, tmp_path, monkeypatch):
+def test_a_renamed_fork_of_pilco_can_dream(runs, tmp_path, monkeypatch):
     shutil.copy(pilco.__file__, tmp_path / "my_pilco.py")
     monkeypatch.syspath_prepend(tmp_path)
     fork = importlib.import_module("my_pilco")

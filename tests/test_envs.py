@@ -294,7 +294,7 @@ def test_options_are_checked():
 
 
 def test_environments_of_a_script():
-    """Flags set the options of the same name; changes override them; no flag, no images."""
+    """Flags set the options of the same name; keywords override; no --obs, no images."""
     flags = dict(env_id="dummy_envs:Nested-v0", num_envs=2, seed=3, action_repeat=2, lr=1.0)
     args = SimpleNamespace(**flags)
     envs, expected_envs = make_envs(args), dummy("Nested", 2, seed=3, obs="vector", action_repeat=2)
@@ -403,7 +403,7 @@ def test_the_traceback_of_an_environment_is_shown(env_workers, tmp_path):
     assert kind == "common.checkpoint", process.stderr
     assert re.search(error_pattern(3, "[01]" if env_workers else 0, 0), text), process.stdout
     stderr = process.stderr
-    count = 2 if env_workers else 1  # one process stops before the second
+    count = 2 if env_workers else 1  # a lone process stops at the first
     assert stderr.count('raise OSError("the simulator is gone")') == count, stderr
     assert stderr.count("Traceback (most recent call last)") == count, stderr
     assert "dummy_envs.py" in stderr and "in step" in stderr
@@ -691,7 +691,7 @@ def test_opengl_without_a_device():
     assert "cannot be made" in process.stderr and "libegl1" in process.stderr, process.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux names its displays")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has DISPLAY")
 def test_pygame_without_a_display():
     """Pictures need no display; the search for one prints an error that looks like the run's."""
     code = "import os, common.envs; print(os.environ.get('SDL_VIDEODRIVER'))"

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 REPO = Path(__file__).resolve().parents[1]
-FLAGS = {  # beside --preset debug: of both runs, the short one, the longer one
+FLAGS = {  # besides --preset debug: (both runs, short run, longer run)
     "dreamer": ("--prefill 100 --num-envs 1", "--steps 210", "--steps 420"),
     "dreamer_v3": ("--num-envs 1", "--steps 60", "--steps 120"),
     "pilco": ("--horizon 5", "--trials 1", "--trials 2"),

@@ -71,7 +71,7 @@ def test_low_precision_tensors_are_summed_in_float32(tmp_path, log):
     assert rows(tmp_path)[0]["loss"] == 1.0
 
 
-def test_a_tensor_with_a_shape_is_named(log):
+def test_a_nonscalar_is_refused(log):
     with pytest.raises(AssertionError, match=r"loss has shape \(2,\)"):
         log.add({"loss": torch.zeros(2)})
 

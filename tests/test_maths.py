@@ -1,6 +1,6 @@
 """The formulas of dreamer_v3.py against hand calculation, brute force and numbers of the authors.
 
-A number in a test's name is that of the detail it checks (two-hot 1-6, symlog 7, KL 8-11, ...).
+Numbers in test names group them by subject (two-hot 1-6, symlog 7, KL 8-11, ...).
 """
 
 import functools

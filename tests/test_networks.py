@@ -1,6 +1,6 @@
 """The networks of dreamer_v3.py against numpy transcriptions of the published formulas.
 
-A number in a test's name is that of the detail it checks. Also here: causality, which loss
+Numbers in test names group them by subject. Also here: causality, which loss
 moves which network, the two ways to run RSSMRollout, imagination environments, sizes.
 """
 
@@ -116,7 +116,7 @@ def make_prior(deter=32, hidden=6, stoch=4, classes=3, blocks=4, action=2, seed=
 
 
 def recurrence_by_hand(prior, state, belief, action):
-    """The block GRU of the specification, section 1.2, one block at a time; (N, ...) arrays."""
+    """The block GRU by its formulas, one block at a time; (N, ...) arrays."""
     action = action / np.maximum(1, np.abs(action))
     width = belief.shape[1] // prior.blocks
     u = [dense(belief, prior.belief_in), dense(state, prior.state_in)]
@@ -270,7 +270,7 @@ def test_21_rms_norm():
         assert (normed == expected.bfloat16()).float().mean() > 0.99  # except for ties in rounding
 
 
-# (proprio walker, vision walker, crafter, Atari 96x96 gray) of the specification, section 1.11
+# (proprio walker, vision walker, crafter, Atari 96x96 gray)
 COUNTS = {
     "1m": (640_867, 686_846, 687_875, 769_762),
     "12m": (9_738_019, 10_494_158, 10_498_259, 11_808_850),
@@ -969,7 +969,7 @@ def test_49_update_returns_the_posterior_latents():
 
 
 def test_49_stored_latents():
-    """A row stores half precision and bytes; a batch has those of the row before each row."""
+    """Rows store half precision and bytes; a batch has the latents of the row before each."""
     agent = v3_agent()
     latents = v3_latents(agent.args, 3, 5).set("action", torch.randn(3, 5, 2))
     rows = make_batch(agent, 3, 5).exclude("belief", "state", "action")

@@ -62,7 +62,7 @@ def unvec(jacobian, output, argument):
     return torch.tensor(np.reshape(jacobian.numpy(), (*output, *argument), order="F"))
 
 
-def either(x):
+def symmetrized(x):
     """The part that is symmetric in the last two axes: what a covariance's gradient means."""
     return (x + x.mT) / 2
 
@@ -99,7 +99,7 @@ def test_gp_moments(name):
     for (key, shape), (by_mean, by_cov) in zip(shapes.items(), jacobians, strict=True):
         assert error(by_mean, unvec(out[f"d{key}dm"], shape, (width,))) < 1e-8
         expected = unvec(out[f"d{key}ds"], shape, (width, width))
-        assert error(either(by_cov), either(expected)) < 1e-8
+        assert error(symmetrized(by_cov), symmetrized(expected)) < 1e-8
 
 
 def test_fitc():
@@ -119,7 +119,7 @@ def test_fitc():
 
 
 def test_fitc_in_other_units():
-    """Targets a thousand times smaller: the mean as much, the variance a million times."""
+    """Targets 1,000 times smaller: mean 1,000, variance 1,000,000 times smaller."""
     given, _ = case("gp1_shared")
     mean, cov = column(given["m"])[None], given["s"][None]
     parts = []
@@ -142,7 +142,7 @@ def test_fitc_in_other_units():
 
 
 def test_a_point_has_the_posterior_of_the_gp():
-    """Without input uncertainty: mean and variance of GP regression, by numpy, no covariance."""
+    """Without input uncertainty: GP regression in numpy; the outputs do not covary."""
     function, given, _, _ = moments("gp0_basic")
     x, y = given["inputs"].numpy(), given["targets"].numpy()
     point, hyp = column(given["m"]).numpy(), given["hyp"].numpy()
@@ -179,7 +179,7 @@ def test_gp_moments_by_monte_carlo():
     assert error(cov @ actual[2], cross) < 1e-2
 
 
-def test_data_points_without_weight_and_order():
+def test_zero_weight_points_and_data_order():
     """Points of weight 0 change nothing, nor does the order of the data."""
     function, given, _, factors = moments("gp0_cartpole")
     mean, cov = column(given["m"]), given["s"]
@@ -200,7 +200,7 @@ def test_data_points_without_weight_and_order():
 
 
 def test_beliefs_far_from_all_data():
-    """A hundred lengthscales away exp(d) overflows, but the policy's mean and variance are 0."""
+    """A hundred lengthscales away Q / (q q) overflows; the mean is 0, the variance JITTER."""
     controller = RBFController(1, 1, centers=3)
     controller.theta.data.copy_(torch.tensor([[0.0, 0.5, 1.0, 1.0, -1.0, 2.0, 0.0]]))
     mean = torch.full((1, 1), 100.0, dtype=torch.float64, requires_grad=True)
@@ -214,7 +214,7 @@ def test_beliefs_far_from_all_data():
 
 
 def test_points_far_from_a_belief_add_nothing():
-    """Forty lengthscales away densities are lifted to e^-300; d is lowered as much."""
+    """Forty lengthscales away log q < -300, where moment_matching masks the offset."""
     near, far = torch.tensor([[0.3], [-0.5]]).double(), torch.tensor([[40.0], [-50.0]]).double()
     beta, log = torch.tensor([[1.0, -2.0]]).double(), torch.zeros(1, 1, dtype=torch.float64)
     results = []
@@ -233,7 +233,7 @@ def test_points_far_from_a_belief_add_nothing():
 
 @pytest.mark.parametrize("gps", [False, True])
 def test_pair_sums_and_their_gradients(gps):
-    """Against the same in plain torch, from cross and its transpose for the other order."""
+    """Against plain torch, with `cross` made to satisfy cross_ba = cross_ab'."""
     torch.manual_seed(0)
     nu, beta, inverse = torch.randn(3, 2, 5), torch.randn(2, 5), torch.randn(2, 5, 5)
     cross, row, coefs = torch.randn(3, 2, 2, 2, 2), torch.randn(3, 2, 2, 5), torch.randn(3, 2, 2, 5)
@@ -262,7 +262,7 @@ def test_pair_sums_and_their_gradients(gps):
         assert error(a, b) < 1e-12
 
 
-def test_beliefs_side_by_side():
+def test_batched_beliefs():
     _, given, _, factors = moments("gp0_cartpole")
     mean = column(given["m"]) + 0.3 * torch.randn(5, 6, dtype=torch.float64)
     scale = torch.rand(5, 1, 1, dtype=torch.float64)
@@ -345,7 +345,7 @@ def test_sine_moments_of_known_numbers():
     assert cov.item() == pytest.approx((1 - math.exp(-1)) / 2)  # E sin^2 = (1 - E cos 2x) / 2
 
 
-def test_sines_of_an_angle_that_nobody_knows():
+def test_sines_of_a_very_uncertain_angle():
     """A variance of 800: sinh(800) overflows, the moments do not."""
     mean = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
     cov = torch.tensor([[[800, 799.5], [799.5, 800]]], dtype=torch.float64, requires_grad=True)
@@ -444,9 +444,9 @@ def test_saturating_cost():
         function, (mean, cov)
     )
     assert error(by_mean, column(out["dLdm"])) < 1e-12
-    assert error(either(by_cov), either(out["dLds"])) < 1e-12
+    assert error(symmetrized(by_cov), symmetrized(out["dLds"])) < 1e-12
     assert error(var_mean, column(out["dSdm"])) < 1e-10
-    assert error(either(var_cov), either(out["dSds"])) < 1e-10
+    assert error(symmetrized(var_cov), symmetrized(out["dSds"])) < 1e-10
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1_000_000, 4, generator=generator, dtype=torch.float64)
     actual = cost.at(mean + noise @ torch.linalg.cholesky(cov).T)
@@ -518,7 +518,7 @@ def test_likelihood_and_penalty():
             2 * noise.grad.flatten(),
         )
         assert error(torch.cat(grads), column(out[f"dcurb{k}"])) < 1e-12
-    assert (out["curb2"] - out["nlml2"]).abs() > 1e3, "the second one is behind the wall"
+    assert (out["curb2"] - out["nlml2"]).abs() > 1e3, "the second one is penalized"
 
 
 def test_hyperparameters_are_those_of_the_authors():
@@ -534,7 +534,7 @@ def test_hyperparameters_are_those_of_the_authors():
 
 
 def transitions(n=60, seed=0):
-    """A damped oscillator with an angle that has no meaning: td[n], noise 0.01."""
+    """Transitions of an undamped pendulum [angle, speed]: td[n], noise 0.01."""
     torch.manual_seed(seed)
     x, u = torch.randn(n, 2, dtype=torch.float64), torch.rand(n, 1, dtype=torch.float64) * 2 - 1
     speed = x[:, 1] - 0.3 * torch.sin(x[:, 0]) + 0.4 * u[:, 0]
@@ -674,7 +674,7 @@ def test_one_step_of_the_belief():
     for value, by, key, shape in zip(actual, jacobians, ("M", "S"), ((4,), (4, 4)), strict=True):
         assert error(value, out[f"{key}next"].view(shape)) < 1e-10
         assert error(by[0], unvec(out[f"d{key}dm"], shape, (4,))) < 1e-7
-        assert error(either(by[1]), either(unvec(out[f"d{key}ds"], shape, (4, 4)))) < 1e-7
+        assert error(symmetrized(by[1]), symmetrized(unvec(out[f"d{key}ds"], shape, (4, 4)))) < 1e-7
         assert error(by[2], unvec(out[f"d{key}dp"], shape, (67,))[..., index]) < 1e-7
     assert torch.equal(actual[1], actual[1].T)
 
@@ -794,7 +794,7 @@ def test_search_in_other_units():
     assert error(torch.cat(our_points), torch.cat(library_points)) < 1e-6 and len(our_points) == 40
 
 
-def test_search_finds_minima_side_by_side():
+def test_search_from_several_starts():
     starts = torch.tensor([[-1.2, 1.0], [2.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
     best, value, used = improve(rosenbrock, starts, 200, 200)
     assert value < 1e-12 and (best - 1).abs().max() < 1e-5 and used < 100
@@ -802,8 +802,8 @@ def test_search_finds_minima_side_by_side():
     assert alone[1] < 1e-12
 
 
-def test_search_survives_what_is_not_a_number():
-    """A region without values is a step too long; the best point that was really seen is kept."""
+def test_search_survives_nan_values():
+    """A step to a NaN counts as too long; the best finite point seen is kept."""
     seen = []
 
     def cliff(points):
@@ -817,13 +817,13 @@ def test_search_survives_what_is_not_a_number():
     start = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
     best, value, _ = improve(cliff, start, 100, 300)
     finite = [pair for pair in seen if not math.isnan(pair[0])]
-    assert len(finite) < len(seen), "it went there"
+    assert len(finite) < len(seen), "it met NaN"
     assert value == min(finite)[0] and best.tolist() == min(finite)[1]
-    assert 0.25 < value < 0.3, "the best of the part that has values: (1 - 0.5)^2"
+    assert 0.25 < value < 0.3, "the best finite value: (1 - 0.5)^2"
 
 
-def test_search_survives_gradients_that_are_not_numbers():
-    """A finite value whose gradient is not a number is no point to go on from."""
+def test_search_survives_nan_gradients():
+    """A finite value with a NaN gradient is not a point to search from."""
 
     def objective(points):
         value, grad = (points[:, 0] - 3).square(), 2 * (points - 3)
@@ -835,10 +835,10 @@ def test_search_survives_gradients_that_are_not_numbers():
     tiny = improve(lambda x: (x[:, 0] * 0, x * 0 + 1e-200), torch.ones(1, 1).double(), 9, 9)
     assert tiny[2] == 1, "nothing to go down"
     falls = improve(lambda x: (-x[:, 0], x * 0 - 1), torch.zeros(1, 1).double(), 5, 200)
-    assert falls[1] < -1e9, "it goes on where it got"
+    assert falls[1] < -1e9, "it keeps going down"
 
 
-def test_a_failed_factorisation_is_not_a_number():
+def test_a_failed_factorization_gives_nan():
     bad = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     bad[1, 2, 2] = 0
     inverse, logdet = pilco.invert(bad)
@@ -847,7 +847,7 @@ def test_a_failed_factorisation_is_not_a_number():
 
 
 def test_search_survives_huge_values():
-    """1e300 is a step too long, as what is not a number."""
+    """A step to 1e300 counts as too long, like NaN."""
 
     def cliff(x):
         value, grad = (x[:, 0] - 1).square(), 2 * (x - 1)
@@ -877,7 +877,7 @@ def test_rows_go_on_untouched_by_one_that_fails():
     assert all(torch.equal(a, b) for a, b in zip(together, seen, strict=True))
 
 
-def labelled(values):
+def labeled(values):
     """Searches with a label in the last column, which has no gradient: objective, labels seen."""
     seen = []
 
@@ -901,12 +901,12 @@ def test_search_goes_on_with_the_better_half():
             best.append(sorted(seen[-1], key=lowest.__getitem__)[: math.ceil(len(seen[-1]) / 2)])
         return value, grad
 
-    objective, seen = labelled(values)
+    objective, seen = labeled(values)
     best = []
     start = torch.cat([starts, torch.arange(5.0).double()[:, None]], 1)
     assert improve(objective, start, 100, 18)[2] == 18
     assert seen[:6] == [[0, 1, 2, 3, 4]] * 6
-    assert set(seen[11]) == set(best[0]) and len(best[0]) == 3, "each at its next new point"
+    assert set(seen[11]) == set(best[0]) and len(best[0]) == 3, "worse rows have ended"
     assert set(seen[17]) == set(best[1]) and len(best[1]) == 2
 
 
@@ -919,7 +919,7 @@ def test_the_better_half_has_the_lowest_values_found():
         value[first], grad[first] = -1.0 if number == 1 else 9e3, 1e-3
         return value, grad
 
-    objective, seen = labelled(values)
+    objective, seen = labeled(values)
     start = torch.tensor([[0.0, 0.0, 0.0], [-1.2, 1.0, 1.0]], dtype=torch.float64)
     improve(objective, start, 100, 9)
     assert seen[:3] == [[0, 1]] * 3 and [0] in seen and [1] not in seen
@@ -977,7 +977,7 @@ def test_double_pendulum_keeps_its_energy():
 
 @pytest.mark.parametrize("preset", ["pendulum", "cart_pole", "double_pendulum"])
 def test_plants_agree_with_their_costs(preset):
-    """The reward is minus the preset's cost of the true state; noise and start are as said."""
+    """The reward is minus the preset's cost of the true state; noise and start match too."""
     args = pilco.parse_args(["--preset", preset])
     _, kwargs = plants.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
     width = len(kwargs["start"])

@@ -19,7 +19,7 @@ SCRIPT = REPO / "pilco.py"  # what `start` and `inside` run here
 DEBUG = ["--preset", "debug", "--no-tensorboard"]
 
 
-def test_debug_as_it_is(start, tmp_path):
+def test_debug_preset(start, tmp_path):
     folder = tmp_path / "run"
     text = start("--preset", "debug", "--run", folder, prepare="all_pictures").done()
     assert "random rollout, 0.8 s: cost" in text and "trial 2, 2.4 s" in text
@@ -90,7 +90,7 @@ def test_other_environments(inside, tmp_path, env_id, width):
 
 
 def plain(width):
-    """Nothing of the preset's scenario: no angles, start from the data, all targets zero."""
+    """Undo the preset's scenario: no angles, start from the data, all targets zero."""
     return ["--angles", "--start", "--start-std", "--target", *["0"] * width, "--weights"]
 
 
@@ -141,7 +141,7 @@ def test_a_flat_cost_is_reported(inside, capsys):
 
 
 def test_what_searches_are_given(inside, monkeypatch):
-    """The policy's natural units, and the last policy before new ones."""
+    """Natural units; the first start is the last policy, others new."""
     calls, search = [], pilco.search
 
     def watched(objective, theta, scale, *args):
@@ -253,11 +253,11 @@ def test_a_search_without_a_value_is_an_error(inside, monkeypatch):
 def test_a_signal_during_the_fit(inside, tmp_path, monkeypatch, capsys):
     fit = pilco.GPWorldModel.fit
 
-    def signalled(model, td):
+    def signaled(model, td):
         os.kill(os.getpid(), signal.SIGTERM)
         return fit(model, td)
 
-    monkeypatch.setattr(pilco.GPWorldModel, "fit", signalled)
+    monkeypatch.setattr(pilco.GPWorldModel, "fit", signaled)
     inside(*DEBUG)
     assert "stopped; the same command resumes" in capsys.readouterr().out
     assert checkpoint.load(tmp_path / "run")["done"] == 1

@@ -36,7 +36,7 @@ WALKER, CHEETAH, HOPPER = (
 
 
 def run_folder(path, env_id=WALKER, seed=0, episodes=((100, 1.0),), script="dreamer_v3", **args):
-    """A run folder, as far as plots and exports read it."""
+    """A run folder: what plots and exports read."""
     path.mkdir(parents=True)
     origin = [{"command": "python x.py", "commit": "abc", "versions": "v", "hardware": "h"}]
     args = {"env_id": env_id, "seed": seed, "action_repeat": 2, "lr": 0.1, "run": "", **args}
@@ -231,7 +231,7 @@ def test_interval_agrees_with_all_resamples(statistic, confidence):
         assert (exact <= end + 1e-9).mean() >= below - slack
 
 
-def test_interval_draws_within_tasks_and_apart():
+def test_interval_resamples_tasks_separately():
     apart = np.full(4, 0.2), np.full(4, 0.8)
     assert interval(scoring.mean, apart, 0.95) == pytest.approx(0.5)  # pooled it would vary
     mirrored = np.array([0.0, 1.0, 2.0]), np.array([2.0, 1.0, 0.0])
@@ -472,7 +472,7 @@ def test_curves_csv(plots):
     assert [paper[key] for key in ("return", "low", "high")] == ["123.44", "50.0", "200.0"]
     assert (paper["seeds"], paper["band"]) == ("7", "min-max")
     assert rows["walker_walk", "paper (published)", "600"]["seeds"] == "5"
-    assert ("hopper_stand", "paper (published)", "1500") in rows  # the line leaves the panel
+    assert ("hopper_stand", "paper (published)", "1500") in rows  # past the panel's edge
     assert ("cheetah_run", "paper (published)", "5000") not in rows
     steps = [int(step) for task, method, step in rows if (task, method) == ("walker_walk", "plain")]
     assert steps == list(range(100, 1001, 100))
@@ -561,7 +561,7 @@ def test_without_ranges_there_are_curves_but_no_aggregates(tmp_path):
     assert "not known for Pendulum-v1. --normalize" in (out / "table.md").read_text()
 
 
-def test_other_tasks_than_the_other_method(tmp_path, capsys):
+def test_methods_with_different_tasks(tmp_path, capsys):
     run_folder(tmp_path / "a" / "walker", WALKER)
     run_folder(tmp_path / "a" / "hopper", HOPPER)
     run_folder(tmp_path / "b", WALKER, script="dreamer")
@@ -635,7 +635,7 @@ def test_links_are_followed_once(tmp_path, run):
     assert sorted(key(run)[2] for run in runs_of(linked)) == ["0", "1"]
 
 
-def test_returns_that_are_no_numbers(tmp_path, run):
+def test_returns_that_are_not_finite(tmp_path, run):
     folder = run_folder(tmp_path / "nan", episodes=[(10, 1.0), (20, None), (30, 2.0)])
     wrong = "1 of 3 returns are not finite numbers"
     assert f"{folder}: {wrong}" in refuse(folder)
@@ -663,7 +663,7 @@ def test_arguments_that_may_differ(tmp_path, run):
         assert set(may_change(script.Args)) <= set(collect.MAY_DIFFER)
 
 
-def test_other_action_repeats_are_told(tmp_path):
+def test_action_repeats_are_noted(tmp_path):
     for repeat in (1, 2):
         run_folder(tmp_path / f"repeat{repeat}", WALKER, action_repeat=repeat)
     named = [f"{name}={tmp_path / name}" for name in ("repeat1", "repeat2")]
@@ -727,7 +727,7 @@ def test_files_of_another_kind(tmp_path, run):
             run, "--normalize", scores)  # fmt: skip
 
 
-def test_flags_that_cannot_be(run):
+def test_invalid_flags(run):
     for confidence in ("1.5", "0", "1"):
         assert "--interval must be above 0" in refuse(run, "--interval", confidence)
     assert "--bin" in refuse(run, "--bin", "-1")

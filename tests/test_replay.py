@@ -201,7 +201,7 @@ def test_replay_equals_a_list_model(num_envs, length, extra, slack, seed, action
 
 @pytest.mark.parametrize(("num_envs", "gate"), [(1, 1088), (16, 128)])
 def test_first_batch_is_the_queue(tmp_path, num_envs, gate):
-    """Details 51 and 53: 1,024 windows take 1,088 rows, or 128 rows of 16 environments."""
+    """1,024 windows take 1,088 rows, or 128 rows of 16 environments."""
     replay = Replay(PLAIN, 100_000, num_envs, 65, tmp_path, batch_size=16, online=True)
     while not replay.ready:
         assert len(replay) < 1024
@@ -225,7 +225,7 @@ def test_online_can_be_switched_off(tmp_path):
 
 @pytest.mark.parametrize("rows", [30, 57, 100])  # before, just after and long after wrapping
 def test_starts_are_uniform_and_never_cross_the_write_head(tmp_path, rows):
-    """Detail 52, by chi-square over every (environment, start)."""
+    """By chi-square over every (environment, start)."""
     replay = Replay(PLAIN, 150, 3, 7, tmp_path, slack=4, seed=5, online=False)
     fill(replay, rows)
     oldest = max(0, rows - 50)
@@ -256,7 +256,7 @@ def append_episodes(lengths, replay):
 
 @pytest.mark.parametrize("reopened", [False, True])
 def test_windows_of_episodes(tmp_path, reopened):
-    """Detail 69: uniform over long enough episodes, starts in [0, rows - T), the last one never."""
+    """Uniform over long enough episodes; starts in [0, rows - T), so never the last window."""
     length = 5  # the row before the window and T = 4
     lengths = [[3, 9, 5, 4, 6, 12, 2, 11], [20, 4, 5, 7, 16]]
     replay = Replay(PLAIN, 80, 2, length, tmp_path, slack=4, seed=5, online=False)
@@ -412,7 +412,7 @@ def test_a_draw_changes_flags_only_in_its_copy(tmp_path):
 
 
 def test_dtypes_and_write_back(tmp_path):
-    """Detail 49: the next draw has the latents, in the stored dtypes."""
+    """The next draw has the latents, in the stored dtypes."""
     replay = Replay(EXAMPLE, 10, 1, 10, tmp_path, online=True)
     fill(replay, 10, latent=3)
     batch = replay.draw(2)

@@ -203,13 +203,13 @@ def test_two_processes_on_one_folder(start, tmp_path):
 
 # --- flags and presets --------------------------------------------------------------------------
 
-AUTHORS = dict(  # specs 1.1 to 1.10: the same in every benchmark
+AUTHORS = dict(  # the same in every benchmark
     batch_size=16, batch_length=64, replay_size=5_000_000, stoch=32, blocks=8, unimix=0.01,
     free_nats=1.0, imagination_horizon=15, horizon=333, lam=0.95, entropy_bonus=3e-4,
     slow_rate=0.02, lr=4e-5, warmup=1000, clip=0.3, image_size=64, sticky=False, camera=-1,
     compile=False, precision="auto", device="", seed=0, eval="", run="", fresh=False,
 )  # fmt: skip
-SIZES = {  # specs 1.11
+SIZES = {
     "1m": (512, 64, 4, 4, 64),
     "12m": (2048, 256, 16, 16, 256),
     "25m": (3072, 384, 24, 24, 384),
@@ -218,7 +218,7 @@ SIZES = {  # specs 1.11
     "200m": (8192, 1024, 64, 64, 1024),
     "400m": (12288, 1536, 96, 96, 1536),
 }
-BENCHMARKS = {  # specs 1.10; steps are environment steps: 1.1e5 actions of 4 frames in Atari
+BENCHMARKS = {  # steps are environment steps: 1.1e5 actions of 4 frames in Atari
     "dmc_proprio": dict(
         size="1m", num_envs=16, action_repeat=1, train_ratio=1024, steps=1_100_000, obs="vector",
         env_id="dm_control/walker-walk-v0"),
@@ -412,7 +412,7 @@ def test_observations_and_actions(start, tmp_path, env_id, flags, width, classes
 def test_when_updates_happen(
     inside, monkeypatch, num_envs, action_repeat, ratio, rows, gate, period
 ):
-    """Details 53 and 54: none before 1,024 windows, then one per `period` rows of experience."""
+    """None before 1,024 windows, then one per `period` rows of experience."""
     update_rows = []
 
     def update(agent, batch):
@@ -444,7 +444,7 @@ def catch_replay(monkeypatch):
 
 @pytest.mark.parametrize(("num_envs", "action_repeat", "rows"), [(1, 1, 6), (3, 2, 4)])
 def test_returns_and_axis(inside, tmp_path, num_envs, action_repeat, rows):
-    """Detail 58: rewards 1 to 5 make 15; the x-axis is rows times repeat of all environments."""
+    """Rewards 1 to 5 make 15; the x-axis is rows times repeat of all environments."""
     argv = [*TINY, "--env-id", "dummy_envs:Base-v0", "--train-ratio", 0, "--log-every", 1000]
     argv += ["--num-envs", num_envs, "--action-repeat", action_repeat, "--seed", 3]
     inside(*argv, "--steps", 3 * rows * num_envs * action_repeat)
@@ -454,7 +454,7 @@ def test_returns_and_axis(inside, tmp_path, num_envs, action_repeat, rows):
 
 
 def test_no_action_on_last_rows(inside, monkeypatch):
-    """Detail 55, in the replay itself."""
+    """In the replay itself."""
     replays = catch_replay(monkeypatch)
     inside(*TINY, "--env-id", "dummy_envs:Base-v0", "--num-envs", 2, "--steps", 60)
     window = replays[0].draw(200)
@@ -464,7 +464,7 @@ def test_no_action_on_last_rows(inside, monkeypatch):
 
 
 def test_latents_are_written_back(inside, monkeypatch):
-    """Detail 49: the next sample has what the last update returned; context rows are unchanged."""
+    """The next sample has what the last update returned; context rows are unchanged."""
     replays, drawn, calls = catch_replay(monkeypatch), [], []
     draw, update = Replay.draw, Agent.update
 
@@ -505,7 +505,7 @@ def test_latents_are_written_back(inside, monkeypatch):
 
 
 def test_evaluation_samples():
-    """Detail 57: a fresh policy is N(0, 0.89), and evaluation samples from exactly that."""
+    """A fresh policy is N(0, 0.89), and evaluation samples from exactly that."""
     args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
     envs = make_envs(args, num_envs=1, seed=0)
     torch.manual_seed(0)
@@ -534,7 +534,7 @@ def test_evaluation_samples():
     assert torch.stack(mode).abs().max() < 0.2
 
 
-def test_an_endless_episode_is_cut_and_said_so(monkeypatch, capsys):
+def test_an_endless_episode_is_cut_with_a_note(monkeypatch, capsys):
     monkeypatch.setattr(common.run, "MAX_STEPS", 10)
     args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
     envs = make_envs(args, num_envs=1, seed=0)
@@ -818,7 +818,7 @@ def test_bad_checkpoints(start, tmp_path, damage):
 
 
 def test_what_changed_under_a_run_is_reported(start, tmp_path):
-    """Other observations and lost rows: a one-line error; fewer steps than were run: none."""
+    """New observations or lost rows: one-line errors; --steps below the saved: no error."""
     folder = tmp_path / "run"
     argv = [*TINY, "--run", folder, "--env-id", "running:Long-v0"]
     start(*argv, "--steps", 60).done()
@@ -827,7 +827,7 @@ def test_what_changed_under_a_run_is_reported(start, tmp_path):
     message = start(*argv, "--steps", 80, prepare="wider_observation").error()
     assert "'observation': [2]" in message and "'observation': [3]" in message
     shutil.rmtree(folder / "replay")
-    for _ in range(2):  # the second one must not take what the first one creates for rows
+    for _ in range(2):  # the second must not mistake the first one's new files for rows
         assert "replay/ lacks" in start(*argv, "--steps", 80).error()
 
 

@@ -175,7 +175,7 @@ def test_no_ray_at_the_address(tmp_path, monkeypatch):
         sweep.main([str(COUNTING), "--address", "auto"])
 
 
-def test_a_ray_of_its_own_that_dies(tmp_path):
+def test_a_local_ray_that_dies(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     cores, folders = os.cpu_count(), [tmp_path / f"runs/counting/Good/seed{i}" for i in (0, 1)]
     command = [sys.executable, "-m", "tools.sweep", str(COUNTING), "--pause", "0.0506"]
@@ -193,7 +193,7 @@ def test_a_ray_of_its_own_that_dies(tmp_path):
     assert all(steps(folder) == list(range(1, 41)) for folder in folders)
 
 
-def test_a_fork_of_dreamer_v3_on_a_ray_of_its_own(tmp_path):
+def test_a_fork_of_dreamer_v3_on_a_local_ray(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     flags = ["--preset", "debug", "--steps", "150", "--no-tensorboard", "--threads", "1"]
     shutil.copy(REPO / "dreamer_v3.py", tmp_path / "my_dreamer.py")
