@@ -163,6 +163,12 @@ def elementwise_loss(predicted: Tensor, target: Tensor, kind: str) -> Tensor:
     return losses[kind](predicted, target, reduction="none")
 
 
+def one_hots(x: Tensor, sizes: list[int]) -> Tensor:
+    """Integers (..., K), number k below sizes[k] -> one-hots side by side (..., sum(sizes))."""
+    pairs = zip(x.split(1, -1), sizes, strict=True)
+    return torch.cat([part == torch.arange(n, device=x.device) for part, n in pairs], -1).float()
+
+
 def lambda_return(reward: Tensor, value: Tensor, discount: Tensor, lam: float) -> Tensor:
     """lambda-returns (N, H - 1) of eq. 6 from reward, value and discount (N, H).
 
@@ -321,11 +327,13 @@ class ObsEncoder(nn.Module):
     """Observations -> encoded_obs (..., E): convolutions for 64x64 images, an MLP for vectors.
 
     `shapes` maps keys to shapes, (width,) for a vector and (64, 64, channels) for a uint8 image.
+    `categories` {key: sizes} are the vectors of integers; the MLP sees them as one-hots.
     """
 
-    def __init__(self, shapes: dict, depth: int, units: int):
+    def __init__(self, shapes: dict, depth: int, units: int, categories: dict | None = None):
         super().__init__()
-        self.vectors = {k: s[0] for k, s in sorted(shapes.items()) if len(s) == 1}  # widths
+        sizes = self.categories = categories or {}
+        self.vectors = {k: sum(sizes.get(k, s)) for k, s in sorted(shapes.items()) if len(s) == 1}
         self.images = {k: s[2] for k, s in sorted(shapes.items()) if len(s) == 3}  # channels
         self.encoded_size = units * bool(self.vectors) + 32 * depth * bool(self.images)
         if self.vectors:
@@ -344,7 +352,9 @@ class ObsEncoder(nn.Module):
             x = self.convs((x.float() / 255 - 0.5).permute(0, 3, 1, 2))
             embeds.append(x.flatten(1).unflatten(0, td.shape))
         if self.vectors:
-            embeds.append(self.mlp(torch.cat([td[k] for k in self.vectors], -1)))
+            sizes = self.categories
+            x = [one_hots(td[k], sizes[k]) if k in sizes else td[k] for k in self.vectors]
+            embeds.append(self.mlp(torch.cat(x, -1)))
         return torch.cat(embeds, -1)
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
@@ -353,11 +363,12 @@ class ObsEncoder(nn.Module):
 
 
 class ObsDecoder(nn.Module):
-    """Features (..., F) -> mean of each key: (..., width) or (..., 64, 64, C), pixels in +-0.5."""
+    """Features (..., F) -> {key: mean}: vectors, 64x64 pixels in +-0.5; of categories, logits."""
 
-    def __init__(self, shapes: dict, inputs: int, depth: int, units: int):
+    def __init__(self, shapes: dict, inputs: int, depth: int, units: int, categories=None):
         super().__init__()
-        self.vectors = {k: s[0] for k, s in sorted(shapes.items()) if len(s) == 1}  # widths
+        sizes = self.categories = categories or {}
+        self.vectors = {k: sum(sizes.get(k, s)) for k, s in sorted(shapes.items()) if len(s) == 1}
         self.images = {k: s[2] for k, s in sorted(shapes.items()) if len(s) == 3}  # channels
         if self.vectors:
             self.mlp = mlp(inputs, units, 3, sum(self.vectors.values()))
@@ -472,15 +483,15 @@ def features(latent: TensorDictBase) -> Tensor:
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward head and, if asked for, continuation head."""
 
-    def __init__(self, shapes: dict, action_spec, args: Args):
+    def __init__(self, shapes: dict, action_spec, args: Args, categories: dict | None = None):
         super().__init__()
         self.feat_size, self.gamma = args.stoch + args.deter, args.gamma
         sizes = dict(hidden_dim=args.hidden, rnn_hidden_dim=args.deter, state_dim=args.stoch)
-        self.encoder = ObsEncoder(shapes, args.depth, args.units)
+        self.encoder = ObsEncoder(shapes, args.depth, args.units, categories)
         self.prior = RSSMPrior(action_spec, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units)
+        self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units, categories)
         self.reward = mlp(self.feat_size, args.units, 2, 1)
         self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
 
@@ -510,9 +521,16 @@ def kl_loss(td: TensorDictBase, free_nats: float, delayed_clamp: bool) -> Tensor
 
 
 def reconstruction_loss(decoder: nn.Module, feat: Tensor, td: TensorDictBase, kind: str) -> Tensor:
-    """Loss (B, T) of the decoded observations, summed over elements and keys; pixels in +-0.5."""
+    """Loss (B, T) of the decoded observations, summed over elements and keys; pixels in +-0.5.
+
+    `kind` is that of `elementwise_loss`; of categories it is the cross entropy.
+    """
     loss = 0.0
     for key, predicted in decoder(feat).items():
+        if sizes := decoder.categories.get(key):
+            log_probs = torch.cat(OneHots(predicted.split(sizes, -1)).log_probs, -1)
+            loss = loss - (log_probs * one_hots(td[key], sizes)).sum(-1)
+            continue
         target = td[key].float() / 255 - 0.5 if td[key].dtype == torch.uint8 else td[key]
         loss = loss + elementwise_loss(predicted, target, kind).flatten(2).sum(-1)
     return loss
@@ -673,9 +691,12 @@ class DreamerDecoder(nn.Module):
         self.world_model = world_model
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """Vectors float32 (*B, width), images uint8 (*B, 64, 64, C); under "next" as well."""
+        """Vectors (*B, n), uint8 images, the likeliest categories (*B, K); under "next" as well."""
         decoder = self.world_model.decoder
         for key, value in decoder(features(td)).items():
+            if sizes := decoder.categories.get(key):
+                td[key] = torch.stack([x.argmax(-1) for x in value.split(sizes, -1)], -1).int()
+                continue
             image = key in decoder.images
             td[key] = ((value + 0.5) * 255).clamp(0, 255).round().byte() if image else value
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
@@ -685,12 +706,13 @@ class DreamerDecoder(nn.Module):
 
 
 class Agent:
-    """World model, actor, value. spec: observation `shapes`, `action_dim`, action `classes`."""
+    """World model, actor, value. spec: `shapes`, `categories`, `action_dim`, action `classes`."""
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
-            self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
+            inputs = spec["shapes"], spec["action_dim"], args, spec["categories"]
+            self.world_model = model = WorldModel(*inputs)
             options = spec["action_dim"], spec["classes"], args.units, args.init_std
             self.actor = DreamerActor(model.feat_size, *options)
             self.value = mlp(model.feat_size, args.units, 3, 1)
@@ -843,6 +865,7 @@ def main(argv: list[str] | None = None):
         return evaluate_run(load(args.eval, device), args)
 
     envs = make_envs(args)
+    print(*envs.notes, sep="\n")
     agent = Agent(envs.spec, args, device)
     with Run(SCRIPT, args, agent) as run:
         example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]

@@ -210,6 +210,12 @@ def two_hot_loss(logits: Tensor, target: Tensor, bins: Tensor) -> Tensor:
     return -(two_hot_encode(target, bins) * logits.float().log_softmax(-1)).sum(-1)
 
 
+def one_hots(x: Tensor, sizes: list[int]) -> Tensor:
+    """Integers (..., K), number k below sizes[k] -> one-hots side by side (..., sum(sizes))."""
+    pairs = zip(x.split(1, -1), sizes, strict=True)
+    return torch.cat([part == torch.arange(n, device=x.device) for part, n in pairs], -1).float()
+
+
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     """Class probabilities (..., C) with a share `unimix` of the uniform distribution mixed in."""
     return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
@@ -437,15 +443,19 @@ class RSSMRollout(nn.Module):
 
 
 class ObsEncoder(nn.Module):
-    """Observations -> encoded_obs: an MLP for vectors, convolutions for uint8 images (h, w, c)."""
+    """Observations -> encoded_obs: an MLP for vectors, convolutions for uint8 images (h, w, c).
 
-    def __init__(self, shapes: dict, depth: int, units: int):
+    `categories` {key: sizes} are the vectors of integers; the MLP sees them as one-hots.
+    """
+
+    def __init__(self, shapes: dict, depth: int, units: int, categories: dict | None = None):
         super().__init__()
-        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
+        sizes = self.categories = categories or {}
+        self.vectors = {k: sum(sizes.get(k, s)) for k, s in sorted(shapes.items()) if len(s) == 1}
         self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
         self.encoded_size = units if self.vectors else 0
         if self.vectors:
-            self.mlp = mlp(sum(shapes[k][0] for k in self.vectors), units, 3)
+            self.mlp = mlp(sum(self.vectors.values()), units, 3)
         if self.images:
             depths = [depth * m for m in DEPTH_MULTIPLIERS]
             channels = sum(shapes[k][2] for k in self.images)
@@ -458,7 +468,9 @@ class ObsEncoder(nn.Module):
         """Observations td[*B] -> (*B, E)."""
         embeds = []
         if self.vectors:
-            embeds.append(self.mlp(symlog(torch.cat([td[k] for k in self.vectors], -1))))
+            sizes = self.categories
+            x = [one_hots(td[k], sizes[k]) if k in sizes else symlog(td[k]) for k in self.vectors]
+            embeds.append(self.mlp(torch.cat(x, -1)))
         if self.images:
             x = torch.cat([td[k] for k in self.images], -1).flatten(0, -4)  # (N, h, w, c)
             x = (x.float() / 255 - 0.5).permute(0, 3, 1, 2)  # (N, c, h, w), channels last in memory
@@ -474,15 +486,16 @@ class ObsEncoder(nn.Module):
 
 
 class ObsDecoder(nn.Module):
-    """Latents -> one prediction per observation key: symlog vectors (..., n), images in [0, 1]."""
+    """Latents -> {key: prediction}: symlog vectors, images in [0, 1], logits of categories."""
 
-    def __init__(self, shapes, belief_dim, state_size, depth, units, blocks=8):
+    def __init__(self, shapes, belief_dim, state_size, depth, units, blocks=8, categories=None):
         super().__init__()
-        self.vectors = sorted(k for k, s in shapes.items() if len(s) == 1)
+        sizes = self.categories = categories or {}
+        self.vectors = {k: sum(sizes.get(k, s)) for k, s in sorted(shapes.items()) if len(s) == 1}
         self.images = sorted(k for k, s in shapes.items() if len(s) == 3)
         if self.vectors:
             self.mlp = mlp(state_size + belief_dim, units, 3)
-            self.heads = nn.ModuleList(Linear(units, shapes[k][0]) for k in self.vectors)
+            self.heads = nn.ModuleList(Linear(units, width) for width in self.vectors.values())
         if self.images:
             depths = [depth * m for m in reversed(DEPTH_MULTIPLIERS)]
             height, width = (n // 16 for n in shapes[self.images[0]][:2])
@@ -590,15 +603,15 @@ def features(latent: TensorDictBase) -> Tensor:
 class WorldModel(nn.Module):
     """Encoder, RSSM, decoder, reward and continuation heads; action_spec: spec or A."""
 
-    def __init__(self, shapes: dict, action_spec, args: Args):
+    def __init__(self, shapes: dict, action_spec, args: Args, categories: dict | None = None):
         super().__init__()
         sizes = dict(hidden_dim=args.hidden, rnn_hidden_dim=args.deter, state_dim=args.stoch)
         sizes |= dict(classes=args.classes, unimix=args.unimix)
-        self.encoder = ObsEncoder(shapes, args.depth, args.units)
+        self.encoder = ObsEncoder(shapes, args.depth, args.units, categories)
         self.prior = RSSMPrior(action_spec, blocks=args.blocks, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
         self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
-        rest = args.depth, args.units, args.blocks
+        rest = args.depth, args.units, args.blocks, categories
         self.decoder = ObsDecoder(shapes, *self.prior.latent_sizes, *rest)
         self.feat_size = sum(self.prior.latent_sizes)
         self.reward = mlp(self.feat_size, args.units, 1, BINS, outscale=0.0)
@@ -629,9 +642,16 @@ def kl_losses(posterior_logits, prior_logits, unimix: float, free_nats: float):
 
 
 def reconstruction_loss(decoder: ObsDecoder, td: TensorDictBase) -> Tensor:
-    """Squared error (B, T) of symlog vectors or pixels / 255: eq. 8 without its 1/2, summed."""
+    """Summed squared error (B, T) of symlog vectors and pixels / 255: eq. 8 without its 1/2.
+
+    Of categories it is the cross entropy.
+    """
     loss = 0.0
     for key, predicted in decoder(td["state"], td["belief"]).items():
+        if sizes := decoder.categories.get(key):
+            categoricals = Categoricals(predicted.float().split(sizes, -1))
+            loss = loss - categoricals.log_prob(one_hots(td[key], sizes))
+            continue
         target = td[key].float() / 255 if td[key].dtype == torch.uint8 else symlog(td[key])
         loss = loss + (predicted.float() - target).square().flatten(2).sum(-1)
     return loss
@@ -832,9 +852,12 @@ class DreamerDecoder(nn.Module):
         self.world_model = world_model
 
     def forward(self, td: TensorDictBase) -> TensorDictBase:
-        """Vectors float32 (*B, n), images uint8 (*B, h, w, c); under "next" as well."""
+        """Vectors (*B, n), uint8 images, the likeliest categories (*B, K); under "next" as well."""
         decoder = self.world_model.decoder
         for key, value in decoder(td["state"], td["belief"]).items():
+            if sizes := decoder.categories.get(key):
+                td[key] = torch.stack([x.argmax(-1) for x in value.split(sizes, -1)], -1).int()
+                continue
             image = key in decoder.images
             td[key] = (value * 255).round().byte() if image else symexp(value.float())
         return td.set("next", self(td["next"])) if "next" in td.keys() else td
@@ -910,13 +933,14 @@ class Ratio:
 
 
 class Agent:
-    """World model, actor, critic. spec: observation `shapes`, `action_dim`, action `classes`."""
+    """World model, actor, critic. spec: `shapes`, `categories`, `action_dim`, action `classes`."""
 
     def __init__(self, spec: dict, args: Args, device: torch.device | str = "cpu"):
         self.spec, self.args, self.device = spec, args, torch.device(device)
         with self.device:
-            self.world_model = model = WorldModel(spec["shapes"], spec["action_dim"], args)
             action_dim, classes = spec["action_dim"], spec["classes"]
+            inputs = spec["shapes"], action_dim, args, spec["categories"]
+            self.world_model = model = WorldModel(*inputs)
             self.actor = DreamerActor(model.feat_size, action_dim, classes, args.units)
             self.value = mlp(model.feat_size, args.units, 3, BINS, outscale=0.0)
             self.slow_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -1031,6 +1055,7 @@ def main(argv: list[str] | None = None):
         return evaluate_run(load(args.eval, device), args)
 
     envs = make_envs(args)
+    print(*envs.notes, sep="\n")
     agent = Agent(envs.spec, args, device)
     with Run(SCRIPT, args, agent) as run:
         example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]

@@ -797,12 +797,15 @@ def search(objective: Callable, theta: Tensor, scale: Tensor, iterations: int, e
 
 
 class Agent:
-    """World model, controller, cost, data. spec: observation `shapes`, `action_dim`, `classes`."""
+    """World model, controller, cost, data. spec: shapes, categories, action_dim, classes."""
 
     def __init__(self, spec: dict, args: Args):
         self.spec, self.args = spec, args
         self.keys = sorted(spec["shapes"])
         width, actions = sum(map(math.prod, spec["shapes"].values())), spec["action_dim"]
+        if spec["categories"]:
+            text = f"those of --env-id are categories: {', '.join(spec['categories'])}"
+            raise RunError(f"PILCO needs numbers to observe (a Box); {text}")
         if spec["classes"]:
             raise RunError("PILCO needs Box actions: those of --env-id are discrete")
         if width > 20:
@@ -1023,6 +1026,7 @@ def main(argv: list[str] | None = None):
         return evaluate_run(load(args.eval), args)
 
     envs = make_envs(args, num_envs=1)
+    print(*envs.notes, sep="\n")
     agent = Agent(envs.spec, args)
     envs.close()
     check_horizon(args)

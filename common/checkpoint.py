@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT = 3  # of checkpoint.pt
+FORMAT = 4  # of checkpoint.pt
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCKS = {}  # (device, inode) -> open lock file, held until the process ends
 

@@ -6,9 +6,11 @@
 
 A row is one time step: the observation, the reward that arrived with it, is_first, is_last and
 is_terminal. An episode of n steps gives n + 1 rows, the first one being the reset.
-Your own is "my_module:MyEnv-v0", a gymnasium.Env that my_module registers. It observes a Box or a
-(nested) Dict of them: uint8 [H, W, C], or [H, W] of at least 16 x 16, is an image, anything else a
-vector. Its actions are Box, Discrete, MultiDiscrete or MultiBinary.
+Your own is "my_module:MyEnv-v0", a gymnasium.Env that my_module registers. It observes Box,
+Discrete, MultiDiscrete, MultiBinary or a (nested) Dict or Tuple of them; text is left out. A uint8
+Box [H, W] or [H, W, C] with 1 to 4 channels and sides of at least 16 is an image (stored as uint8),
+any other Box a vector (float32); the others are categories (int32), counted from 0. Its actions are
+Box, Discrete, MultiDiscrete or MultiBinary.
 """
 
 import contextlib
@@ -22,7 +24,9 @@ import sys
 import traceback
 import warnings
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
+from textwrap import shorten
 
 import gymnasium
 import numpy as np
@@ -47,8 +51,18 @@ if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.k
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
 FLAGS = ("is_first", "is_last", "is_terminal")
-LATENTS = ("belief", "state")  # an observation of that name becomes observation.NAME
-RESERVED = ("action", "index", "previous", "encoded_obs")  # keys of a batch besides observations
+LATENTS = ("belief", "state")
+RESERVED = (  # what rows, batches, latents and dreams hold besides observations
+    *FLAGS, *LATENTS, "_episode", "action", "continue", "done", "encoded_obs", "index", "next",
+    "posterior_logits", "posterior_mean", "posterior_std", "previous",
+    "prior_logits", "prior_mean", "prior_std", "reward", "true",
+)  # fmt: skip
+NUMBERS = "biuf"  # numpy's kinds of bool, int, unsigned int, float
+WRAPPERS = ("gymnasium.core", "gymnasium.wrappers")  # modules of those around an environment
+NEW_API = (
+    "is it written for the old gym? gymnasium's reset(seed=..., options=...) returns (observation, "
+    "info), its step (observation, reward, terminated, truncated, info), the reward a plain number"
+)
 PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
     "dm_control": (("dm_control", "shimmy"), "shimmy dm-control"),
     "ALE": (("ale_py",), "ale-py opencv-python"),
@@ -74,8 +88,9 @@ class Envs:
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
     to finite bounds) or one-hots of `action_classes` choices. `spec` is what the networks need to
-    know, `options` are the fields of Options. RunError: unknown id, missing package, unsupported
-    space, or no rendering. EnvError: an environment raised, or returned NaN or infinity.
+    know, `notes` say what each observation is taken for, `options` are the fields of Options.
+    RunError: unknown id, missing package, unsupported space, or no rendering. EnvError: an
+    environment raised, or returned NaN, infinity or what it has not declared.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
@@ -93,6 +108,7 @@ class Envs:
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
         self._vector = make(makers)  # its autoreset is not used: `play` resets
         self.spec = self._vector.get_attr("row_spec")[0]
+        self.notes = self._vector.get_attr("notes")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
         self._episodes = [0] * num_envs  # those of _row, in case a worker dies
@@ -168,9 +184,10 @@ class Envs:
 
 def example_rows(spec: dict) -> TensorDict:
     """A row [1] of zeros, with the keys, shapes and dtypes that this spec describes."""
-    shapes = spec["shapes"].items()
-    rows = {k: torch.zeros(1, *s, dtype=torch.uint8 if len(s) == 3 else None) for k, s in shapes}
-    rows |= {key: torch.zeros(1).bool() for key in FLAGS}
+    rows = {key: torch.zeros(1).bool() for key in FLAGS}
+    for key, shape in spec["shapes"].items():
+        number = torch.int32 if key in spec["categories"] else torch.float32
+        rows[key] = torch.zeros(1, *shape, dtype=torch.uint8 if len(shape) == 3 else number)
     return TensorDict({**rows, "reward": torch.zeros(1)}, [1])
 
 
@@ -193,26 +210,35 @@ class _Rows(gymnasium.Wrapper):
         self.env_id, self.index, self.seed, self.options = env_id, index, seed, options
         self.episode, self.count, self.done = -1, 0, True
         obs, size = options.obs, options.image_size
-        leaves = _flatten(self.observation_space)
+        paths = [*_paths(self.observation_space)]
+        keys = [".".join(map(str, path)).replace("/", ".") or "observation" for path, _ in paths]
+        self.tree = dict(zip(keys, paths, strict=True))  # {key: (path, space)}
+        leaves = {key: space for key, (_, space) in self.tree.items() if not _is_text(space)}
         images = [key for key in leaves if _is_image(leaves[key])]
-        self.names = {key: f"observation.{key}" if key in LATENTS else key for key in leaves}
+        self.names = {key: key for key in leaves}
         if obs == "vector":
             self.names = {key: self.names[key] for key in leaves if key not in images}
         elif obs == "pixels":  # the observation, if it is just one image, else a rendered one
             self.names = dict.fromkeys(images, "pixels") if len(leaves) == 1 else {}
         self.renders_pixels = obs == "both" or (obs == "pixels" and not self.names)
+        names = [self.names[key] for key in keys if key in self.names]
+        _check_names(names + ["pixels"] * self.renders_pixels, env_id)
         shapes = {name: _shape(key, leaves[key], size, env_id) for key, name in self.names.items()}
-        names = [*self.names.values(), *FLAGS, "reward", "_episode", *RESERVED]
-        names += ["pixels"] if self.renders_pixels else []
-        if taken := [name for name in shapes if names.count(name) > 1]:
-            raise RunError(f"{env_id} has an observation named {taken[0]!r}: rename it")
         if self.renders_pixels:
             shapes["pixels"] = [size, size, 3]
         if not shapes:
-            raise RunError(f"{env_id} observes {list(leaves)}: nothing left with obs={obs!r}")
-        self.shapes = dict(sorted(shapes.items()))
+            raise RunError(f"{env_id} observes {list(self.tree)}: nothing left with obs={obs!r}")
+        shapes = dict(sorted(shapes.items()))
         width, classes, self.decode = _action_decoder(self.action_space, env_id)
-        self.row_spec = dict(shapes=self.shapes, action_dim=width, classes=list(classes))
+        discrete = [key for key in self.names if _categories(leaves[key])]
+        sizes = {self.names[key]: _categories(leaves[key])[0].tolist() for key in discrete}
+        self.row_spec = dict(shapes=shapes, categories=sizes)
+        self.row_spec |= dict(action_dim=width, classes=list(classes))
+        self.notes = [_note(name, shape, sizes.get(name)) for name, shape in shapes.items()]
+        text = [key for key in self.tree if key not in leaves]
+        self.notes += [
+            f"{key}: left out, {type(self.tree[key][1]).__name__} is text" for key in text
+        ]
         self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
         self.can_render = (self.renders_pixels or options.video_size > 0) and self._probe()
 
@@ -268,17 +294,24 @@ class _Rows(gymnasium.Wrapper):
                 place = f"step {self.count} of environment {self.index} (episode {self.episode})"
                 if first:
                     seed = np.random.SeedSequence(self.seed, spawn_key=(self.index, self.episode))
-                    obs, _ = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # 31 bits
+                    result = self.env.reset(seed=int(seed.generate_state(1)[0]) >> 1)  # 31 bits
+                    obs, _ = _expect(result, 2)
                 for _ in range(0 if first else repeat):
-                    obs, reward, terminated, truncated, _ = self.env.step(self.decode(action))
+                    result = self.env.step(self.decode(action))
+                    obs, reward, terminated, truncated, _ = _expect(result, 5)
                     total += float(reward)
                     if terminated or truncated:
                         break
                 self.done = bool(terminated or truncated)
             row = self._observe(obs) | {"reward": np.float32(total)}
+        except EnvError as error:
+            raise EnvError(f"{error} (at {place})") from None
         except Exception as error:
             traceback.print_exception(error)  # here, because no traceback leaves a worker
-            raise EnvError(f"{error!r} was raised at {place}") from error
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            wrapper = frame.f_globals.get("__name__", "").startswith(WRAPPERS)
+            old = wrapper and isinstance(error, (TypeError, ValueError))  # a call that does not fit
+            raise EnvError(f"{error!r} was raised at {place}{f': {NEW_API}' * old}") from error
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
             kind = "reward" if key == "reward" else f"observation {key!r}"
             raise EnvError(f"{kind} of {self.env_id} is not finite at {place}")
@@ -286,10 +319,22 @@ class _Rows(gymnasium.Wrapper):
         return row | {"_episode": self.episode}
 
     def _observe(self, obs):
-        found, row, size = _flatten(obs), {}, self.options.image_size
+        row, size = {}, self.options.image_size
         for key, name in self.names.items():
-            image, value = len(self.shapes[name]) == 3, np.asarray(found[key])
-            row[name] = _resize(value, size) if image else value.astype(np.float32).ravel()
+            path, space = self.tree[key]
+            try:
+                given = np.asarray(reduce(getitem, path, obs))
+            except (LookupError, TypeError, ValueError):  # no such entry, or ragged lists
+                given = np.asarray(None)
+            value = _stored(given, space)
+            if value is None:
+                received = "no array of numbers"
+                if given.dtype.kind in NUMBERS:
+                    extent = f" from {given.min()} to {given.max()}" if given.size else ""
+                    received = f"{given.dtype} of shape {given.shape}{extent}"
+                name = f"observation {key!r} of {self.env_id}"
+                raise EnvError(f"{name} is declared {shorten(str(space), 99)}, but is {received}")
+            row[name] = _resize(value, size) if _is_image(space) else value
         if self.renders_pixels:
             row["pixels"] = self.picture(size)
         return row
@@ -334,33 +379,94 @@ def _make(env_id, options):
         raise RunError(f"unknown environment {env_id!r}: {error} Similar: {near}") from error
 
 
-def _flatten(tree, prefix=""):
-    """The leaves of nested dicts; "." joins their keys and replaces "/": keys become file names."""
-    if not isinstance(tree, (dict, spaces.Dict)):
-        return {prefix or "observation": tree}
-    leaves = {}
-    for key, branch in tree.items():
-        leaves |= _flatten(branch, f"{prefix}.{key}".removeprefix(".").replace("/", "."))
-    return leaves
+def _expect(result, size):
+    """What reset or step returned; EnvError unless its form is that of gymnasium's."""
+    form = isinstance(result, tuple) and len(result) == size and isinstance(result[-1], dict)
+    if not form or (size == 5 and np.ndim(result[1])):
+        raise EnvError(f"an environment returned {shorten(repr(result), 200)}: {NEW_API}")
+    return result
+
+
+def _paths(space, path=()):
+    """(keys from the outside to it, space) for each leaf of nested Dicts and Tuples."""
+    if not isinstance(space, (spaces.Dict, spaces.Tuple)):
+        yield path, space
+        return
+    for key, branch in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
+        yield from _paths(branch, (*path, key))
+
+
+def _check_names(names, env_id):
+    """RunError unless all can be keys of rows beside `RESERVED`, and parts of file names."""
+    for name in names:
+        why = "two observations have it" if names.count(name) > 1 else ""
+        why = why or ("rows or dreams use it" if name in RESERVED else "")
+        legal = name.isprintable() and all(name.split(".")) and not set(name) & set('\\:*?"<>|')
+        why = why or ("" if legal and len(name.encode()) <= 200 else "it cannot be a file's name")
+        if why:
+            fix = f"rename it ({why}), with gymnasium.wrappers.TransformObservation"
+            raise RunError(f"{env_id} has an observation named {name[:60]!r}: {fix}")
+
+
+def _is_text(space):
+    return space.dtype is not None and space.dtype.kind == "U"  # Text, or MiniGrid's MissionSpace
 
 
 def _is_image(space):
-    shape = space.shape
-    return space.dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 2 and min(shape) >= 16))
+    shape = space.shape if isinstance(space, spaces.Box) else ()
+    if space.dtype != np.uint8 or len(shape) not in (2, 3):
+        return False
+    return min(shape[:2]) >= 16 and 1 <= (*shape, 1)[2] <= 4
+
+
+def _categories(space):
+    """Of a discrete space: how many values each of its numbers takes, and the lowest ones."""
+    match space:
+        case spaces.Discrete():
+            return np.array([space.n]), space.start
+        case spaces.MultiDiscrete():
+            return space.nvec.ravel(), space.start.ravel()
+        case spaces.MultiBinary():
+            return np.full(space.shape, 2).ravel(), 0
 
 
 def _shape(key, space, size, env_id):
     """The shape of an observation in the row: [size, size, C] of an image, else [D]."""
     name = f"observation {key!r} of {env_id}, {space},"
-    if not isinstance(space, spaces.Box):
-        fix = "wrap the environment in gymnasium.wrappers.FlattenObservation"
-        raise RunError(f"{name} is neither a Box nor a Dict of them: {fix}")
-    if not _is_image(space):
-        return [int(np.prod(space.shape))]
-    height, width, channels = (*space.shape, 1)[:3]
-    if channels > min(height, width):
-        raise RunError(f"{name} must have its channels last")
-    return [size, size, channels]
+    if not isinstance(space, spaces.Box) and _categories(space) is None:
+        fix = "wrap the environment in gymnasium.wrappers.TransformObservation to get a Box"
+        raise RunError(f"{name} is not supported: {fix}")
+    return [size, size, (*space.shape, 1)[2]] if _is_image(space) else [int(np.prod(space.shape))]
+
+
+def _stored(value, space):
+    """An array received for `space` as the row holds it; None if that would change it.
+
+    So another dtype, or numbers outside the bounds of a vector, are no fault (environments of
+    gymnasium have both); another shape is one, or a picture of floats.
+    """
+    if value.shape != space.shape or value.dtype.kind not in NUMBERS:
+        return None
+    if _is_image(space):
+        fits = value.dtype.kind in "iu" and not ((value < 0) | (value > 255)).any()
+        return value.astype(np.uint8) if fits else None
+    if isinstance(space, spaces.Box):
+        return value.astype(np.float32).ravel()
+    sizes, lowest = _categories(space)
+    number = value.ravel() - lowest
+    fits = (number == number.round()) & (number >= 0) & (number < sizes)
+    return number.astype(np.int32) if fits.all() else None
+
+
+def _note(name, shape, sizes):
+    """What an observation of the row is taken for."""
+    if len(shape) == 3:
+        return f"{name}: picture {' x '.join(map(str, shape))}"
+    numbers = sum(sizes) if sizes else shape[0]
+    of = f" of {len(sizes):,} numbers" if sizes and len(sizes) > 1 else ""
+    kind = f"{numbers:,} categories{of}" if sizes else f"vector of {numbers:,}"
+    wide = "; warning: many for an MLP. A picture would be uint8, its channels (1 to 4) last"
+    return f"{name}: {kind}{wide * (numbers > 1024)}"
 
 
 def _resize(image, size):

@@ -109,23 +109,6 @@ class Slash(Base):
         return {"walker/joints": super().observe()}
 
 
-class Latent(Nested):
-    """Observes two keys that rows use for latents, one an image, and `body.state`."""
-
-    observation_space = spaces.Dict(
-        {
-            "state": Base.observation_space,
-            "belief": Nested.observation_space["eye"],
-            "body": spaces.Dict({"state": spaces.Box(-9, 9, (), np.float64)}),
-        }
-    )
-
-    def observe(self):
-        image = np.full((32, 48, 3), self.count, np.uint8)
-        state = np.array([self.count, self.luck])
-        return {"state": state, "belief": image, "body": {"state": np.float64(-self.count)}}
-
-
 class Picture(Base):
     """Observes one image."""
 
@@ -146,23 +129,85 @@ class SameBuffer(Base):
         return self.buffer
 
 
-class Worded(Base):
-    """Has an observation that no network reads."""
+class Varying(Base):
+    """Has an observation whose size is not fixed."""
 
-    observation_space = spaces.Dict({"place": Base.observation_space, "order": spaces.Text(9)})
-
-
-class Reserved(Base):
-    """Has an observation named like a key of the rows."""
-
-    def __init__(self, key="reward"):
-        self.observation_space = spaces.Dict({key: Base.observation_space})
+    observation_space = spaces.Dict(
+        {"place": Base.observation_space, "seen": spaces.Sequence(Base.observation_space)}
+    )
 
 
-class ChannelsFirst(Base):
-    """Has an image as PyTorch wants it."""
+class Categories(Base):
+    """Categories of every kind, nested; a text in a Tuple does not change the others' keys."""
 
-    observation_space = spaces.Box(0, 255, (3, 64, 64), np.uint8)
+    observation_space = spaces.Tuple(
+        [
+            spaces.Text(9),
+            spaces.Discrete(4, start=-1),
+            spaces.Dict({"bits": spaces.Tuple([spaces.MultiBinary((2, 2))])}),
+            spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [0, -2]]),
+        ]
+    )
+
+    def observe(self):
+        bits = np.array([[0, 1], [1, self.count % 2]], np.int8)
+        board = np.array([[1, 3], [self.count % 4, -2]])
+        return "go", self.count % 4 - 1, {"bits": (bits,)}, board
+
+
+class MissionSpace(spaces.Space):
+    """As MiniGrid has it."""
+
+    def __init__(self):
+        super().__init__(dtype=str)
+
+
+class Grid(Base):
+    """Observes what MiniGrid's environments do."""
+
+    observation_space = spaces.Dict(
+        {
+            "image": spaces.Box(0, 255, (7, 7, 3), np.uint8),
+            "direction": spaces.Discrete(4),
+            "mission": MissionSpace(),
+        }
+    )
+
+    def observe(self):
+        image = np.full((7, 7, 3), self.count, np.uint8)
+        return {"image": image, "direction": np.int64(3), "mission": "get to the green goal"}
+
+
+class Given(Base):
+    """Declares this space, and gives these values one after the other."""
+
+    def __init__(self, space, values):
+        self.observation_space, self.values = space, values
+
+    def observe(self):
+        return self.values[self.count]
+
+
+class OldStep(Base):
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated or truncated, info
+
+
+class OldReset(Base):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
+class OldSeed(Base):
+    def reset(self):
+        return super().reset()
+
+
+class RewardArray(Base):
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
 
 
 class Raises(Base):
@@ -223,12 +268,13 @@ class Terminal(Base):
 
 for kind in ("box", "whole", "discrete", "multi", "bits", "tuple"):
     add(f"Echo{kind.title()}", cls="Echo", kind=kind)
-for cls in (Base, Terminal, Nested, Mission, Slash, Latent, Picture, SameBuffer, Worded, Reserved):
+for cls in (Base, Terminal, Nested, Mission, Slash, Picture, SameBuffer, Varying, Random, Raises):
     add(cls.__name__)
-for cls in (ChannelsFirst, Random, Raises):
+for cls in (Categories, Grid, OldStep, OldReset, OldSeed, RewardArray):
     add(cls.__name__)
-for key in ("action", "index", "previous", "encoded_obs", "is_first", "_episode"):
-    add(f"Reserved-{key}", cls="Reserved", key=key)
+picture = Picture.observation_space
+add("FloatPicture", cls="Given", space=picture, values=[np.zeros((64, 64, 3), np.float32)])
+gymnasium.register("OldStepLimit-v0", "dummy_envs:OldStep", max_episode_steps=9)
 add("RaisesLater", cls="Raises", episode=1)
 add("RaisesInReset", cls="Raises", in_reset=True)
 add("RaisesInResetLater", cls="Raises", in_reset=True, episode=1)

@@ -7,7 +7,12 @@ from tensordict import TensorDict
 import dreamer_v3
 
 V3_TINY = dict(deter=32, hidden=8, stoch=4, classes=4, depth=2, units=16, imagination_horizon=4)
-V3_SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
+V3_SPEC = {
+    "shapes": {"position": (3,), "velocity": (2,)},
+    "categories": {},
+    "action_dim": 2,
+    "classes": (),
+}
 
 
 def near(actual, expected, rtol=1e-5, atol=1e-6):

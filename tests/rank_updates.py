@@ -30,7 +30,7 @@ def flags_of(script: str) -> list[str]:
 def make_agent(script: str):
     module = importlib.import_module(script)
     torch.manual_seed(7)
-    spec = dict(shapes={"observation": [3]}, action_dim=2, classes=[])
+    spec = dict(shapes={"observation": [3]}, categories={}, action_dim=2, classes=[])
     return module.Agent(spec, module.parse_args(flags_of(script)))
 
 

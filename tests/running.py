@@ -51,6 +51,23 @@ class Long(Base):
         return super().step(action)
 
 
+class Doors(Base):
+    """Opens one door after the other: observes its number, two more choices and a vector."""
+
+    length = 20
+    observation_space = spaces.Dict(
+        {
+            "door": spaces.Discrete(5, start=2),
+            "keys": spaces.MultiDiscrete([2, 3]),
+            "place": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        }
+    )
+
+    def observe(self):
+        keys = np.array([self.count % 2, self.count % 3])
+        return {"door": 2 + self.count % 5, "keys": keys, "place": super().observe()}
+
+
 class Both(Nested):
     """Vectors and images, long enough for a dream."""
 
@@ -144,7 +161,7 @@ def short_cartpole():
     return env
 
 
-for cls in (Long, Both, Walk, Pixels, Spoiled, Fails, Huge):
+for cls in (Long, Doors, Both, Walk, Pixels, Spoiled, Fails, Huge):
     gymnasium.register(f"{cls.__name__}-v0", f"running:{cls.__name__}")
 gymnasium.register("Slow-v0", "running:Long", kwargs={"slow": 0.02})
 gymnasium.register("ShortCartpole-v0", "running:short_cartpole")

@@ -73,8 +73,8 @@ def test_another_script_or_format_is_refused(tmp_path, monkeypatch):
     assert load(tmp_path, "pilco")["step"] == load(tmp_path)["step"] == 1
     with pytest.raises(RunError, match=r"written by pilco.py, not by dreamer.py"):
         load(tmp_path, "dreamer")
-    monkeypatch.setattr("common.checkpoint.FORMAT", 4)
-    with pytest.raises(RunError, match="has format 3, this code reads format 4"):
+    monkeypatch.setattr("common.checkpoint.FORMAT", 5)
+    with pytest.raises(RunError, match="has format 4, this code reads format 5"):
         load(tmp_path)
 
 

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import lines_of  # which also registers Both-v0
+from running import lines_of, same_leaves  # which also registers Both-v0
 from tensordict import TensorDict
 
+import common.run
 import dreamer
 import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.logger import Logger
 from tools import dreams
+from tools.dream_env import dream_env
 
 FLAGS = {
     dreamer: "--action-repeat 1 --steps 120 --prefill 60 --train-every 30 --pretrain 1",
@@ -56,6 +58,36 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys, script):
     red, green = (np.array([p[:2, :, channel].mean() for p in pictures]) for channel in (0, 1))
     assert (green[:5] > 100).all() and (red[:5] < 50).all()  # the model sees a quarter
     assert (green[5:] < 50).all() and (red[5:] > 100).all()
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_categories_from_the_environment_to_the_pictures(tmp_path, monkeypatch, capsys, script):
+    """A run on categories learns, resumes exactly, stores whole numbers and can be dreamed."""
+    monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
+    whole, split = tmp_path / "whole", tmp_path / "split"
+    argv = f"--preset debug --num-envs 1 --no-tensorboard --env-id running:Doors-v0 {FLAGS[script]}"
+    for folder, steps in ((whole, 160), (split, 120), (split, 160)):
+        script.main([*argv.split(), "--steps", str(steps), "--run", str(folder)])
+    first, second = ([row for row in lines_of(f) if "updates" in row] for f in (whole, split))
+    assert first == second and first[-1]["updates"] >= 4
+    assert any(row.get("train/loss_model_reco", 0) > 0 for row in first if row["step"] > 120)
+    agent, other = script.load(whole), script.load(split)
+    assert agent.spec["categories"] == {"door": [5], "keys": [2, 3]}
+    same_leaves(*(one.world_model.state_dict() for one in (agent, other)))
+    rows = (np.fromfile(whole / "replay" / key, np.int32) for key in ("door", "keys"))
+    door, keys = (x[: 160 * n].reshape(160, n) for x, n in zip(rows, (1, 2), strict=True))
+    count = np.arange(160) % 21  # steps of the episode
+    assert (door[:, 0] == count % 5).all()
+    assert (keys == np.stack([count % 2, count % 3], -1)).all()
+    capsys.readouterr()
+    command(monkeypatch, whole)
+    assert capsys.readouterr().out.split() == [str(whole / "dream.png")]
+    envs = dream_env(agent, 3, horizon=2)
+    observation, _ = envs.reset(seed=0)
+    assert envs.single_observation_space["door"] == gymnasium.spaces.Discrete(5)
+    for _ in range(4):
+        assert envs.observation_space.contains(observation)
+        observation, *_ = envs.step(envs.action_space.sample())
 
 
 def test_the_batch_is_what_was_played(tmp_path):

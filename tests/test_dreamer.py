@@ -41,12 +41,19 @@ from dreamer import (
     gaussian_kl,
     kl_loss,
     lambda_return,
+    reconstruction_loss,
 )
 from tools.dreams import open_loop
 
 TINY = dict(deter=12, hidden=10, stoch=4, depth=2, units=16, imagination_horizon=5)
-SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
+SPEC = {
+    "shapes": {"position": (3,), "velocity": (2,)},
+    "categories": {},
+    "action_dim": 2,
+    "classes": (),
+}
 DISCRETE = SPEC | {"action_dim": 5, "classes": (2, 3)}
+DOORS = {"shapes": SPEC["shapes"] | {"doors": (2,)}, "categories": {"doors": [3, 2]}}
 
 
 def make_agent(spec=SPEC, seed=0, **changes):
@@ -67,6 +74,8 @@ def make_rows(spec=SPEC, size=3, length=6, seed=1):
         image = len(shape) == 3
         rows = (size, length + 1, *shape)
         td[key] = torch.randint(256, rows, dtype=torch.uint8) if image else torch.randn(rows)
+    for key, sizes in spec.get("categories", {}).items():
+        td[key] = torch.stack([torch.randint(n, (size, length + 1)) for n in sizes], -1).int()
     td["action"] = torch.rand(size, length + 1, spec["action_dim"]) * 2 - 1
     td["reward"] = torch.randn(size, length + 1)
     for key in ("is_first", "is_last", "is_terminal"):
@@ -195,7 +204,10 @@ def count(module):
 
 
 def test_65_parameters_of_the_pixel_model():
-    agent = Agent({"shapes": {"pixels": (64, 64, 3)}, "action_dim": 6, "classes": ()}, Args())
+    agent = Agent(
+        {"shapes": {"pixels": (64, 64, 3)}, "categories": {}, "action_dim": 6, "classes": ()},
+        Args(),
+    )
     model = agent.world_model
     assert count(model.encoder) == 690_144
     assert count(model.prior) + count(model.posterior) == 557_920
@@ -223,7 +235,10 @@ def test_first_transposed_convolution_is_a_matrix_product():
 
 def test_65_initialization():
     torch.manual_seed(0)
-    agent = Agent({"shapes": {"pixels": (64, 64, 3)}, "action_dim": 6, "classes": ()}, Args())
+    agent = Agent(
+        {"shapes": {"pixels": (64, 64, 3)}, "categories": {}, "action_dim": 6, "classes": ()},
+        Args(),
+    )
     cell = agent.world_model.prior.cell
     near(cell.weight_hh.T @ cell.weight_hh, torch.eye(200), 0, 1e-5)
     limit = math.sqrt(6 / (200 + 600))
@@ -314,6 +329,43 @@ def test_vectors_are_encoded_in_sorted_order():
         x = F.elu(x @ layer.weight.T + layer.bias)
     near(encoder.embed(td), x)
     near(encoder(td)["encoded_obs"], x)
+
+
+def test_categories_are_encoded_as_one_hots():
+    torch.manual_seed(0)
+    encoder = ObsEncoder(DOORS["shapes"], 2, 8, DOORS["categories"])
+    doors = torch.tensor([[[0, 1], [2, 0], [1, 1]]]).int()
+    td = TensorDict(doors=doors, position=torch.randn(1, 3, 3), velocity=torch.randn(1, 3, 2))
+    hots = torch.tensor([[[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1.0]]])
+    td.batch_size = [1, 3]
+    near(encoder.embed(td), encoder.mlp(torch.cat([hots, td["position"], td["velocity"]], -1)))
+
+
+@pytest.mark.parametrize("kind", ["normal", "l2"])
+def test_categories_have_the_cross_entropy_as_loss_and_the_argmax_as_prediction(kind):
+    """-ln softmax of the right class, summed; gradient softmax - one-hot; ln 3 + ln 2 if blind."""
+    model, td = make_agent(SPEC | DOORS).world_model, make_batch(SPEC | DOORS)
+    td["belief"], td["state"] = torch.randn(3, 6, 12), torch.randn(3, 6, 4)
+    decoder, feat = model.decoder, features(td)
+    outputs, bias = decoder(feat), decoder.mlp[-1].bias
+    parts = outputs["doors"].split([3, 2], -1)
+    probs = [x.detach().exp() / x.detach().exp().sum(-1, keepdim=True) for x in parts]
+    hots = [torch.eye(n)[td["doors"][..., i]] for i, n in enumerate((3, 2))]
+    cross = -sum((p * hot).sum(-1).log() for p, hot in zip(probs, hots, strict=True))
+    keys = "position", "velocity"
+    others = sum(elementwise_loss(outputs[k], td[k], kind).sum(-1) for k in keys)
+    loss = reconstruction_loss(decoder, feat, td, kind)
+    near(loss, cross + others, 1e-5)
+    loss.sum().backward()
+    expected = [(p - hot).sum((0, 1)) for p, hot in zip(probs, hots, strict=True)]
+    near(bias.grad[:5], torch.cat(expected), 1e-4, 1e-5)  # sorted keys: the doors come first
+    out = DreamerDecoder(model)(td.select("belief", "state"))
+    assert out["doors"].dtype == torch.int32 and len(out["doors"].unique()) > 1
+    assert torch.equal(out["doors"], torch.stack([p.argmax(-1) for p in probs], -1).int())
+    nn.init.zeros_(decoder.mlp[-1].weight)
+    blind = reconstruction_loss(decoder, feat, td, kind)
+    others = sum(elementwise_loss(torch.zeros_like(td[k]), td[k], kind).sum(-1) for k in keys)
+    near(blind - others, torch.full((3, 6), math.log(3) + math.log(2)), 1e-5)
 
 
 def test_several_images_and_vectors():
@@ -809,11 +861,11 @@ def test_the_belief_is_float32_under_bfloat16():
 
 
 def test_pictures_under_bfloat16():
-    """What goes to matplotlib and into videos is float32 and uint8."""
-    spec = SPEC | {"shapes": {"eye": (64, 64, 3), "place": (3,)}}
+    """What goes to matplotlib and into videos is float32, int32 and uint8."""
+    spec = SPEC | DOORS | {"shapes": {"eye": (64, 64, 3), "place": (3,), "doors": (2,)}}
     dream = open_loop(make_agent(spec, precision="bfloat16"), make_batch(spec), 2)
     assert dream["place"].dtype == dream["reward"].dtype == torch.float32
-    assert dream["eye"].dtype == torch.uint8
+    assert dream["eye"].dtype == torch.uint8 and dream["doors"].dtype == torch.int32
 
 
 def test_adam_moves_between_devices():
@@ -831,7 +883,7 @@ def test_adam_moves_between_devices():
     assert not any(o.param_groups[0]["capturable"] for o in other.optimizers.values())
 
 
-@pytest.mark.parametrize("spec", [SPEC, DISCRETE])
+@pytest.mark.parametrize("spec", [SPEC, DISCRETE | DOORS])
 def test_compiled_update_is_the_same(spec, monkeypatch):
     compiled, compile_ = [], torch.compile
     for function in dreamer.COMPILED:  # --compile replaces them for the whole process

@@ -202,6 +202,15 @@ def test_prefill_is_random(inside, monkeypatch):
     assert calls == [(True, True)] * 12 + [(True, False)] * 18
 
 
+def test_what_observations_are_taken_for_is_printed_once(inside, capsys):
+    """By the parent of both workers, not again by the evaluations."""
+    short = ["--env-workers", "--num-envs", 2, "--batch-length", 4, "--eval-every", 20]
+    inside(*SMALL, "--env-id", "dummy_envs:Mission-v0", "--prefill", 12, "--steps", 60, *short)
+    lines = capsys.readouterr().out.splitlines()
+    expected = ["eye: picture 64 x 64 x 3", "mission: left out, Text is text"]
+    assert [line for line in lines if line.startswith(("eye", "mission"))] == expected
+
+
 CASES = {
     "two pendulums": "--env-id running:ShortPendulum-v0 --num-envs 2 --steps 400 --prefill 100",
     "discrete, the replay wraps around": (

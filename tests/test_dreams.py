@@ -50,7 +50,9 @@ def line(num_envs=2, horizon=5, latent=False, classes=()):
     def draw(seed):
         return TensorDict(x=torch.arange(8)[:, None] / 1000, batch_size=8)
 
-    spec = dict(shapes={"observation": [1]}, action_dim=sum(classes) or 1, classes=classes)
+    spec = dict(
+        shapes={"observation": [1]}, categories={}, action_dim=sum(classes) or 1, classes=classes
+    )
     decode = lambda states: states.set("observation", 10 * states["x"])  # noqa: E731
     return DreamVectorEnv(Line(), draw, decode, spec, num_envs, horizon, latent)
 
@@ -118,6 +120,42 @@ def test_actions_are_clipped_or_become_one_hots():
         assert envs.encode(np.array(action)).tolist() == [list(map(float, row)) for row in hots]
     with pytest.raises(gymnasium.error.ResetNeeded):
         line().step(np.zeros((2, 1)))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "space"), [([8], spaces.Discrete(8)), ([8, 2], spaces.MultiDiscrete([8, 2]))]
+)
+def test_categories_are_discrete_observations(sizes, space):
+    """Alone or beside a vector, and where an episode ends."""
+
+    def decode(states):
+        number = (states["x"] * 1000).round().int() % 8
+        door = torch.cat([number, number % 2], -1)[:, : len(sizes)]
+        return states.set("door", door).set("place", 10 * states["x"])
+
+    def dream(num_envs, shapes, horizon=1):
+        draw = lambda _: TensorDict(x=torch.arange(8)[:, None] / 1000, batch_size=8)  # noqa: E731
+        spec = dict(shapes=shapes, categories={"door": sizes}, action_dim=1, classes=())
+        return DreamVectorEnv(Line(), draw, decode, spec, num_envs, horizon, False)
+
+    alone, both = {"door": [len(sizes)]}, {"door": [len(sizes)], "place": [1]}
+    assert dream(8, alone).single_observation_space == space
+    doors = dream(8, alone).reset(seed=0)[0]
+    expected = range(8) if len(sizes) == 1 else [[i, i % 2] for i in range(8)]
+    assert sorted(doors.tolist()) == list(expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", ".*not having a spec.*")
+        check_env(One(dream(1, alone, horizon=2)))
+    envs = dream(4, both)
+    assert envs.single_observation_space == spaces.Dict(
+        door=space, place=spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    )
+    before, _ = envs.reset(seed=0)
+    after, *_, infos = envs.step(np.zeros((4, 1), np.float32))
+    assert envs.observation_space.contains(before) and envs.observation_space.contains(after)
+    final = [x["door"].tolist() for x in infos["final_obs"]]  # a step of 0 leads nowhere
+    assert final == before["door"].tolist() != after["door"].tolist()
 
 
 @pytest.mark.parametrize(

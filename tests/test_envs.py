@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from common.checkpoint import EnvError, RunError
 from common.envs import RESERVED, Envs, action_width, example_rows, make_envs
@@ -40,6 +41,17 @@ needs_dmc = needs("dm_control", "shimmy")
 
 def dummy(name, n=1, **options):
     return Envs(f"dummy_envs:{name}-v0", n, **options)
+
+
+def made(cls, obs="auto", **kwargs):
+    """One environment of a class that is registered here, with these arguments."""
+    gymnasium.registry.pop("Made-v0", None)
+    gymnasium.register("Made-v0", cls, kwargs=kwargs)
+    return Envs("Made-v0", obs=obs)
+
+
+def given(space, *values):
+    return made(dummy_envs.Given, space=space, values=values)
 
 
 def episode_seed(seed, index, episode):
@@ -199,44 +211,230 @@ def test_nested_observations_and_images():
     assert (row["eye"][0, :, 9:] == torch.tensor([10, 20, 30], dtype=torch.uint8)).all()
 
 
+@pytest.mark.parametrize("env_id", ["FrozenLake-v1", "Taxi-v4", "CliffWalking-v1", "Blackjack-v1"])
+def test_categories_of_gymnasium(env_id):
+    """Rows of the toy-text environments against gymnasium.make, with the same seeds and actions."""
+    envs, gym = Envs(env_id, seed=5), gymnasium.make(env_id)
+    blackjack = env_id == "Blackjack-v1"  # a Tuple of the player's sum, the dealer's card, an ace
+    size = {"FrozenLake-v1": 16, "Taxi-v4": 500, "CliffWalking-v1": 48}.get(env_id)
+    sizes = {"0": [32], "1": [11], "2": [2]} if blackjack else {"observation": [size]}
+    assert envs.spec["categories"] == sizes
+    assert envs.spec["shapes"] == {key: [1] for key in sizes}
+    example = example_rows(envs.spec)
+    episode, over, generator = -1, True, torch.Generator().manual_seed(0)
+    for _ in range(60):
+        action = torch.rand(1, envs.action_dim, generator=generator)
+        row = envs.step(action)
+        assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
+            k: (v.shape, v.dtype) for k, v in example.items()
+        }
+        episode += over
+        if over:
+            obs, over = gym.reset(seed=episode_seed(5, 0, episode))[0], False
+        else:
+            obs, reward, terminal, truncated, _ = gym.step(int(action.argmax()))
+            over = terminal or truncated
+            assert row["reward"].item() == np.float32(reward)
+        numbers = dict(zip("012", obs, strict=True)) if blackjack else {"observation": obs}
+        assert {key: row[key].tolist() for key in sizes} == {k: [[n]] for k, n in numbers.items()}
+        assert all(row[key].dtype == torch.int32 for key in sizes)
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_categories_of_every_kind(env_workers):
+    """Values count from 0, whatever their `start`; Tuples are Dicts whose keys are numbers."""
+    envs = dummy("Categories", env_workers=env_workers)
+    sizes = {"1": [4], "2.bits.0": [2] * 4, "3": [2, 3, 4, 5]}
+    assert envs.spec["categories"] == sizes
+    assert envs.spec["shapes"] == {key: [len(n)] for key, n in sizes.items()}
+    assert envs.notes == [
+        "1: 4 categories", "2.bits.0: 8 categories of 4 numbers",
+        "3: 14 categories of 4 numbers", "0: left out, Text is text",
+    ]  # fmt: skip
+    for count in range(3):
+        row = envs.step(torch.zeros(1, 2))
+        assert row["1"].tolist() == [[count]]
+        assert row["2.bits.0"].tolist() == [[0, 1, 1, count % 2]]
+        assert row["3"].tolist() == [[1, 2, count, 0]]
+    envs.close()
+
+
+def test_what_minigrid_observes():
+    envs = dummy("Grid")
+    assert envs.notes == [
+        "direction: 4 categories", "image: vector of 147", "mission: left out, MissionSpace is text"
+    ]  # fmt: skip
+    envs.step(None)
+    row = envs.step(torch.zeros(1, 2))
+    assert row["image"].shape == (1, 147) and (row["image"] == 1).all()
+    assert row["direction"].tolist() == [[3]] and "mission" not in row.keys()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kind"),
+    [
+        ((64, 48, 3), "uint8", "picture 64 x 64 x 3"),
+        ((16, 16), "uint8", "picture 64 x 64 x 1"),
+        ((20, 20, 4), "uint8", "picture 64 x 64 x 4"),
+        ((15, 40, 3), "uint8", "vector of 1,800; warning"),
+        ((8, 8, 12), "uint8", "vector of 768"),
+        ((32, 32), "uint16", "vector of 1,024"),
+        ((32, 33), "float32", "vector of 1,056; warning"),
+        ((3, 64, 64), "uint8", "vector of 12,288; warning"),
+        ((2, 20, 20, 3), "uint8", "vector of 2,400; warning"),
+    ],
+)
+def test_what_counts_as_a_picture(shape, dtype, kind):
+    values = np.full(shape, 7, dtype)
+    envs = given(spaces.Box(0, 255, shape, dtype), values)
+    (note,) = envs.notes
+    assert note.partition(": many")[0] == f"observation: {kind}"
+    row, picture = envs.step(None)["observation"], kind.startswith("picture")
+    assert row.dtype == (torch.uint8 if picture else torch.float32) and (row == 7).all()
+    channels = (*shape, 1)[2]
+    assert row.shape == ((1, 64, 64, channels) if picture else (1, values.size))
+
+
 def test_unused_observations_may_be_anything():
     """Text beside an image; a slash in a key, as in DM Control's locomotion tasks."""
     envs = dummy("Mission", obs="pixels")
     assert set(envs.step(None).keys()) == {
         *("reward", "is_first", "is_last", "is_terminal", "pixels")
     }
-    with pytest.raises(RunError, match="'mission'.*neither a Box"):
-        dummy("Mission")
+    with pytest.raises(RunError, match=r"'seen' of .*Varying-v0, Sequence.* is not supported"):
+        dummy("Varying")
+    with pytest.raises(RunError, match=r"observes \['observation'\]: nothing left"):
+        given(spaces.Text(9))
     envs = dummy("Slash")
     assert envs.step(None)["walker.joints"].shape == (1, 2)
-    for name in RESERVED:
-        with pytest.raises(RunError, match=f"an observation named '{name}': rename it"):
-            dummy(f"Reserved-{name}")
 
 
-@pytest.mark.parametrize("env_workers", [False, True])
-def test_observations_named_like_latents_are_renamed(env_workers):
-    """`state` and `belief` are the model's keys; only whole names count, in every mode."""
-    keys = {"observation.state": (2,), "observation.belief": (16, 16, 3), "body.state": (1,)}
-    envs = dummy("Latent", 2, image_size=16, seed=3, env_workers=env_workers)
-    assert envs.spec["shapes"] == {key: list(shape) for key, shape in keys.items()}
+@pytest.mark.parametrize("key", [*RESERVED, "../../../x", "a//b", "a\\b", "x" * 201, "é" * 101])
+def test_names_of_observations(key):
+    name = re.escape(repr(key[:60].replace("/", ".")))
+    with pytest.raises(RunError, match=f"Made-v0 has an observation named {name}: rename it"):
+        given(spaces.Dict({key: spaces.Box(0, 1, (2,))}))
+
+
+def test_two_observations_of_one_name():
+    box = spaces.Box(0, 1, (2,))
+    with pytest.raises(RunError, match=r"named 'a\.b': rename it \(two observations have it\)"):
+        given(spaces.Dict({"a": spaces.Dict({"b": box}), "a.b": box}))
+    with pytest.raises(RunError, match=r"named 'pixels': rename it \(two observations have it\)"):
+        made(dummy_envs.Given, obs="both", space=spaces.Dict({"pixels": box}), values=())
+    names = ["next step", "state.x", "θ", "hand-1(x)", "x" * 200]
+    envs = given(spaces.Dict(dict.fromkeys(names, box)), dict.fromkeys(names, np.ones(2)))
     row = envs.step(None)
-    luck = [np.random.default_rng(episode_seed(3, i, 0)).random() for i in range(2)]
-    for count in range(3):
-        assert set(row.keys()) == {*keys, "reward", "is_first", "is_last", "is_terminal"}
-        assert {key: tuple(row[key].shape[1:]) for key in keys} == keys
-        assert row["observation.state"].tolist() == [[count, np.float32(x)] for x in luck]
-        assert row["body.state"].tolist() == [[-count]] * 2
-        assert row["observation.belief"].dtype == torch.uint8
-        assert (row["observation.belief"] == count).all()
-        row = envs.step(torch.zeros(2, 2))
-    assert row.keys() == example_rows(envs.spec).keys()
-    envs.close()
-    row = dummy("Latent", obs="vector").step(None)
-    assert {key for key in row.keys() if key in keys} == {"observation.state", "body.state"}
-    row = dummy("Latent", obs="both", image_size=16).step(None)
-    assert {*keys, "pixels"} < set(row.keys())
-    assert set(dummy("Latent", obs="pixels").step(None).keys()).isdisjoint(keys)
+    assert all(row[name].tolist() == [[1, 1]] for name in names)
+
+
+# --- what an environment gives against what it declared ---------------------------------------
+
+PICTURE = spaces.Box(0, 255, (16, 16, 3), np.uint8)
+PLACE = spaces.Box(-1, 1, (3,), np.float32)
+BEYOND = np.zeros((16, 16, 3), np.int64)
+BEYOND[3, 2, 1] = 300
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "received"),
+    [
+        (PICTURE, np.full((16, 16, 3), 0.5), r"float64 of shape \(16, 16, 3\) from 0.5 to 0.5"),
+        (PICTURE, np.ones((16, 16, 3)), r"float64 of shape \(16, 16, 3\) from 1.0 to 1.0"),
+        (PICTURE, BEYOND, r"int64 of shape \(16, 16, 3\) from 0 to 300"),
+        (PICTURE, -BEYOND, r"int64 of shape \(16, 16, 3\) from -300 to 0"),
+        (PICTURE, np.zeros((3, 16, 16), np.uint8), r"uint8 of shape \(3, 16, 16\)"),
+        (PLACE, np.zeros(1), r"float64 of shape \(1,\) from 0.0 to 0.0"),
+        (PLACE, np.zeros((3, 1), np.float32), r"float32 of shape \(3, 1\)"),
+        (PLACE, [[1], [2, 3]], "no array of numbers"),
+        (PLACE, ["1", "2", "3"], "no array of numbers"),
+        (PLACE, None, "no array of numbers"),
+        (spaces.Discrete(3), 3, "int64 of shape .* from 3 to 3"),
+        (spaces.Discrete(3, start=5), 4, "int64 of shape .* from 4 to 4"),
+        (spaces.Discrete(3), 0.5, "float64 of shape .* from 0.5 to 0.5"),
+        (spaces.Discrete(3), np.nan, "float64 of shape .* from nan to nan"),
+        (spaces.MultiDiscrete([2, 3]), [2, 1], "int64 of shape .* from 1 to 2"),
+        (spaces.MultiBinary(2), [0, -1], "int64 of shape .* from -1 to 0"),
+    ],
+)
+def test_an_environment_gives_what_it_has_not_declared(space, value, received):
+    """At the step where it happens; the error names key, declared, received."""
+    for key, tree in (("observation", space), ("a.b", spaces.Dict(a=spaces.Dict(b=space)))):
+        good, bad = ({"a": {"b": x}} if key == "a.b" else x for x in (space.sample(), value))
+        envs = given(tree, good, bad)
+        envs.step(None)
+        declared = re.escape(str(space)[:20])
+        text = f"observation '{key}' of Made-v0 is declared {declared}.*, but is {received}"
+        with pytest.raises(EnvError, match=f"{text}.*step 1 of environment 0 .episode 0"):
+            envs.step(torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("space", "value", "stored"),
+    [
+        (PLACE, np.array([1e9, 0.1, -2]), [1e9, np.float32(0.1), -2]),  # of a well-known fault
+        (PLACE, [1, 2, 3], [1, 2, 3]),
+        (PICTURE, np.full((16, 16, 3), 255), [[[255] * 3] * 64] * 64),
+        (spaces.Discrete(3, start=5), np.float64(7), [2]),
+        (spaces.MultiBinary(2), [True, False], [1, 0]),
+    ],
+)
+def test_what_storing_does_not_change_is_no_fault(space, value, stored):
+    assert given(space, value).step(None)["observation"][0].tolist() == stored
+
+
+def test_missing_parts_of_an_observation():
+    pair = spaces.Dict({"a": PLACE, "b": spaces.Tuple([PLACE, PLACE])})
+    for value in ({"a": np.zeros(3)}, {"a": np.zeros(3), "b": (np.zeros(3),)}, np.zeros(3)):
+        with pytest.raises(EnvError, match=r"'(a|b.[01])' .* is declared Box.* no array of numb"):
+            given(pair, value).step(None)
+    assert given(pair, {"a": PLACE.sample(), "b": [np.ones(3)] * 2, "c": None}).step(None)[
+        "b.1"
+    ].tolist() == [[1, 1, 1]]
+
+
+def test_workers_check_what_an_environment_gives(capfd):
+    """The same error as without workers, and no traceback of ours."""
+    messages = []
+    for env_workers in (False, True):
+        envs = dummy("FloatPicture", env_workers=env_workers)
+        with pytest.raises(EnvError, match=r"(?s)uint8.*float32 of shape \(64, 64, 3\)") as caught:
+            envs.step(None)
+        messages.append(str(caught.value))
+        envs.close()
+    assert messages[0] == messages[1] and "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "received"),
+    [
+        ("OldStep", 1, r"returned \(array.*, 1.0, False, {}\)"),
+        ("OldStepLimit", 1, "not enough values to unpack"),  # in gymnasium's TimeLimit
+        ("OldReset", 0, r"returned array\("),
+        ("OldSeed", 0, "unexpected keyword argument 'seed'"),
+        ("RewardArray", 1, r"returned \(array.*, array\(\[1.\]\), False, False, {}\)"),
+    ],
+)
+def test_the_old_api_of_gym_is_named(name, step, received):
+    envs = dummy(name)
+    with pytest.raises(
+        EnvError, match=f"(?s){received}.*old gym.*gymnasium's reset.*info.*step"
+    ) as caught:
+        [envs.step(torch.zeros(1, 2)) for _ in range(2)]
+    assert f"at step {step} of environment 0 (episode 0)" in str(caught.value)
+
+
+def test_an_error_of_the_environment_is_not_taken_for_the_old_api():
+    class Unpacks(dummy_envs.Base):
+        def step(self, action):
+            one, two, three = action
+            return one, two, three
+
+    envs = made(Unpacks)
+    envs.step(None)
+    with pytest.raises(EnvError, match="not enough values") as caught:
+        envs.step(torch.zeros(1, 2))
+    assert "gymnasium's" not in str(caught.value)
 
 
 def test_obs_modes():
@@ -270,11 +468,7 @@ def test_videos_are_optional():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("Worded", ["'order'", "Worded-v0", "Text", "FlattenObservation"]),
-        ("ChannelsFirst", ["'observation'", "ChannelsFirst-v0", "(3, 64, 64)", "last"]),
-        ("Reserved", ["reward", "Reserved-v0"]),
-        ("Reserved-is_first", ["is_first", "Reserved-is_first-v0"]),
-        ("Reserved-_episode", ["_episode", "Reserved-_episode-v0"]),
+        ("Varying", ["'seen'", "Varying-v0", "Sequence", "TransformObservation"]),
         ("EchoTuple", ["EchoTuple-v0", "Tuple", "TransformAction"]),
     ],
 )

@@ -46,7 +46,12 @@ from dreamer_v3 import (
     symexp,
 )
 
-DISCRETE = {"shapes": {"pixels": (32, 32, 3), "vector": (2,)}, "action_dim": 5, "classes": (2, 3)}
+DISCRETE = {
+    "shapes": {"doors": (2,), "pixels": (32, 32, 3), "vector": (2,)},
+    "categories": {"doors": [3, 2]},
+    "action_dim": 5,
+    "classes": (2, 3),
+}
 
 
 def make_batch(agent, batch=3, length=7, seed=1):
@@ -57,6 +62,8 @@ def make_batch(agent, batch=3, length=7, seed=1):
         image = len(shape) == 3
         size = (batch, length, *shape)
         td[key] = torch.randint(256, size).byte() if image else torch.randn(size) * 3
+    for key, sizes in spec.get("categories", {}).items():
+        td[key] = torch.stack([torch.randint(n, (batch, length)) for n in sizes], -1).int()
     td["reward"] = torch.randn(batch, length)
     ends = torch.zeros(batch, length).bool()
     ends[:1, 3:4] = True
@@ -250,7 +257,7 @@ def test_20_every_layer_has_a_zero_bias(spec):
             elif isinstance(layer, nn.RMSNorm):
                 assert layer.eps == 1e-4 and layer.weight.eq(1).all()
                 assert [n for n, _ in layer.named_parameters()] == ["weight"]  # no shift
-    assert count == (31 if spec is SPEC else 40)
+    assert count == (31 if spec is SPEC else 41)
 
 
 def test_21_rms_norm():
@@ -280,10 +287,10 @@ COUNTS = {
 }
 WALKER = {"orientations": (14,), "height": (1,), "velocity": (9,)}
 DOMAINS = (
-    dict(shapes=WALKER, action_dim=6, classes=()),
-    dict(shapes={"pixels": (64, 64, 3)}, action_dim=6, classes=()),
-    dict(shapes={"image": (64, 64, 3)}, action_dim=17, classes=(17,)),
-    dict(shapes={"image": (96, 96, 1)}, action_dim=18, classes=(18,)),
+    dict(shapes=WALKER, categories={}, action_dim=6, classes=()),
+    dict(shapes={"pixels": (64, 64, 3)}, categories={}, action_dim=6, classes=()),
+    dict(shapes={"image": (64, 64, 3)}, categories={}, action_dim=17, classes=(17,)),
+    dict(shapes={"image": (96, 96, 1)}, categories={}, action_dim=18, classes=(18,)),
 )
 
 
@@ -311,7 +318,7 @@ def test_22_parameter_counts(size):
     ],
 )
 def test_22_parameter_counts_of_other_tasks(shapes, action_dim, count):
-    spec = dict(shapes=shapes, action_dim=action_dim, classes=())
+    spec = dict(shapes=shapes, categories={}, action_dim=action_dim, classes=())
     assert parameter_count(spec, "1m") == count
 
 
@@ -582,11 +589,54 @@ def test_26_vector_encoder():
     assert torch.equal(encoder(td.double())["encoded_obs"], encoder.embed(td.double()))
 
 
+def test_categories_are_encoded_as_one_hots_without_symlog():
+    torch.manual_seed(0)
+    shapes, sizes = {"zeta": (2,), "doors": (2,), "alpha": (3,)}, {"doors": [3, 2]}
+    encoder = ObsEncoder(shapes, 2, 16, sizes)
+    perturb(encoder)
+    doors = torch.tensor([[[0, 1], [2, 0], [1, 1]]]).int()
+    td = TensorDict(doors=doors, alpha=torch.randn(1, 3, 3), zeta=torch.randn(1, 3, 2) * 50)
+    symlogs = [np.sign(x) * np.log1p(np.abs(x)) for x in (array(td["alpha"]), array(td["zeta"]))]
+    hots = [[[1, 0, 0, 0, 1], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]]
+    x = np.concatenate([symlogs[0], hots, symlogs[1]], -1)
+    td.batch_size = [1, 3]
+    near(encoder.embed(td), dense(x, encoder.mlp), 1e-5, 1e-6)
+
+
+def test_categories_have_the_cross_entropy_as_loss_and_the_argmax_as_prediction():
+    """-ln softmax of the right class, summed; gradient softmax - one-hot; ln 3 + ln 2 if blind."""
+    spec = SPEC | {"shapes": {"doors": (2,)}, "categories": {"doors": [3, 2]}}
+    agent = v3_agent(spec)
+    decoder, td = agent.world_model.decoder, v3_latents(agent.args, 4, 5)
+    td["doors"] = torch.stack([torch.randint(n, (4, 5)) for n in (3, 2)], -1).int()
+    (head,) = decoder.heads
+    assert head.weight.shape == (5, 16)
+    parts = np.split(array(decoder(td["state"], td["belief"])["doors"]), [3], -1)
+    probs = [np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in parts]
+    hots = [np.eye(n)[td["doors"][..., i]] for i, n in enumerate((3, 2))]
+    expected = -sum(np.log((p * hot).sum(-1)) for p, hot in zip(probs, hots, strict=True))
+    loss = reconstruction_loss(decoder, td)
+    near(loss, expected, 1e-5)
+    loss.sum().backward()
+    gradient = [(p - hot).sum((0, 1)) for p, hot in zip(probs, hots, strict=True)]
+    near(head.bias.grad, np.concatenate(gradient), 1e-4, 1e-5)
+    td["next"] = td.select("state", "belief").flip(1)
+    out = DreamerDecoder(agent.world_model)(td)
+    assert out["doors"].dtype == torch.int32 and out["doors"].shape == (4, 5, 2)
+    assert out["doors"].tolist() == np.stack([p.argmax(-1) for p in probs], -1).tolist()
+    assert (
+        torch.equal(out["next", "doors"], out["doors"].flip(1)) and len(out["doors"].unique()) > 1
+    )
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    near(reconstruction_loss(decoder, td), np.full((4, 5), math.log(3) + math.log(2)))
+
+
 def test_26_reward_and_flags_are_not_inputs():
     shapes = {"body.alone": [1], "body.place": [4], "bytes": [7]}
     shapes |= {"depth": [16, 16, 1], "eye": [16, 16, 3]}
     spec = Envs("dummy_envs:Nested-v0", image_size=16).spec
-    assert spec == {"shapes": shapes, "action_dim": 2, "classes": []}
+    assert spec == {"shapes": shapes, "categories": {}, "action_dim": 2, "classes": []}
     assert Envs("dummy_envs:EchoMulti-v0").spec["classes"] == [2, 3]
 
 

@@ -26,7 +26,12 @@ from dreamer_v3 import (
     two_hot_decode,
 )
 
-SPEC = {"shapes": {"position": (3,), "velocity": (2,)}, "action_dim": 2, "classes": ()}
+SPEC = {
+    "shapes": {"position": (3,), "velocity": (2,)},
+    "categories": {},
+    "action_dim": 2,
+    "classes": (),
+}
 SCALES = {"rep": 0.1, "repval": 0.3}  # of the losses; the others have 1
 OBSERVED = ("is_first", "is_last", "is_terminal", "reward", "position", "velocity", "action")
 

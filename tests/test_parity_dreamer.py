@@ -17,7 +17,7 @@ from torch import nn
 from common.replay import with_previous
 from dreamer import Agent, Args, features, gaussian_kl
 
-SPEC = {"shapes": {"image": (64, 64, 3)}, "action_dim": 2, "classes": ()}
+SPEC = {"shapes": {"image": (64, 64, 3)}, "categories": {}, "action_dim": 2, "classes": ()}
 B, T, H = 3, 6, 5
 
 

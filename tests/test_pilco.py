@@ -701,7 +701,7 @@ def test_rollout_and_noise():
 
 def tiny_agent(actions=1, **changes):
     options = pilco.PRESETS["debug"] | {"preset": "debug", "horizon": 5} | changes
-    spec = {"shapes": {"observation": [2]}, "action_dim": actions, "classes": []}
+    spec = {"shapes": {"observation": [2]}, "action_dim": actions, "classes": [], "categories": {}}
     agent = Agent(spec, Args(**options))
     torch.manual_seed(0)
     agent.data, agent.first_states = transitions(30), [torch.zeros(2, dtype=torch.float64)]
@@ -981,7 +981,12 @@ def test_plants_agree_with_their_costs(preset):
     args = pilco.parse_args(["--preset", preset])
     _, kwargs = plants.PLANTS[args.env_id.split("/")[1].removesuffix("-v0")]
     width = len(kwargs["start"])
-    spec = {"shapes": {"observation": [width]}, "action_dim": len(kwargs["limit"]), "classes": []}
+    spec = {
+        "shapes": {"observation": [width]},
+        "action_dim": len(kwargs["limit"]),
+        "classes": [],
+        "categories": {},
+    }
     agent, env = Agent(spec, args), pilco.gymnasium.make(args.env_id).unwrapped
     assert kwargs["start"] == tuple(args.start) and kwargs["std"] == tuple(args.start_std)
     rng, noise = np.random.default_rng(0), []

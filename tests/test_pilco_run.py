@@ -111,6 +111,7 @@ def plain(width):
         ("--start-std 1 -1", "--start-std must be numbers that are not negative"),
         ("--gamma 0", "--gamma must be a positive number"),
         ("--env-id CartPole-v1", "PILCO needs Box actions"),
+        ("--env-id FrozenLake-v1", "PILCO needs numbers to observe.* categories: observation"),
         ("--widths 0", "--widths"),
         ("--angles --target 0 0 --weights 1 0 0 -1", "--weights: weights must be symmetric"),
     ],

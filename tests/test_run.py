@@ -646,7 +646,12 @@ def make_batch(spec, args, size=2, seed=0):
     return td
 
 
-SPEC = {"shapes": {"eye": [16, 16, 3], "place": [3]}, "action_dim": 2, "classes": []}
+SPEC = {
+    "shapes": {"eye": [16, 16, 3], "place": [3]},
+    "categories": {},
+    "action_dim": 2,
+    "classes": [],
+}
 
 
 def test_open_loop():
@@ -720,7 +725,7 @@ def test_bfloat16_is_close_to_float32():
         ("--env-id Pendulun-v1", "unknown environment 'Pendulun-v1' Pendulum-v1"),
         ("--env-id dm_control/walker-wlak-v0", "unknown environment dm_control/walker-walk-v0"),
         ("--env-id a_module_that_is_not_here:Env-v0", "needs a package a_module_that_is_not_here"),
-        ("--env-id dummy_envs:Worded-v0", "order neither a Box nor"),
+        ("--env-id dummy_envs:Varying-v0", "seen Sequence not supported"),
         ("--env-id dummy_envs:EchoTuple-v0", "not supported"),
         ("--env-id dummy_envs:NotFinite-v0", "velocity not finite step 3"),
         ("--env-id dummy_envs:NotFinite-v0 --env-workers", "velocity not finite step 3"),

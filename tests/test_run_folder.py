@@ -75,7 +75,7 @@ def test_folder_name_first_start_and_resume(tmp_path):
     save(folder, step=7, numbers=[1, 2.5, None, "x"])
     _, state = open_run("dreamer", Settings())
     assert state["step"] == 7 and state["numbers"] == [1, 2.5, None, "x"]
-    assert state["header"] == {"format": 3, "script": "dreamer", "torch": torch.__version__}
+    assert state["header"] == {"format": 4, "script": "dreamer", "torch": torch.__version__}
 
 
 def test_run_names_the_folder_and_it_may_move(tmp_path):
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_an_older_format_names_both_ways_out(tmp_path, monkeypat
         with pytest.raises(RunError) as error:
             open_run("dreamer", args)
         text = str(error.value)
-        assert "checkpoint.pt has format 2, this code reads format 3" in text
+        assert "checkpoint.pt has format 2, this code reads format 4" in text
         assert "use the code that saved it" in text and "--fresh" in text
         assert "lr" not in text and "\n" not in text
     assert sorted(path.name for path in folder.iterdir()) == names

@@ -97,7 +97,7 @@ def benchmark_policy(make_agent, args, repeats: int = 10):
     """
     import resource  # not on Windows
 
-    spec = {"shapes": {"observation": [4]}, "action_dim": 1, "classes": []}
+    spec = dict(shapes={"observation": [4]}, categories={}, action_dim=1, classes=[])
     for points in (100, 300):
         agent, seconds = make_agent(spec, args), []
         x, weights = torch.randn(points, 5).double(), torch.randn(5, 4).double()

@@ -149,18 +149,18 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
 
     def __init__(self, env: ModelBasedEnvBase, draw: Callable, decode: Callable, spec: dict,
                  num_envs: int, horizon: int, latent: bool):  # fmt: skip
-        self.env, self.draw, self.decode, self.shapes = env, draw, decode, spec["shapes"]
+        self.env, self.draw, self.decode = env, draw, decode
         self.num_envs, self.horizon, self.latent = num_envs, horizon, latent
         self.classes, self.pool, self.state = list(spec["classes"]), [], None
-        boxes = {key: _box(shape) for key, shape in self.shapes.items()}
-        observation = next(iter(boxes.values())) if len(boxes) == 1 else spaces.Dict(boxes)
+        self.spaces = {key: _box(shape) for key, shape in spec["shapes"].items()}
+        self.spaces |= {k: _choices(sizes) for k, sizes in spec["categories"].items()}
+        several = len(self.spaces) > 1
+        observation = spaces.Dict(self.spaces) if several else next(iter(self.spaces.values()))
         if latent:
             with torch.random.fork_rng():
                 observation = _box(self.observe(draw(0)[:1]).shape[1:])
-        action = spaces.Box(-1.0, 1.0, (spec["action_dim"],))
-        if self.classes:
-            one = len(self.classes) == 1
-            action = spaces.Discrete(*self.classes) if one else spaces.MultiDiscrete(self.classes)
+        box = spaces.Box(-1.0, 1.0, (spec["action_dim"],))
+        action = _choices(self.classes) if self.classes else box
         self.single_observation_space, self.single_action_space = observation, action
         self.observation_space = gymnasium.vector.utils.batch_space(observation, num_envs)
         self.action_space = gymnasium.vector.utils.batch_space(action, num_envs)
@@ -235,8 +235,15 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv):
             latents = [states[key].flatten(1) for key in self.env.shapes]
             return torch.cat(latents, -1).float().cpu().numpy()
         decoded = self.decode(states.copy())
-        arrays = {key: decoded[key].cpu().numpy() for key in self.shapes}
+        arrays = {key: decoded[key].cpu().numpy() for key in self.spaces}
+        for key, space in self.spaces.items():  # Discrete has no dimension
+            arrays[key] = arrays[key].reshape(-1, *space.shape).astype(space.dtype)
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+
+
+def _choices(sizes) -> spaces.Space:
+    """The space of a whole number below each of `sizes`; Discrete if there is only one."""
+    return spaces.Discrete(*sizes) if len(sizes) == 1 else spaces.MultiDiscrete(sizes)
 
 
 def _box(shape) -> spaces.Box:

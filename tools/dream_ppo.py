@@ -62,7 +62,7 @@ class RealEnv(gymnasium.Env):
         return self.observe(), self.rows["reward"].item(), terminal, last and not terminal, {}
 
     def observe(self):
-        return self.rows[self.key][0].numpy()
+        return self.rows[self.key][0].numpy().reshape(self.observation_space.shape)
 
 
 class SB3VecEnv(VecEnv):
