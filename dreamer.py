@@ -76,6 +76,7 @@ class Args:
 
     num_envs: Count = 1  # stepped together
     env_workers: MayChange[bool] = False  # a process for each environment
+    env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 2  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     sticky: bool = False  # Atari: sticky actions (25%) and all 18 actions

@@ -80,6 +80,7 @@ class Args:
 
     num_envs: Count = 1  # stepped together
     env_workers: MayChange[bool] = False  # a process for each environment
+    env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 1  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     image_size: Side = 64  # images are resized to this square

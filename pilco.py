@@ -85,6 +85,7 @@ class Args:
 
     horizon: Count = 40  # actions in a rollout, real or imagined
     random_rollouts: Count = 1  # before the first trial
+    env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 1  # environment steps per action
     dt: Positive = 0.1  # seconds per environment step, for log and films
     camera: int = -1  # of MuJoCo; -1: the default

@@ -17,15 +17,19 @@ import contextlib
 import ctypes
 import difflib
 import importlib
+import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial, reduce
+from importlib.machinery import PathFinder
 from operator import getitem
+from pathlib import Path
 from textwrap import shorten
 
 import gymnasium
@@ -50,6 +54,8 @@ if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.k
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame complains about the display
 GL_HELP = """; to render MuJoCo: apt-get install libegl1 libgl1 (no display needed);
 apt-get install libosmesa6 and MUJOCO_GL=osmesa (CPU only); MUJOCO_GL=glfw on a desktop"""
+GL_ERROR = re.compile(r"OpenGL|MUJOCO_GL|OSMesa|GLFW|GLError|\bEGL|\blibGL|\b(gl|egl|glad)[A-Z]")
+UNLIMITED = 1e6  # an action's bound of this size says that there is none (DM Control: 1e10)
 FLAGS = ("is_first", "is_last", "is_terminal")
 LATENTS = ("belief", "state")
 RESERVED = (  # what rows, batches, latents and dreams hold besides observations
@@ -73,6 +79,7 @@ PACKAGES = {  # namespace of an id: the modules that register it, and what to in
 class Options:
     """Keyword arguments of `Envs`, named like the flags of the scripts."""
 
+    env_kwargs: str = ""  # arguments of the environment's constructor, a JSON object
     action_repeat: int = 1  # inner steps per action, rewards are summed (Atari: frame skip)
     obs: str = "auto"  # auto: all; vector: no image; pixels: sole image/render; both: all + render
     image_size: int = 64  # images are resized to this square, MuJoCo renders at it
@@ -87,10 +94,10 @@ class Envs:
     """`num_envs` environments stepped together; every episode has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to finite bounds) or one-hots of `action_classes` choices. `spec` is what the networks need to
-    know, `notes` say what each observation is taken for, `options` are the fields of Options.
-    RunError: unknown id, missing package, unsupported space, or no rendering. EnvError: an
-    environment raised, or returned NaN, infinity or what it has not declared.
+    to two bounds below UNLIMITED) or one-hots of `action_classes` choices. `spec` is what the
+    networks need to know, `notes` say what each observation is taken for, `options` are the fields
+    of Options. RunError: unknown id, missing package, unsupported space, or no rendering. EnvError:
+    an environment raised, or returned NaN, infinity or what it has not declared.
     """
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
@@ -146,8 +153,11 @@ class Envs:
         self._episodes = self._row.pop("_episode").tolist()
 
     def frame(self) -> np.ndarray:
-        """A picture of environment 0, uint8 [video_size, video_size, 3]; needs `can_render`."""
-        return self._vector.call("picture", self.options.video_size)[0]
+        """A picture of environment 0, uint8 [video_size, video_size, 3]; RunError if that fails."""
+        frame = self._vector.call("film", self.options.video_size)[0]
+        if isinstance(frame, str):
+            raise RunError(frame)
+        return frame
 
     def state_dict(self) -> dict:
         """The episode of each environment, its actions so far, and the last rows."""
@@ -217,9 +227,9 @@ class _Rows(gymnasium.Wrapper):
         images = [key for key in leaves if _is_image(leaves[key])]
         self.names = {key: key for key in leaves}
         if obs == "vector":
-            self.names = {key: self.names[key] for key in leaves if key not in images}
-        elif obs == "pixels":  # the observation, if it is just one image, else a rendered one
-            self.names = dict.fromkeys(images, "pixels") if len(leaves) == 1 else {}
+            self.names = {key: key for key in leaves if key not in images}
+        elif obs == "pixels":  # the one image observed, else a rendered one
+            self.names = dict.fromkeys(images, "pixels") if len(images) == 1 else {}
         self.renders_pixels = obs == "both" or (obs == "pixels" and not self.names)
         names = [self.names[key] for key in keys if key in self.names]
         _check_names(names + ["pixels"] * self.renders_pixels, env_id)
@@ -235,10 +245,11 @@ class _Rows(gymnasium.Wrapper):
         self.row_spec = dict(shapes=shapes, categories=sizes)
         self.row_spec |= dict(action_dim=width, classes=list(classes))
         self.notes = [_note(name, shape, sizes.get(name)) for name, shape in shapes.items()]
-        text = [key for key in self.tree if key not in leaves]
-        self.notes += [
-            f"{key}: left out, {type(self.tree[key][1]).__name__} is text" for key in text
-        ]
+        self.notes += [f"{key}: text, left out" for key in self.tree if key not in leaves]
+        if not classes and not (limited := _bounds(self.action_space)[2]).all():
+            text = ", ".join(map(str, np.flatnonzero(~limited)))
+            text = f"actions {text}: unlimited (a bound of 1e6 or more counts as none)"
+            self.notes += [f"{text}, they stay in [-1, 1]"]
         self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
         self.can_render = (self.renders_pixels or options.video_size > 0) and self._probe()
 
@@ -249,18 +260,24 @@ class _Rows(gymnasium.Wrapper):
             self.picture(self.options.image_size)
             return True
         except Exception as error:
-            fix = GL_HELP if "mujoco" in sys.modules else ""
-            text = f"{self.env_id} cannot be rendered: {error}{fix}"
+            text = _explain(error, f"{self.env_id} cannot be rendered")
             if self.renders_pixels:
                 raise RunError(text) from error
             if not isinstance(error, RunError):  # which only says that it never renders
                 warnings.warn(text, stacklevel=2)
             return False
 
+    def film(self, size):
+        """`picture`, or a text that says why there is none: an error would end a worker."""
+        try:
+            return self.picture(size)
+        except Exception as error:
+            return _explain(error, f"{self.env_id} cannot be rendered")
+
     def picture(self, size):
         """The present state as uint8 [size, size, 3]."""
         options, base, camera = self.options, self.env.unwrapped, self.options.camera
-        model = getattr(getattr(base, "physics", base), "model", None)
+        model = _model(self.env)
         if hasattr(model, "vis"):  # MuJoCo reads these when the first picture makes its context
             side = max(options.video_size, options.image_size, model.vis.global_.offwidth)
             model.vis.global_.offwidth = model.vis.global_.offheight = side
@@ -278,7 +295,7 @@ class _Rows(gymnasium.Wrapper):
                 renderer.viewer.viewport.width = renderer.viewer.viewport.height = size
         if self.env.render_mode != "rgb_array":
             raise RunError("it has no render_mode rgb_array")
-        return _resize(np.asarray(self.env.render()), size)
+        return _resize(_rgb(self.env.render()), size)
 
     def play(self, actions):
         """Take this environment's actions; the row after the last one. EnvError if one fails.
@@ -342,41 +359,118 @@ class _Rows(gymnasium.Wrapper):
 
 def _make(env_id, options):
     """gymnasium.make; errors name the missing package, or ids similar to an unknown one."""
-    name, kwargs = env_id.split(":")[-1], {}
+    module, colon, name = env_id.rpartition(":")
     modules, packages = PACKAGES.get(name.split("/")[0], ((), ""))
+    own, kwargs = _json_object(options.env_kwargs), {"disable_env_checker": True}
+    if colon:
+        _check_module(env_id, module)
     if atari := name.startswith("ALE/"):
-        kwargs = dict(frameskip=1, full_action_space=options.sticky)
+        kwargs |= dict(frameskip=1, full_action_space=options.sticky)
         kwargs["repeat_action_probability"] = 0.25 if options.sticky else 0.0
-    make = partial(gymnasium.make, env_id, disable_env_checker=True, **kwargs)
     try:
+        make = partial(gymnasium.make, env_id, **kwargs, **own)
         with warnings.catch_warnings():  # importing dm_control turns on deprecation warnings
-            for module in modules:
-                importlib.import_module(module)
-        env = make()
-        pictures = options.video_size > 0 or options.obs in ("pixels", "both")
-        direct = hasattr(getattr(env.unwrapped, "physics", None), "render")  # see `picture`
-        if pictures and not direct and "rgb_array" in (env.metadata.get("render_modes") or ()):
-            env.close()
-            env = make(render_mode="rgb_array")
+            for needed in modules:
+                importlib.import_module(needed)
+        env = _with_pictures(make(), make, options)
         if atari:
             skip = {"frame_skip": options.action_repeat, "screen_size": options.image_size}
             env = gymnasium.wrappers.AtariPreprocessing(env, grayscale_obs=False, **skip)
-        return env
     except (ModuleNotFoundError, gymnasium.error.DependencyNotInstalled) as error:
         fix = f"; pip install {packages}" if packages else ""
         raise RunError(f"{env_id} needs a package: {error}{fix}") from error
-    except (AttributeError, OSError, ImportError) as error:  # MuJoCo finds no OpenGL
-        if "gl" in str(error).lower():
-            raise RunError(f"{env_id} cannot be made: {error}{GL_HELP}") from error
-        raise
-    except gymnasium.error.Error as error:
-        if name in gymnasium.registry:
+    except Exception as error:
+        if isinstance(error, gymnasium.error.Error) and name not in gymnasium.registry:
+            near = [module + colon + similar for similar in _similar(name)]
+            near = f" Similar: {', '.join(near)}" if near else ""
+            raise RunError(f"unknown environment {env_id!r}: {error}{near}") from error
+        text = r"takes no arguments|(?:unexpected|multiple values for)[a-z ]* '(\w+)'"
+        if own and (wrong := re.search(text, str(error))) and wrong[1] in (None, *own):
+            raise RunError(f"--env-kwargs: {env_id} does not take {wrong[1] or 'any'}") from error
+        given = f" with --env-kwargs {options.env_kwargs}" if own else ""
+        raise RunError(_explain(error, f"{env_id}{given} cannot be made")) from error
+    cameras = getattr(_model(env), "ncam", None)
+    if cameras is not None and not -1 <= options.camera < cameras:  # MuJoCo would end the process
+        text = f"--camera {options.camera}: {env_id} has no such camera"
+        raise RunError(f"{text} (it has {cameras}, counted from 0; -1 is the default)")
+    return env
+
+
+def _json_object(text):
+    """The value of --env-kwargs."""
+    with contextlib.suppress(ValueError):
+        if isinstance(value := json.loads(text or "{}"), dict):
+            return value
+    raise RunError(f"--env-kwargs {text} must be a JSON object, like '{{\"size\": 8}}'")
+
+
+def _check_module(env_id, module):
+    """Let the module lie in the current folder; RunError if it lies in a run folder.
+
+    A run may come from anybody: its checkpoint names a module, which must not be among its files.
+    """
+    if not module or module[0] == "." or ":" in module:
+        raise RunError(f"--env-id {env_id} is not like my_module:MyEnv-v0")
+    here, path = os.getcwd(), None
+    if here not in sys.path and not _in_run_folder(here):
+        sys.path.append(here)
+    for part in module.split("."):  # without importing the packages above it
+        spec = PathFinder.find_spec(part, path)
+        if spec is None:
+            return  # the import will say so
+        path = list(spec.submodule_search_locations or ())
+        if inside := [place for place in (spec.origin, *path) if place and _in_run_folder(place)]:
+            raise RunError(f"{env_id} is not imported from {inside[0]}: that is in a run folder")
+
+
+def _in_run_folder(path):
+    path = Path(path).resolve()
+    return any((folder / "checkpoint.pt").is_file() for folder in (path, *path.parents))
+
+
+def _with_pictures(env, make, options):
+    """`env`, made again with render_mode rgb_array if pictures are wanted and it has that mode."""
+    pixels = options.obs in ("pixels", "both")
+    direct = hasattr(getattr(env.unwrapped, "physics", None), "render")  # see `picture`
+    modes = env.metadata.get("render_modes") or ()
+    if direct or not (pixels or options.video_size > 0) or "rgb_array" not in modes:
+        return env
+    env.close()
+    try:
+        env = make(render_mode="rgb_array")
+    except Exception as error:
+        if pixels and not isinstance(error, TypeError):  # of a constructor without this argument
             raise
-        with contextlib.suppress(Exception):
-            importlib.import_module("shimmy")  # its ids are among the similar ones
-        near = difflib.get_close_matches(name, gymnasium.registry, 3, 0.4)
-        near = ", ".join(env_id.removesuffix(name) + similar for similar in near)  # with its module
-        raise RunError(f"unknown environment {env_id!r}: {error} Similar: {near}") from error
+        env = make()
+    if env.render_mode is None:
+        env.unwrapped.render_mode = "rgb_array"
+    return env
+
+
+def _model(env):
+    """The model of a MuJoCo environment, else None (or a model of another kind)."""
+    base = env.unwrapped
+    return getattr(getattr(base, "physics", base), "model", None)
+
+
+def _explain(error, what):
+    """What failed and why: with advice if it was OpenGL, else with the traceback on stderr."""
+    if GL_ERROR.search(str(error)):
+        return f"{what}: {error}{GL_HELP}"
+    if isinstance(error, RunError):
+        return f"{what}: {error}"
+    traceback.print_exception(error)
+    return f"{what}: {error!r}"
+
+
+def _similar(name):
+    """Registered ids whose last part is like that of `name`, whatever their namespace."""
+    for module in (module for modules, _ in PACKAGES.values() for module in modules):
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            importlib.import_module(module)  # registers its ids
+    ids = {env_id.split("/")[-1].lower(): env_id for env_id in reversed(gymnasium.registry)}
+    near = difflib.get_close_matches(name.split("/")[-1].lower(), ids, 3, 0.4)
+    return [ids[similar] for similar in near]
 
 
 def _expect(result, size):
@@ -420,7 +514,7 @@ def _is_image(space):
 
 
 def _categories(space):
-    """Of a discrete space: how many values each of its numbers takes, and the lowest ones."""
+    """Of a discrete space: how many values each of its numbers takes, and the lowest of each."""
     match space:
         case spaces.Discrete():
             return np.array([space.n]), space.start
@@ -469,6 +563,19 @@ def _note(name, shape, sizes):
     return f"{name}: {kind}{wide * (numbers > 1024)}"
 
 
+def _rgb(frame):
+    """What render() gave -> uint8 [H, W, 3]; gray, alpha, and floats up to 1 or 255 are known."""
+    image = np.asarray(frame)
+    planes = np.atleast_3d(image)
+    if image.ndim not in (2, 3) or image.dtype.kind not in "buif" or not 0 < planes.shape[2] < 5:
+        raise ValueError(f"render() gave {image.dtype} of shape {image.shape}, not [H, W, 3]")
+    if planes.dtype != np.uint8:
+        planes = np.nan_to_num(planes.astype(np.float32))
+        scale = 255 if image.dtype.kind in "bf" and planes.max() <= 1 else 1
+        planes = (planes * scale).clip(0, 255).round().astype(np.uint8)
+    return planes[..., :3] if planes.shape[2] > 2 else planes[..., :1].repeat(3, -1)
+
+
 def _resize(image, size):
     """uint8 [H, W] or [H, W, C] -> [size, size, C], bilinear."""
     planes = np.moveaxis(np.atleast_3d(image), -1, 0)
@@ -483,29 +590,28 @@ def action_width(spec) -> int:
     return spec if isinstance(spec, int) else spec.shape[-1]
 
 
+def _bounds(space):
+    """Lowest and highest numbers of a Box, and which have two bounds that mean something."""
+    low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
+    return low, high, (abs(low) < UNLIMITED) & (abs(high) < UNLIMITED)
+
+
 def _action_decoder(space, env_id):
     """Width of an action, sizes of its one-hots, and a function to the environment's action."""
-    match space:
-        case spaces.Box():
-            low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
-            finite = np.isfinite(low) & np.isfinite(high)
-            bottom, top = np.where(finite, low, -1), np.where(finite, high, 1)
+    if isinstance(space, spaces.Box):
+        low, high, limited = _bounds(space)
+        bottom, top = np.where(limited, low, -1), np.where(limited, high, 1)
 
-            def scale(action):
-                action = action.astype(float).clip(-1, 1) * (top - bottom) / 2 + (top + bottom) / 2
-                action = action.round() if space.dtype.kind in "iu" else action
-                return action.clip(low, high).astype(space.dtype).reshape(space.shape)
+        def scale(action):
+            action = action.astype(float).clip(-1, 1) * (top - bottom) / 2 + (top + bottom) / 2
+            action = action.round() if space.dtype.kind in "iu" else action
+            return action.clip(low, high).astype(space.dtype).reshape(space.shape)
 
-            return low.size, (), scale
-        case spaces.Discrete():
-            sizes, start = np.array([space.n]), space.start
-        case spaces.MultiDiscrete():
-            sizes, start = space.nvec.ravel(), space.start.ravel()
-        case spaces.MultiBinary():
-            sizes, start = np.full(space.shape, 2).ravel(), 0
-        case _:
-            fix = "wrap it in gymnasium.wrappers.TransformAction to get a Box or a MultiDiscrete"
-            raise RunError(f"actions of {env_id} are {space}, which is not supported: {fix}")
+        return low.size, (), scale
+    if (discrete := _categories(space)) is None:
+        fix = "wrap it in gymnasium.wrappers.TransformAction to get a Box or a MultiDiscrete"
+        raise RunError(f"actions of {env_id} are {space}, which is not supported: {fix}")
+    sizes, start = discrete
 
     def choose(action):
         choice = np.stack([part.argmax() for part in np.split(action, sizes.cumsum()[:-1])])

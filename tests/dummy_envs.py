@@ -42,6 +42,10 @@ class Echo(Base):
         self.action_space = {
             "box": spaces.Box(low.astype(np.float32), high.astype(np.float32)),
             "whole": spaces.Box(0, 10, (4,), np.int64),
+            "unlimited": spaces.Box(
+                np.array([-1e10, -np.finfo(np.float32).max, 0.5, -9e5], np.float32),
+                np.array([1e10, np.finfo(np.float32).max, 1e6, 9e5], np.float32),
+            ),
             "discrete": spaces.Discrete(3, start=1),
             "multi": spaces.MultiDiscrete([2, 3], start=[0, 5]),
             "bits": spaces.MultiBinary(3),
@@ -116,6 +120,27 @@ class Picture(Base):
 
     def observe(self):
         return np.full((64, 64, 3), self.count, np.uint8)
+
+
+class Film(Base):
+    """Renders `frames`, or raises them, one a step; its constructor takes no render_mode."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    frames = (np.full((8, 12, 3), 9, np.uint8), OSError("the graphics are gone"))
+    length = 20
+
+    def render(self):
+        frame = self.frames[self.count % len(self.frames)]
+        if isinstance(frame, Exception):
+            raise frame
+        return frame
+
+
+class Bug(Base):
+    """Cannot be made, because of a mistake of its author's."""
+
+    def __init__(self):
+        self.turn = self.angle
 
 
 class SameBuffer(Base):
@@ -266,11 +291,11 @@ class Terminal(Base):
     terminal = True
 
 
-for kind in ("box", "whole", "discrete", "multi", "bits", "tuple"):
+for kind in ("box", "whole", "unlimited", "discrete", "multi", "bits", "tuple"):
     add(f"Echo{kind.title()}", cls="Echo", kind=kind)
 for cls in (Base, Terminal, Nested, Mission, Slash, Picture, SameBuffer, Varying, Random, Raises):
     add(cls.__name__)
-for cls in (Categories, Grid, OldStep, OldReset, OldSeed, RewardArray):
+for cls in (Categories, Grid, OldStep, OldReset, OldSeed, RewardArray, Film, Bug):
     add(cls.__name__)
 picture = Picture.observation_space
 add("FloatPicture", cls="Given", space=picture, values=[np.zeros((64, 64, 3), np.float32)])

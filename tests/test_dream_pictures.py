@@ -63,7 +63,7 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys, script):
 @pytest.mark.parametrize("script", FLAGS)
 def test_categories_from_the_environment_to_the_pictures(tmp_path, monkeypatch, capsys, script):
     """A run on categories learns, resumes exactly, stores whole numbers and can be dreamed."""
-    monkeypatch.setattr(common.run, "plot_curve", lambda _: None)
+    monkeypatch.setattr(common.run, "plot_curve", lambda *_: None)
     whole, split = tmp_path / "whole", tmp_path / "split"
     argv = f"--preset debug --num-envs 1 --no-tensorboard --env-id running:Doors-v0 {FLAGS[script]}"
     for folder, steps in ((whole, 160), (split, 120), (split, 160)):

@@ -17,7 +17,7 @@ import torch
 from gymnasium import spaces
 
 from common.checkpoint import EnvError, RunError
-from common.envs import RESERVED, Envs, action_width, example_rows, make_envs
+from common.envs import GL_ERROR, RESERVED, Envs, action_width, example_rows, make_envs
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent)])
@@ -172,6 +172,15 @@ def test_equals_gymnasium_by_hand():
             },
         ),
         ("Whole", 4, (), {(-1, 1, 0.5, -0.26): (0, 10, 8, 4), (9, -9, 0, 0): (10, 0, 5, 5)}),
+        (  # bounds +-1e10, +-3e38, [0.5, 1e6], +-9e5: only the last are bounds
+            "Unlimited",
+            4,
+            (),
+            {
+                (0.5, 0.5, 0.75, 0.5): (0.5, 0.5, 0.75, 450_000),
+                (-3, 3, -1, -3): (-1, 1, 0.5, -900_000),
+            },
+        ),
         ("Discrete", 3, (3,), {(1, 0, 0): (1, 0, 0, 0), (0, 0, 1): (3, 0, 0, 0)}),
         ("Multi", 5, (2, 3), {(0, 1, 0, 0, 1): (1, 7, 0, 0), (1, 0, 1, 0, 0): (0, 5, 0, 0)}),
         ("Bits", 6, (2, 2, 2), {(0, 1, 1, 0, 0, 1): (1, 0, 1, 0)}),
@@ -186,6 +195,15 @@ def test_actions_that_the_environment_sees(kind, dim, classes, cases):
     for action, received in cases.items():
         row = envs.step(torch.tensor([action], dtype=torch.float32))
         assert row["observation"][0].tolist() == list(received), action
+
+
+def test_unlimited_actions_are_named():
+    text = (
+        "actions 0, 1, 2: unlimited (a bound of 1e6 or more counts as none), they stay in [-1, 1]"
+    )
+    assert text in dummy("EchoUnlimited", 2).notes
+    notes = [note for name in ("Whole", "Discrete") for note in dummy(f"Echo{name}").notes]
+    assert not any("unlimited" in note for note in notes)
 
 
 # --- observations -----------------------------------------------------------------------------
@@ -249,7 +267,7 @@ def test_categories_of_every_kind(env_workers):
     assert envs.spec["shapes"] == {key: [len(n)] for key, n in sizes.items()}
     assert envs.notes == [
         "1: 4 categories", "2.bits.0: 8 categories of 4 numbers",
-        "3: 14 categories of 4 numbers", "0: left out, Text is text",
+        "3: 14 categories of 4 numbers", "0: text, left out",
     ]  # fmt: skip
     for count in range(3):
         row = envs.step(torch.zeros(1, 2))
@@ -262,7 +280,7 @@ def test_categories_of_every_kind(env_workers):
 def test_what_minigrid_observes():
     envs = dummy("Grid")
     assert envs.notes == [
-        "direction: 4 categories", "image: vector of 147", "mission: left out, MissionSpace is text"
+        "direction: 4 categories", "image: vector of 147", "mission: text, left out"
     ]  # fmt: skip
     envs.step(None)
     row = envs.step(torch.zeros(1, 2))
@@ -447,6 +465,8 @@ def test_obs_modes():
     assert keys("Nested", "pixels") == {"pixels"}
     assert keys("Nested", "both") == vectors | {"eye", "depth", "pixels"}
     assert keys("Picture", "pixels") == {"pixels"} and keys("Picture", "auto") == {"observation"}
+    seen = dummy("Mission", obs="pixels", image_size=16).step(None)["pixels"]
+    assert (seen[0, :, 9:] == torch.tensor([10, 20, 30])).all()  # its one image, not its render()
     envs = dummy("Nested", 2, obs="pixels", image_size=16, video_size=24)
     envs.step(None)
     row = envs.step(torch.zeros(2, 2))
@@ -463,6 +483,62 @@ def test_videos_are_optional():
     assert not any("egl" in str(w.message) for w in caught)  # MuJoCo is not the problem
     with pytest.raises(RunError, match=r"Base-v0 cannot be rendered.*rgb_array"):
         dummy("Base", obs="pixels")
+
+
+@pytest.mark.parametrize(
+    "frame, color",
+    [
+        (np.full((9, 7, 4), (10, 20, 30, 99), np.uint8), (10, 20, 30)),
+        (np.full((9, 7), 40, np.uint8), (40, 40, 40)),
+        (np.full((9, 7, 1), 50, np.uint8), (50, 50, 50)),
+        (np.full((9, 7, 3), (0.2, 1, 0)), (51, 255, 0)),
+        (np.full((9, 7, 3), (0.2, 60.4, 300), np.float32), (0, 60, 255)),
+        (np.full((9, 7, 3), (np.nan, 0, 1)), (0, 0, 255)),
+        (np.full((9, 7, 3), (-1, 70, 256)), (0, 70, 255)),
+        (np.full((9, 7), True), (255, 255, 255)),
+    ],
+)
+def test_pictures_of_every_kind(frame, color, monkeypatch):
+    """In a video and as an observation; the size may change at each step."""
+    small, large = frame, np.repeat(np.repeat(frame, 2, 0), 3, 1)
+    monkeypatch.setattr(dummy_envs.Film, "frames", [small, large])
+    envs = dummy("Film", obs="pixels", image_size=16, video_size=24)
+    for action in (None, torch.zeros(1, 2)):
+        row, film = envs.step(action), envs.frame()
+        assert row["pixels"].shape == (1, 16, 16, 3) and row["pixels"].dtype == torch.uint8
+        assert (row["pixels"] == torch.tensor(color)).all()
+        assert film.shape == (24, 24, 3) and film.dtype == np.uint8 and (film == color).all()
+
+
+@pytest.mark.parametrize("frame", [None, np.zeros((3, 9, 7)), np.zeros(9), np.array([["a"]])])
+def test_what_is_no_picture(frame, monkeypatch):
+    monkeypatch.setattr(dummy_envs.Film, "frames", [frame])
+    with pytest.raises(RunError, match=r"Film-v0 cannot be rendered.*render\(\) gave .*shape"):
+        dummy("Film", obs="pixels")
+    with pytest.warns(UserWarning, match=r"Film-v0 cannot be rendered.*render\(\) gave"):
+        assert not dummy("Film", video_size=8).can_render
+
+
+@pytest.mark.parametrize("env_workers", [False, True])
+def test_a_render_that_fails(env_workers, capfd):
+    """A film goes without the frame; where the frame is the observation, it is an error."""
+    envs = dummy("Film", video_size=8, env_workers=env_workers)
+    assert envs.can_render and envs.step(None)["reward"].tolist() == [0]
+    assert (envs.frame() == 9).all()
+    assert envs.step(torch.zeros(1, 2))["reward"].tolist() == [1]
+    with pytest.raises(RunError, match=r"Film-v0 cannot be rendered: OSError.*graphics are gone"):
+        envs.frame()
+    assert envs.step(torch.zeros(1, 2))["reward"].tolist() == [2]
+    assert (envs.frame() == 9).all()
+    envs.close()
+    if env_workers:  # what they print, capfd may not see
+        return
+    text = capfd.readouterr().err
+    assert "in render\n" in text and "OSError: the graphics are gone" in text
+    envs = dummy("Film", obs="pixels")
+    assert (envs.step(None)["pixels"] == 9).all()
+    with pytest.raises(EnvError, match=error_pattern(1, 0, 0, "OSError('the graphics are gone')")):
+        envs.step(torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize(
@@ -679,9 +755,110 @@ def test_unknown_ids_and_missing_packages(monkeypatch):
 
 @needs_dmc
 def test_unknown_dm_control_task():
-    for name in ("dm_control/walker-wlak-v0", "walker_walk"):
+    for name in ("dm_control/walker-wlak-v0", "walker_walk", "dmc/Walker-Walk-v0"):
         with pytest.raises(RunError, match=f"'{name}'.*dm_control/walker-walk-v0"):
             Envs(name)
+
+
+@needs("ale_py")
+def test_similar_ids_of_other_namespaces():
+    for name in ("Pong-v5", "pong-v5", "ale/Pong-v5"):
+        with pytest.raises(RunError, match=f"'{name}'.*Similar: ALE/Pong-v5"):
+            Envs(name)
+    with pytest.raises(RunError, match=r"doesn't exist\.$"):  # nothing is similar
+        Envs("zzz")
+
+
+def test_arguments_of_the_constructor():
+    envs = dummy("EchoBox", env_kwargs='{"kind": "multi", "max_episode_steps": 3}')
+    assert envs.action_classes == (2, 3)
+    rows = [envs.step(torch.zeros(1, 5)) for _ in range(4)]
+    assert [row["is_last"].item() for row in rows] == [False, False, False, True]
+    for text in ("[1]", "8", "{kind", "null"):
+        pattern = re.escape(f"--env-kwargs {text} must be a JSON object")
+        with pytest.raises(RunError, match=pattern):
+            dummy("EchoBox", env_kwargs=text)
+    for key in ("size", "id", "disable_env_checker"):
+        with pytest.raises(RunError, match=f"--env-kwargs: .*EchoBox-v0 does not take {key}"):
+            dummy("EchoBox", env_kwargs=f'{{"{key}": 8}}')
+    with pytest.raises(RunError, match=r"--env-kwargs: .*Base-v0 does not take any"):
+        dummy("Base", env_kwargs='{"size": 8}')  # a class without __init__
+    with pytest.raises(RunError, match=r"""with --env-kwargs {"kind": "x"} .*made: KeyError"""):
+        dummy("EchoBox", env_kwargs='{"kind": "x"}')
+
+
+OWN = """
+import gymnasium, sys
+sys.imported = sys.imported + [__name__] if hasattr(sys, "imported") else [__name__]
+gymnasium.register("Own-v0", "dummy_envs:Base")
+"""
+
+
+def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    """It is found, but never in a run folder, of which the module's packages know nothing."""
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(sys, "imported", [], raising=False)
+    run = tmp_path / "runs" / "seed0"
+    for folder in (tmp_path, run, run / "deep", run / "package"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"own_{folder.name.split('_')[0]}.py").write_text(OWN)
+    (run / "package" / "__init__.py").write_text(OWN)
+    (run / "checkpoint.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    name = next(tmp_path.glob("own_*.py")).stem
+    assert Envs(f"{name}:Own-v0").step(None)["observation"].shape == (1, 2)
+    assert sys.imported == [name]
+    refused = "is not imported from .*seed0.*run folder"
+    for module in ("runs.seed0.own_seed0", "runs.seed0.package.own_package"):
+        with pytest.raises(RunError, match=refused):
+            Envs(f"{module}:Own-v0")
+    for folder, module in ((run, "own_seed0"), (run / "deep", "own_deep")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(RunError, match=f"needs a package: No module named '{module}'"):
+            Envs(f"{module}:Own-v0")
+        assert str(folder) not in sys.path
+        monkeypatch.syspath_prepend(folder)
+        with pytest.raises(RunError, match=refused):
+            Envs(f"{module}:Own-v0")
+    assert sys.imported == [name]
+    for env_id in (":Own-v0", ".own:Own-v0", "a:b:Own-v0"):
+        with pytest.raises(RunError, match=f"--env-id {env_id} is not like my_module:MyEnv-v0"):
+            Envs(env_id)
+
+
+def test_mistakes_in_an_environment_are_not_opengl(monkeypatch, capfd):
+    """ "angle" contains "gl"; the author needs the traceback."""
+    monkeypatch.setitem(sys.modules, "mujoco", sys)  # as if it were imported
+    error = AttributeError("'Bug' object has no attribute 'angle'")
+    with pytest.raises(RunError) as caught:
+        dummy("Bug")
+    assert str(caught.value) == f"dummy_envs:Bug-v0 cannot be made: {error!r}"
+    text = capfd.readouterr().err
+    assert "in __init__\n    self.turn = self.angle\n" in text and "dummy_envs.py" in text
+    monkeypatch.setattr(dummy_envs.Film, "frames", [error])
+    with pytest.warns(UserWarning) as caught:
+        dummy("Film", video_size=8)
+    expected = f"dummy_envs:Film-v0 cannot be rendered: {error!r}"
+    assert [str(warning.message) for warning in caught] == [expected]
+    assert "in render\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",  # as MuJoCo, DM Control and PyOpenGL have them
+    [
+        "'NoneType' object has no attribute 'glGetError'",
+        "'NoneType' object has no attribute 'eglQueryString'",
+        "Cannot initialize a headless EGL display.",
+        "No OpenGL rendering backend is available.",
+        "an OpenGL platform library has not been loaded into this process",
+        "gladLoadGL error",
+        "invalid value for environment variable MUJOCO_GL: nonsense",
+        "libGL.so.1: cannot open shared object file",
+    ],
+)
+def test_errors_of_opengl(text):
+    assert GL_ERROR.search(text)
+    assert not GL_ERROR.search("a single global toggle of GLOBAL, 'glue', eagle, ugly and Google")
 
 
 # --- resume -----------------------------------------------------------------------------------
@@ -775,7 +952,7 @@ def test_vectors_make_no_renderer(monkeypatch):
     from dm_control import _render
 
     def fail(*args, **kwargs):
-        raise AssertionError("a renderer was made")
+        raise AssertionError("an OpenGL renderer was made")
 
     monkeypatch.setattr(_render, "Renderer", fail)
     monkeypatch.setattr(mujoco, "MjrContext", fail)
@@ -783,7 +960,7 @@ def test_vectors_make_no_renderer(monkeypatch):
         envs = Envs(env_id)
         envs.step(None)
         envs.step(torch.zeros(1, envs.action_dim))
-        with pytest.raises(RunError, match=r"a renderer was made.*libegl1.*\n.*osmesa.*glfw"):
+        with pytest.raises(RunError, match=r"renderer was made.*libegl1.*\n.*osmesa.*glfw"):
             Envs(env_id, obs="pixels")
 
 
@@ -817,6 +994,17 @@ def test_cameras_and_quality():
     assert torch.equal(pixels(), pixels(camera=2)) and not torch.equal(pixels(), pixels(camera=0))
     full, fast = pixels(render_quality="full").float(), pixels(render_quality="fast").float()
     assert 0 < (full - fast).abs().mean() < 30
+
+
+@needs_dmc
+def test_a_camera_that_is_missing():
+    """Found before anything is rendered: MuJoCo would end the process."""
+    for env_id, count in (("dm_control/walker-walk-v0", 2), ("InvertedPendulum-v5", 0)):
+        for camera in (count, -2):
+            text = f"--camera {camera}: {env_id} has no such camera (it has {count}, counted"
+            with pytest.raises(RunError, match=re.escape(text)):
+                Envs(env_id, camera=camera)
+        Envs(env_id, camera=count - 1).close()
 
 
 @needs_gl

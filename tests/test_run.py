@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -35,6 +36,7 @@ import dreamer
 import dreamer_v3
 import pilco
 from common import checkpoint
+from common.checkpoint import RunError
 from common.envs import Options, make_envs
 from common.replay import Replay, with_previous
 from common.run import evaluate
@@ -544,6 +546,18 @@ def test_an_endless_episode_is_cut_with_a_note(monkeypatch, capsys):
     assert capsys.readouterr().out.count("cut after 10 steps: it has no max_episode_steps?") == 2
 
 
+@pytest.mark.parametrize("script", [dreamer_v3, dreamer, pilco])
+def test_evaluation_passes_the_constructor_its_arguments(script):
+    kwargs = '{"max_episode_steps": 7, "slow": 0.001}'
+    args = script.parse_args(["--preset", "debug", "--env-kwargs", kwargs])
+    args.env_id, args.angles = "running:Long-v0", ()
+    assert common.run.args_dict(args)["env_kwargs"] == kwargs  # as args.json has it
+    envs = make_envs(args, num_envs=1)
+    assert envs._vector.envs[0].unwrapped.slow == 0.001
+    agent = SimpleNamespace(args=args, act=lambda *_: TensorDict(action=torch.zeros(1, 2)))
+    assert evaluate(agent, 2, seed=5)[0] == [28.0] * 2  # 1 + ... + 7, not to 20
+
+
 # --- use ----------------------------------------------------------------------------------------
 
 
@@ -755,6 +769,21 @@ def test_one_line_errors(start, tmp_path, flags, words):
 @pytest.mark.parametrize("env_id", ["Pendulun-v1", "a_module_that_is_not_here:Env-v0"])
 def test_a_wrong_env_id_leaves_no_run_folder(start, tmp_path, env_id):
     assert env_id.split(":")[0] in start("--env-id", env_id, "--run", tmp_path / "run").error()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", [dreamer_v3, dreamer, pilco])
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--env-kwargs [8]", r"--env-kwargs \[8\] must be a JSON object"),
+        ("--camera 0", "--camera 0: InvertedPendulum-v5 has no such camera"),
+    ],
+)
+def test_what_an_environment_refuses_leaves_no_run_folder(script, flags, error, tmp_path):
+    flags = ["--env-id", "InvertedPendulum-v5", "--run", str(tmp_path / "run"), *flags.split()]
+    with pytest.raises(RunError, match=error):
+        script.main(["--preset", "debug", *flags])
     assert not (tmp_path / "run").exists()
 
 
