@@ -35,10 +35,11 @@ from torch import Tensor, nn
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.replay import make_replay
+from common.replay import check_room, make_replay
 from common.run import (
-    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, evaluate_run,
-    gather_ranks, launch, load_agent, mean_over_ranks, mean_over_ranks_, parse_flags, prepare,
+    Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
+    Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks,
+    mean_over_ranks_, parse_flags, prepare, run_folder,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
@@ -52,7 +53,7 @@ class Args:
     """Flags. The defaults are the authors' for DM Control from pixels; presets change some."""
 
     preset: Preset = "default"  # a named set of settings; other flags override them
-    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
+    env_id: EnvId = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
     steps: MayChange[Count] = 5_000_000  # environment steps, counting repeats and reset rows
     seed: Natural = 0  # seeds networks, noise, replay, environments
 
@@ -65,7 +66,7 @@ class Args:
     eval_every: MayChange[Natural] = 10_000  # environment steps between test episodes
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
-    threads: MayChange[Natural] = 0  # of torch and numpy on the CPU; 0: their choice
+    threads: MayChange[Threads] = 0  # of torch and numpy on the CPU; 0: their choice
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
@@ -74,13 +75,13 @@ class Args:
 
     # environment
 
-    num_envs: Count = 1  # stepped together
+    num_envs: NumEnvs = 1  # stepped together
     env_workers: MayChange[bool] = False  # a process for each environment
     env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 2  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     sticky: bool = False  # Atari: sticky actions (25%) and all 18 actions
-    camera: int = -1  # of MuJoCo; -1: the default
+    camera: Camera = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # replay and schedule
@@ -91,7 +92,7 @@ class Args:
     train_every: Count = 1_000  # environment steps; each multiple brings a burst of updates
     train_steps: Count = 100  # updates in a burst
     pretrain: Count = 100  # updates in the first burst, instead of train_steps
-    replay_size: int = 5_000_000  # rows; allocates only what --steps can fill
+    replay_size: Count = 5_000_000  # rows; allocates only what --steps can fill
 
     # world model
 
@@ -868,15 +869,20 @@ def main(argv: list[str] | None = None):
     envs = make_envs(args)
     print(*envs.notes, sep="\n")
     agent = Agent(envs.spec, args, device)
+    example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
+    check_room(args, example, run_folder(SCRIPT, args))
     with Run(SCRIPT, args, agent) as run:
-        example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
         # the last window of an episode has its terminal row
         replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
+        told = args.pcont  # that an episode terminated
 
         while run.training(latent):
             if not run.owed:  # resumed runs first do owed updates
                 rows = envs.step(latent["action"])
+                if rows["is_terminal"].any() and not told:
+                    run.logger.note("an episode has terminated: without --pcont no dream does")
+                    told = True
                 latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
                 replay.append(agent.stored_rows(rows, latent))
                 run.count(rows)

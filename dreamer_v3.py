@@ -36,17 +36,18 @@ from torch.distributions import Independent, Normal
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.replay import make_replay
+from common.replay import check_room, make_replay
 from common.run import (
-    Count, Fraction, MayChange, Natural, NotNegative, Positive, Rule, Run, autocast, evaluate_run,
-    gather_ranks, launch, load_agent, mean_over_ranks_, parse_flags, prepare,
+    Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
+    Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks_,
+    parse_flags, prepare, run_folder,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 Unimix = Annotated[float, Rule("above 0, for a finite KL, and below 1", lambda x: 0 < x < 1)]
-Side = Annotated[int, Rule("a multiple of 16", lambda x: x > 0 and x % 16 == 0)]
+Side = Annotated[int, Rule("a multiple of 16, up to 1,024", lambda x: x in range(16, 1025, 16))]
 Preset = Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"]
 Size = Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]
 
@@ -57,7 +58,7 @@ class Args:
 
     preset: Preset = "default"  # a named set of settings; other flags override them
     size: Size = ""  # parameter count; empty: the preset's, else 1m
-    env_id: str = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
+    env_id: EnvId = "dm_control/walker-walk-v0"  # any gymnasium id, even my_module:MyEnv-v0
     steps: MayChange[Count] = 1_100_000  # environment steps, counting repeats and reset rows
     seed: Natural = 0  # seeds networks, noise, replay, environments
 
@@ -69,7 +70,7 @@ class Args:
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
-    threads: MayChange[Natural] = 0  # on the CPU; 0: the libraries' choice. Small networks: use 1
+    threads: MayChange[Threads] = 0  # on the CPU; 0: the libraries' choice. Small networks: use 1
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
@@ -78,14 +79,14 @@ class Args:
 
     # environment
 
-    num_envs: Count = 1  # stepped together
+    num_envs: NumEnvs = 1  # stepped together
     env_workers: MayChange[bool] = False  # a process for each environment
     env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 1  # environment steps per action
     obs: Literal["auto", "vector", "pixels", "both"] = "auto"  # pixels: rendered if need be
     image_size: Side = 64  # images are resized to this square
     sticky: bool = False  # Atari: sticky actions (25%) and all 18 actions
-    camera: int = -1  # of MuJoCo; -1: the default
+    camera: Camera = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # replay
@@ -93,7 +94,7 @@ class Args:
     batch_size: Count = 16  # windows per update
     batch_length: Count = 64  # rows per window, plus one of context
     train_ratio: NotNegative = 1024.0  # replayed rows per row of experience
-    replay_size: int = 5_000_000  # rows; allocates only what --steps can fill
+    replay_size: Count = 5_000_000  # rows; allocates only what --steps can fill
 
     # world model
 
@@ -105,7 +106,7 @@ class Args:
     stoch: Count = 32  # categoricals in the state
     blocks: Count = 8  # of the block-diagonal recurrent weights
     unimix: Unimix = 0.01  # uniform share in the state's categoricals
-    free_nats: float = 1.0  # KL below this is not penalized
+    free_nats: NotNegative = 1.0  # KL below this is not penalized
 
     # behavior
 
@@ -158,6 +159,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     training = args.train_ratio and not (args.benchmark or args.eval)
     if training and windows < args.batch_size * args.batch_length:
         text = "--steps and --replay-size give fewer windows than --batch-size x --batch-length"
+        text += f", with --num-envs {args.num_envs} and --action-repeat {args.action_repeat}"
         raise RunError(f"{text}: training would never start")
     return args
 
@@ -1058,8 +1060,9 @@ def main(argv: list[str] | None = None):
     envs = make_envs(args)
     print(*envs.notes, sep="\n")
     agent = Agent(envs.spec, args, device)
+    example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
+    check_room(args, example, run_folder(SCRIPT, args))
     with Run(SCRIPT, args, agent) as run:
-        example = agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
         replay = make_replay(args, example, run.folder, online=True)
         ratio = Ratio(updates_per_row)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)

@@ -49,13 +49,12 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.imagination import ModelBasedEnvBase
 from common.run import (
-    Count, MayChange, Natural, Positive, Rule, Run, evaluate_run, launch, load_agent, parse_flags,
-    prepare,
+    Camera, Count, EnvId, MayChange, Natural, Positive, Rule, Run, Threads, evaluate_run, launch,
+    load_agent, parse_flags, prepare,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
 JITTER = 1e-6  # the authors' variance of a deterministic GP; here also FITC's relative ridge
-Finite = Annotated[float, Rule("a finite number", math.isfinite)]
 Numbers = tuple[float, ...]
 Widths = Annotated[Numbers, Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
 Stds = Annotated[Numbers, Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)]
@@ -67,7 +66,7 @@ class Args:
     """Flags. The authors' defaults, except --trials, --evaluations, --restarts and --centers."""
 
     preset: Preset = "cart_pole"  # a scenario; other flags override it
-    env_id: str = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
+    env_id: EnvId = "PILCO/CartPole-v0"  # any gymnasium id, even my_module:MyEnv-v0
     trials: MayChange[Count] = 8  # each improves the policy, then plays one rollout
     seed: Natural = 0  # seeds policies, random actions, environments
 
@@ -78,7 +77,7 @@ class Args:
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes
     eval_episodes: MayChange[Count] = 10  # played at the end, and by --eval
     benchmark: bool = False  # time the expected cost and its gradient
-    threads: MayChange[Natural] = 1  # for torch and numpy: more do not help; 0: their default
+    threads: MayChange[Threads] = 1  # for torch and numpy: more do not help; 0: their default
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
 
     # environment
@@ -88,7 +87,7 @@ class Args:
     env_kwargs: str = ""  # JSON, to the environment's constructor: '{"map_name": "8x8"}'
     action_repeat: Count = 1  # environment steps per action
     dt: Positive = 0.1  # seconds per environment step, for log and films
-    camera: int = -1  # of MuJoCo; -1: the default
+    camera: Camera = -1  # of MuJoCo; -1: the default
     render_quality: Literal["fast", "full"] = "fast"  # fast: no shadows, no antialiasing
 
     # belief
@@ -114,7 +113,7 @@ class Args:
     target: tuple[float, ...] = ()  # state; empty: zeros
     weights: tuple[float, ...] = ()  # for the features: a diagonal or the whole matrix; empty: ones
     widths: Widths = (1.0,)  # the cost is a mean over them
-    exploration: Finite = 0.0  # adds this many std of the cost to its mean; below 0 explores
+    exploration: float = 0.0  # adds this many std of the cost to its mean; below 0 explores
     gamma: Positive = 1.0  # discount per step
 
     # policy search
@@ -471,21 +470,33 @@ def most_uncertain(x: Tensor, hyper: tuple[Tensor, Tensor, Tensor], count: int) 
 def check_data(td: TensorDict):
     """RunError unless a GP can be fitted to transitions td[n]; see GPWorldModel.fit."""
     if len(td) < 2:
-        raise RunError(f"a Gaussian process needs at least two transitions, not {len(td)}")
+        text = f"a Gaussian process needs at least two transitions, not {len(td)}"
+        raise RunError(f"{text}: raise --random-rollouts, or --horizon if it is 1")
     for name in ("observation", "action", "next observation"):
         if bad := (~td[tuple(name.split())].isfinite()).any(0).nonzero()[:, 0].tolist():
             raise RunError(f"NaN or infinity in {name}, at indices {bad}")
-    change = td["next", "observation"] - td["observation"]
-    if still := (change == change[0]).all(0).nonzero()[:, 0].tolist():
-        raise RunError(f"observation indices {still} always change by the same amount: omit them")
+    if constant(td["next", "observation"] - td["observation"]).all():
+        raise RunError("all numbers of --env-id always change by the same amount: nothing to learn")
+
+
+def constant(x: Tensor) -> Tensor:
+    """Whether each column of x (n, K) holds a single number: (K)."""
+    return (x == x[0]).all(0)
+
+
+def spread(x: Tensor) -> Tensor:
+    """The standard deviation of each column of x (n, K), 1 for one that is constant: (K)."""
+    return x.std(0).clamp(min=1e-6).where(~constant(x), 1.0)
 
 
 class GPWorldModel(nn.Module):
     """p(x' | x, u): a GP for each state variable's difference, eq. 3-8, in the units of the data.
 
     Angles enter as sine and cosine. With more than `max_inducing` points the GPs are still
-    fitted to all data but predict through inducing inputs (FITC). `state_dict` holds
-    neither `hyper` nor `posterior`; `factorize` computes `posterior` from `hyper` and the data.
+    fitted to all data but predict through inducing inputs (FITC). A variable that always changes
+    by the same amount (0, if it is constant) is not fitted: its GP hardly varies. `state_dict`
+    holds neither `hyper` nor `posterior`; `factorize` computes `posterior` from `hyper` and the
+    data.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, *, angles: Sequence[int] = (),
@@ -513,28 +524,39 @@ class GPWorldModel(nn.Module):
         """Fit to td[n]: `observation`, `action`, ("next", "observation"); RunError if it fails."""
         check_data(td)
         x, y = self.dataset(td)
-        std = x.std(0).clamp(min=1e-6)
-        if self.hyper is None:  # otherwise start from the last fit
-            signal = y.std(0).clamp(min=1e-6).log()
-            self.hyper = std.log().expand(self.obs_dim, -1).clone(), signal, signal - math.log(10)
+        std, still = spread(x), constant(y)
+        signal = y.std(0).where(~still, y[0].abs()).clamp(min=1e-6).log()
+        smooth = still * math.log(100)  # for what is not fitted: as far as the penalty allows
+        hyper = std.log() + smooth[:, None], signal, signal - math.log(10) - smooth
+        if self.hyper is not None:  # start from the last fit
+            fitted = ~still & (self.hyper[1] > math.log(2e-6))  # else it was constant until now
+            for new, last in zip(hyper, self.hyper, strict=True):
+                new[fitted] = last[fitted]
+        elif still.any():
+            index = still.nonzero()[:, 0].tolist()
+            print(f"observation indices {index} never change, or always alike: no GP is fitted")
+        self.hyper = hyper
         mll = PenalizedMarginalLikelihood(self.build(x, y), std)
         try:
             with warnings.catch_warnings(action="ignore"):  # about stopping at maxiter
                 fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": self.fit_steps}})
         except ModelFittingError as error:
             raise RunError(f"the Gaussian processes could not be fitted: {error}") from None
-        self.hyper = tuple(value.detach() for value in mll.model.log_hyperparameters())
+        for value, new in zip(hyper, mll.model.log_hyperparameters(), strict=True):
+            value[~still] = new.detach()
         return self.factorize(x, y)
 
     def build(self, x: Tensor, y: Tensor) -> IndependentGPs:
-        """GPyTorch's model of the data at the current hyperparameters."""
-        batch = {"batch_shape": torch.Size([self.obs_dim])}
+        """GPyTorch's model of what is not constant in y, at the current hyperparameters."""
+        chosen = ~constant(y)
+        y, hyper = y[:, chosen], [value[chosen] for value in self.hyper]
+        batch = {"batch_shape": y.shape[1:]}
         positive = gpytorch.constraints.Positive(torch.exp, torch.log)  # so the fit is in logs
         base = gpytorch.kernels.RBFKernel(x.shape[-1], lengthscale_constraint=positive, **batch)
         covar = gpytorch.kernels.ScaleKernel(base, outputscale_constraint=positive, **batch)
         likelihood = gpytorch.likelihoods.GaussianLikelihood(noise_constraint=positive, **batch)
-        model = IndependentGPs(x.expand(self.obs_dim, *x.shape), y.mT, likelihood, covar).to(x)
-        lengthscale, signal, noise = (value.exp() for value in self.hyper)
+        model = IndependentGPs(x.expand(y.shape[1], *x.shape), y.mT, likelihood, covar).to(x)
+        lengthscale, signal, noise = (value.exp() for value in hyper)
         base.lengthscale, covar.outputscale = lengthscale[:, None], signal.square()
         likelihood.noise = noise.square()[:, None]
         return model
@@ -823,6 +845,8 @@ class Agent:
             self.controller = LinearController(inputs, actions, **options)
         else:
             self.controller = RBFController(inputs, actions, centers=args.centers, **options)
+        for name in ("start", "start_std"):  # a wrong count shows now, not after the first rollout
+            self.flag_vector(name, torch.zeros(width))
         target = self.flag_vector("target", torch.zeros(width))
         whole = len(args.weights) == size**2
         weights = self.flag_vector("weights", torch.ones(size**2 if whole else size))
@@ -837,14 +861,12 @@ class Agent:
         self.fps = max(1, round(1 / (args.dt * args.action_repeat)))
 
     def flag_vector(self, name: str, default: Tensor) -> Tensor:
-        """A flag's numbers, or `default`; RunError if the count is wrong or one is not finite."""
+        """A flag's numbers, or `default`; RunError if the count is wrong."""
         values = getattr(self.args, name) or default.tolist()
         flag, preset = f"--{name.replace('_', '-')}", self.args.preset
         if len(values) != len(default):
             given = f", those of --preset {preset}" if values == PRESETS[preset].get(name) else ""
             raise RunError(f"{flag} needs {len(default)} numbers, not {len(values)}{given}")
-        if not all(map(math.isfinite, values)):
-            raise RunError(f"{flag} needs finite numbers")
         return torch.tensor(values, dtype=torch.float64)
 
     def state(self, rows: TensorDict) -> Tensor:
@@ -920,7 +942,7 @@ class Agent:
             self.draw_controller()
         elif args.restarts > 1:  # unlike the authors: new policies, centers among all states seen
             states = self.world_model.dataset(self.data)[0][:, : len(self.world_model.state_inputs)]
-            theta = self.controller.draw(states, states.std(0).clamp(min=1e-6), 0.5)
+            theta = self.controller.draw(states, spread(states), 0.5)
             self.controller.theta.data[1:] = theta[1:]
         self.drawn = True
         theta, scale = self.controller.theta.data, self.controller.scale(self.controller.theta.data)

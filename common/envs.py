@@ -70,7 +70,7 @@ NEW_API = (
     "info), its step (observation, reward, terminated, truncated, info), the reward a plain number"
 )
 PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
-    "dm_control": (("dm_control", "shimmy"), "shimmy dm-control"),
+    "dm_control": (("dm_control", "shimmy"), "shimmy dm-control (Python 3.12 or older)"),
     "ALE": (("ale_py",), "ale-py opencv-python"),
 }
 
@@ -237,7 +237,9 @@ class _Rows(gymnasium.Wrapper):
         if self.renders_pixels:
             shapes["pixels"] = [size, size, 3]
         if not shapes:
-            raise RunError(f"{env_id} observes {list(self.tree)}: nothing left with obs={obs!r}")
+            why = "no numbers, only images: dreamer.py and dreamer_v3.py learn from them"
+            why = f"{why} with --obs auto" if leaves else "only text"
+            raise RunError(f"{env_id} observes {', '.join(self.tree)}, {why}")
         shapes = dict(sorted(shapes.items()))
         width, classes, self.decode = _action_decoder(self.action_space, env_id)
         discrete = [key for key in self.names if _categories(leaves[key])]

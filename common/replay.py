@@ -4,8 +4,10 @@ import os
 import shutil
 from collections import deque
 from math import ceil
+from os.path import isdir  # unlike Path.is_dir, False where a name is too long
 from pathlib import Path
 
+import psutil
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
@@ -35,15 +37,38 @@ def with_previous(rows: TensorDict) -> TensorDict:
     return rows[:, 1:].exclude(*LATENTS).set("previous", previous)
 
 
-def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
-    """The replay of a run, at most what `steps` can fill; if less than that, with slack.
-
-    args: the script's flags; example, options: see Replay. Prints the size.
-    """
+def replay_rows(args) -> tuple[int, int]:
+    """Capacity, at most what `steps` can fill, and if it is less than that, slack: see Replay."""
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
     needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)  # and a window
     capacity = min(args.replay_size, needed)
-    slack = ceil(args.save_every / per_row) + 1 if capacity < needed else 0
+    return capacity, ceil(args.save_every / per_row) + 1 if capacity < needed else 0
+
+
+def check_room(args, example: TensorDict, folder: Path):
+    """RunError if the disk cannot hold the replay, or the memory a batch; touches no folder."""
+    capacity, slack = replay_rows(args)
+    row = sum(leaf.nbytes * (1 + (key in LATENTS)) for key, leaf in example.items())
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if isdir(path))
+    found = folder.rglob("replay/*") if isdir(folder) else ()
+    need = row * (capacity + args.num_envs * slack) - sum(path.stat().st_size for path in found)
+    need, free = need / 1e9, shutil.disk_usage(place).free / 1e9
+    if need > free:
+        text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {place}"
+        raise RunError(f"{text}: choose a smaller --replay-size, --steps or --save-every")
+    need = row * args.batch_size * args.batch_length * (1 + args.imagination_horizon) / 1e9
+    most = psutil.virtual_memory().total / 1e9
+    if need > most:
+        ways = "choose a smaller --batch-size, --batch-length or --imagination-horizon"
+        raise RunError(f"a batch with its dreams needs {need:.0f} GB of {most:.0f}: {ways}")
+
+
+def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
+    """The replay of a run. args: the script's flags; example, options: see Replay.
+
+    Prints the size.
+    """
+    capacity, slack = replay_rows(args)
     length, directory = args.batch_length + 1, folder / "replay"
     options |= dict(batch_size=args.batch_size, slack=slack, seed=args.seed)
     replay = Replay(example, capacity, args.num_envs, length, directory, **options)
@@ -65,7 +90,7 @@ class Replay:
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
     episodes: draw a finished episode, then a window in it, with `last_window` also the one at its
-    end. RunError if a window of `length` rows does not fit the ring, or the disk is too full.
+    end. RunError if a window of `length` rows does not fit the ring, or the disk is full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
@@ -91,11 +116,6 @@ class Replay:
         self.directory.mkdir(parents=True, exist_ok=True)
         sizes = {path.name: path.stat().st_size for path in self.directory.iterdir()}
         self.found = {key: sizes.get(key, 0) for key in leaves}  # bytes
-        need = sum(max(0, leaf.nbytes - self.found[key]) for key, leaf in leaves.items()) / 1e9
-        free = shutil.disk_usage(directory).free / 1e9
-        if need > free:
-            text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {directory}"
-            raise RunError(f"{text}: choose a smaller --replay-size")
         self.storage = {k: _memory_map(self.directory / k, leaf) for k, leaf in leaves.items()}
         self.current = torch.zeros(rows, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to

@@ -42,6 +42,7 @@ from common.logger import Logger, plot_curve
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")  # of an unsaved run
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns")
+TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
 
 
@@ -61,6 +62,11 @@ def launch(main: Callable):
         if error.errno not in DISK_FULL:
             raise
         sys.exit(f"error: disk full, the last checkpoint is kept ({error})")
+    except Exception as error:
+        if not isinstance(error, MemoryError) and not re.search(TOO_LARGE, str(error), re.I):
+            raise
+        flags, why = shlex.join(sys.argv[1:]) or "the default flags", str(error).partition("\n")[0]
+        sys.exit(f"error: out of memory with {flags}: choose smaller sizes ({why})")
 
 
 # --- flags --------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ class Rule(NamedTuple):
     """What `parse_flags` demands of a flag's value."""
 
     text: str  # --flag must be ...
-    holds: Callable[[float], bool]
+    holds: Callable[..., bool]
 
 
 T = TypeVar("T")
@@ -80,6 +86,11 @@ Natural = Annotated[int, Rule("a whole number, not negative", lambda x: x >= 0)]
 Positive = Annotated[float, Rule("a positive number", lambda x: 0 < x < inf)]
 NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0 <= x < inf)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
+Threads = Annotated[int, Rule("between 0 and 1,024", lambda x: 0 <= x <= 1024)]
+NumEnvs = Annotated[int, Rule("between 1 and 10,000", lambda x: 1 <= x <= 10_000)]
+Camera = Annotated[int, Rule("the number of a camera, or -1", lambda x: x >= -1)]
+EnvId = Annotated[str, Rule("like CartPole-v1, dm_control/walker-walk-v0 or my_module:MyEnv-v0",
+                            re.compile(r"(\w[\w.-]*:)?\w[^:]*").fullmatch)]  # fmt: skip
 
 
 def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict]) -> T:
@@ -95,11 +106,21 @@ def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict
     if len(flags) < len(argv):
         print_help(args, doc)
         sys.exit(0)
-    for name, marks in annotations(args_type).items():
-        for rule in marks:
-            if isinstance(rule, Rule) and not rule.holds(getattr(args, name)):
-                raise RunError(f"--{name.replace('_', '-')} must be {rule.text}")
+    check_flags(args)
     return args
+
+
+def check_flags(args):
+    """RunError that names a flag whose value breaks its rule, or has a number beyond 64 bits."""
+    for name, marks in annotations(type(args)).items():
+        value = getattr(args, name)
+        values = value if isinstance(value, tuple) else (value,)
+        broken = [mark.text for mark in marks if isinstance(mark, Rule) and not mark.holds(value)]
+        if any(isinstance(x, int | float) and not abs(x) < 2**63 for x in values):  # also NaN
+            broken.append("finite and below 2**63")
+        if broken:
+            given = " ".join(map(str, values)) or "empty"
+            raise RunError(f"--{name.replace('_', '-')} must be {broken[0]}, not {given}")
 
 
 def print_help(args, doc: str):
@@ -143,6 +164,7 @@ def pick_device(name="") -> torch.device:
     """The device of that name; empty: CUDA if there is a GPU, else the CPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        assert device.type in ("cpu", "cuda"), "it is neither cpu nor cuda"
         return torch.zeros(0, device=device).device  # "cuda" -> "cuda:0"; raises if unusable
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise RunError(f"--device {name} cannot be used: {error}") from error
@@ -192,7 +214,10 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     folder of `script`.
     """
     folder = run_folder(script, args)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # a file, a device, too long a name, a null byte
+        raise RunError(f"--run {folder} cannot be a folder: {error}") from None
     saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
     checkpoint.lock_folder(folder)
     if saved.get("script", script) != script:

@@ -368,6 +368,15 @@ def test_a_run_without_updates_says_so(start, tmp_path):
     assert "no updates: raise --steps, or lower --prefill" in text
 
 
+@pytest.mark.parametrize(
+    ("env_id", "flags", "times"), [("Terminal", "", 1), ("Terminal", "--pcont", 0), ("Base", "", 0)]
+)
+def test_episodes_that_terminate_without_pcont(inside, capsys, env_id, flags, times):
+    argv = [*SMALL, "--prefill", 10, "--steps", 30, "--batch-length", 4, *flags.split()]
+    inside(*argv, "--env-id", f"dummy_envs:{env_id}-v0")
+    assert capsys.readouterr().err.count("terminated: without --pcont") == times
+
+
 def test_two_ranks_resume_exactly(two, tmp_path):
     flags = "--preset debug --env-id CartPole-v1 --num-envs 4 --action-repeat 1 --pcont --threads 1"
     flags += " --prefill 40 --train-every 20 --train-steps 2 --pretrain 3 --log-every 20"

@@ -594,6 +594,41 @@ def test_inducing_inputs_are_the_most_uncertain_ones():
     assert errors[0] < min(errors[1:])
 
 
+def test_what_always_changes_by_the_same_amount_is_not_fitted(capsys):
+    """A number that never changes and a clock: known exactly, and no part of the others' fit."""
+    td, plain = transitions(), GPWorldModel(2, 1).fit(transitions())
+    clock = 0.25 * torch.arange(60, dtype=torch.float64)
+    x, after = td["observation"], td["next", "observation"]
+    td["observation"] = torch.stack([torch.full_like(clock, 7), *x.unbind(1), clock], 1)
+    td["next", "observation"] = torch.stack(
+        [torch.full_like(clock, 7), *after.unbind(1), clock + 0.25], 1
+    )
+    model = GPWorldModel(4, 1).fit(td)
+    assert capsys.readouterr().out.startswith("observation indices [0, 3] never change, or")
+    inputs, targets = model.dataset(td)
+    mean, cov, _ = model(*known(inputs))
+    assert error(mean[:, [0, 3]], targets[:, [0, 3]]) < 2e-4
+    assert cov[:, 0, 0].max() < 1e-11 and cov[:, 3, 3].max() < 1e-6
+    assert (mean - targets)[:, 1:3].square().mean().sqrt() < 0.02
+    still = td.clone()  # without the clock the fit is that of the other two, to the last digits
+    for key in ("observation", ("next", "observation")):
+        still[key] = still[key][:, :3]
+    model = GPWorldModel(3, 1).fit(still)
+    assert error(model.hyper[0][1:, 1:], plain.hyper[0]) < 1e-6
+    assert error(model.hyper[1][1:], plain.hyper[1]) < 1e-6
+    wide = known(torch.cat([torch.full((60, 1), 7.5).double(), plain.dataset(transitions())[0]], 1))
+    expected = plain(*known(plain.dataset(transitions())[0]))[0]
+    assert error(model(*wide)[0][:, 1:], expected) < 0.2, "a little off: the model does not vanish"
+    moves = transitions(80, seed=3)  # one that begins to move is fitted like any other
+    for key in ("observation", ("next", "observation")):
+        still[key] = torch.cat([still[key][:, 1:], still[key][:, :1]], 1)
+        noise = 0.1 * torch.arange(80.0).double()[:, None].sin() + 7
+        moves[key] = torch.cat([moves[key], noise if key == "observation" else 0.5 * noise], 1)
+    model = GPWorldModel(3, 1).fit(still).fit(torch.cat([still[:0], moves]))
+    inputs, targets = model.dataset(moves)
+    assert error(model(*known(inputs))[0][:, 2], targets[:, 2]) < 1e-2
+
+
 def test_data_that_cannot_be_fitted():
     def changed(field, value):
         td = transitions(20)
@@ -613,8 +648,8 @@ def test_data_that_cannot_be_fitted():
         ),
     ]
     still = transitions(20)
-    still["next", "observation"][:, 0] = still["observation"][:, 0]
-    cases.append((still, r"observation indices \[0\] always change by the same amount"))
+    still["next", "observation"] = still["observation"].clone()
+    cases.append((still, "all numbers of --env-id always change by the same amount"))
     for td, words in cases:
         with pytest.raises(pilco.RunError, match=words):
             GPWorldModel(2, 1).fit(td)

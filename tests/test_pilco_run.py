@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -100,9 +101,12 @@ def plain(width):
         ("--horizon 0", "--horizon must be at least 1"),
         ("--horizon 41", "--horizon 41 is too long: an episode .* ends after 40 steps"),
         ("--horizon 21 --action-repeat 2", "--horizon 21 x --action-repeat 2 is too long"),
-        ("--target 0 nan", "--target needs finite numbers"),
-        ("--start-std 0.1 nan", "--start-std needs finite numbers"),
-        ("--weights 1 1 nan 1", "--weights needs finite numbers"),
+        ("--target 0 nan", r"--target must be finite and below 2\*\*63, not 0.0 nan"),
+        ("--start-std 0.1 nan", "--start-std must be finite"),
+        ("--weights 1 1 nan 1", "--weights must be finite"),
+        ("--horizon 1 --env-id running:Long-v0", "two transitions, not 1: raise --random-rollouts"),
+        ("--env-id dummy_envs:Picture-v0", "observes observation, no numbers, only images"),
+        ("--start 0 0 0", "--start needs 2 numbers, not 3"),
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
         ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
         ("--weights 1 2 3", "--weights needs 4 numbers, not 3"),
@@ -237,9 +241,29 @@ def test_data_that_cannot_be_used(inside, tmp_path):
     with pytest.raises(checkpoint.RunError, match="not finite"):
         inside(*argv, "--env-id", "running:Spoiled-v0", "--random-rollouts", 9)
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(checkpoint.RunError, match="always change by the same amount: omit them"):
+    with pytest.raises(checkpoint.RunError, match="all numbers .* change by the same amount"):
         inside(*argv, "--env-id", "running:Long-v0")
     assert checkpoint.load(tmp_path / "run")["done"] == 1
+
+
+def with_constant():
+    """The pendulum, observed with a number that is always 7."""
+    env = gymnasium.make("PILCO/Pendulum-v0")
+    space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+    return gymnasium.wrappers.TransformObservation(env, lambda x: np.append(x, 7.0), space)
+
+
+def test_a_number_that_never_changes(inside, tmp_path, capsys):
+    gymnasium.register("WithConstant-v0", with_constant)
+    flags = "--start 0 0 7 --start-std 0.1 0.1 0 --target 0 3.14 7 --weights 0 0 1 1 1"
+    inside(*DEBUG, "--env-id", "WithConstant-v0", "--angles", 1, *flags.split())
+    text = capsys.readouterr().out
+    assert text.count("observation indices [2] never change, or always alike: no GP") == 1
+    agent = pilco.load(tmp_path / "run")
+    assert agent.data["observation"].shape == (24, 3)
+    belief = agent.predict()["next"]
+    assert (belief["mean"][..., 2] - 7).abs().max() < 1e-6
+    assert belief["covariance"][..., 2, 2].max() < 1e-9 < belief["covariance"][..., 0, 0].min()
 
 
 def test_a_search_without_a_value_is_an_error(inside, monkeypatch):

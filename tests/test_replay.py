@@ -13,6 +13,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from common.checkpoint import RunError
-from common.replay import Replay, make_replay, with_previous
+from common.replay import Replay, check_room, make_replay, with_previous
 
 EXAMPLE = TensorDict(
     observation=torch.zeros(3),
@@ -530,22 +531,31 @@ def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message
     assert (reopened.draw(9) == expected).all()
 
 
-def test_disk_space(tmp_path, monkeypatch):
-    """A disk that is too small is refused at once; the files take what was asked for."""
-    arguments = dict(example=EXAMPLE, capacity=60_000, num_envs=2, slack=500)
+def test_room(tmp_path, monkeypatch):
+    """A disk or memory that is too small is refused at once; the files take what was asked for."""
+    run, usage = tmp_path / "deep" / "run", namedtuple("usage", "total used free")
     row = 2 * (2 * 2 + 2 * 1) + 3 * 4 + 4 * 4 * 3 + 1 + 1  # bytes, the latents twice
-    size = row * 2 * (30_000 + 500) / 1e9
-    usage = namedtuple("usage", "total used free")
+    size = row * 2 * (30_000 + 501) / 1e9
+    args = dict(num_envs=2, action_repeat=1, steps=80_000, save_every=1000, replay_size=60_000)
+    args = SimpleNamespace(**args, batch_size=10, batch_length=4, imagination_horizon=14, seed=0)
     free = int(size * 1e9) - 10
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
-    with pytest.raises(RunError, match=r"needs 0.0\d GB more, only .* free in .*--replay-size"):
-        Replay(**arguments, length=5, directory=tmp_path)
+    with pytest.raises(RunError, match=rf"needs 0.0\d GB more, .* in {tmp_path}: .*--replay-size"):
+        check_room(args, EXAMPLE, run)
     assert not any(tmp_path.iterdir())
     monkeypatch.undo()
-    Replay(**arguments, length=5, directory=tmp_path)
-    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == round(size * 1e9)
+    check_room(args, EXAMPLE, run)
+    make_replay(args, EXAMPLE, run)
+    files = (run / "replay").iterdir()
+    assert sum(path.stat().st_size for path in files) == round(size * 1e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
-    Replay(**arguments, length=5, directory=tmp_path)  # its files already hold the blocks
+    check_room(args, EXAMPLE, run)  # its files already hold the blocks
+    memory = namedtuple("memory", "total")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(row * 10 * 4 * 15))
+    check_room(args, EXAMPLE, run)
+    args.batch_size = 11
+    with pytest.raises(RunError, match="choose a smaller --batch-size, --batch-length or --imag"):
+        check_room(args, EXAMPLE, run)
 
 
 def test_a_replay_too_small_or_empty_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import tyro
 from running import (
     ENVIRONMENT,
     REPO,
@@ -39,12 +41,13 @@ from common import checkpoint
 from common.checkpoint import RunError
 from common.envs import Options, make_envs
 from common.replay import Replay, with_previous
-from common.run import evaluate
+from common.run import check_flags, evaluate
 from dreamer_v3 import Agent, parse_args
 from tools.benchmark import benchmark
 from tools.dreams import open_loop
 
 SCRIPT = REPO / "dreamer_v3.py"  # what `start` and `inside` run here
+TUPLES = tuple[int, ...], tuple[float, ...]
 SMALL = (
     "--threads 1 --no-tensorboard --deter 16 --hidden 8 --stoch 4 --classes 4 --depth 2 --units 8"
     " --batch-size 2 --batch-length 8 --imagination-horizon 3 --image-size 16"
@@ -273,6 +276,93 @@ def test_unknown_flags_and_values(capsys):
             parse_args(argv)
         assert stop.value.code == 2
         assert argv[0] in capsys.readouterr().err
+
+
+NUMBERS = ("nan", "inf", "-7", "-3.5", str(2**70))
+ANY_SIGN = {  # numbers that may be negative; an index of pilco.py is checked by its Agent
+    dreamer_v3: {("entropy_bonus", "-7"), ("entropy_bonus", "-3.5")},
+    dreamer: set(),
+    pilco: {
+        *itertools.product(("start", "target", "weights", "exploration"), ("-7", "-3.5")),
+        ("angles", "-7"),
+    },
+}
+
+
+@pytest.mark.parametrize(("script", "numbers"), [(dreamer_v3, 31), (dreamer, 34), (pilco, 23)])
+def test_each_number_is_accepted_or_its_flag_is_named(script, numbers, capsys):
+    """NaN, infinity and 2**70 never pass, a negative number only where it means something."""
+    kinds, accepted = typing.get_type_hints(script.Args), set()
+    kinds = {k: kind for k, kind in kinds.items() if kind in (int, float, *TUPLES)}
+    args = script.parse_args(["--preset", "debug"])
+    assert len(kinds) == numbers
+    for name, text in itertools.product(kinds, NUMBERS):
+        flag, kind = f"--{name.replace('_', '-')}", kinds[name]
+        only = dataclasses.make_dataclass("Only", [(name, kind)])  # all of Args takes tyro 20 ms
+        try:
+            value = getattr(tyro.cli(only, args=[flag, text]), name)
+            check_flags(dataclasses.replace(args, **{name: value}))
+            accepted.add((name, text))
+        except SystemExit:  # tyro's: not a whole number
+            assert flag in capsys.readouterr().err
+        except checkpoint.RunError as error:
+            assert str(error).startswith(f"{flag} must be ") and "\n" not in str(error)
+    assert accepted == ANY_SIGN[script]
+
+
+@pytest.mark.parametrize("script", [dreamer_v3, dreamer, pilco])
+def test_bad_flags_leave_no_run_folder(script, tmp_path):
+    file, run = tmp_path / "file", tmp_path / "run"
+    file.write_text("")
+    cases = [
+        ("--env-id ..", r"--env-id must be like CartPole-v1.*, not \.\."),
+        ("--env-id ..:X-v0", "--env-id must be like"),
+        ("--env-id a:b:c", "--env-id must be like"),
+        ("--threads 100000", "--threads must be between 0 and 1,024"),
+        ("--camera -2", "--camera must be the number of a camera, or -1"),
+    ]
+    if script is not pilco:
+        cases += [
+            ("--device meta", "--device meta cannot be used: it is neither cpu nor cuda"),
+            ("--device mps", "--device mps cannot be used: it is neither cpu nor cuda"),
+            ("--num-envs 100000", "--num-envs must be between 1 and 10,000"),
+            ("--imagination-horizon 1000000000", "smaller --batch-size.*--imagination-horizon"),
+            ("--replay-size 1000000000000 --steps 1000000000000", "smaller --replay-size"),
+        ]
+    for flags, words in cases:
+        with pytest.raises(checkpoint.RunError, match=words):
+            script.main(["--preset", "debug", "--run", str(run), *flags.split()])
+    for folder in (file, file / "sub", "/dev/null", tmp_path / ("x" * 300)):
+        with pytest.raises(checkpoint.RunError, match=f"--run {folder} cannot be a folder"):
+            script.main(["--preset", "debug", "--run", str(folder)])
+    assert list(tmp_path.iterdir()) == [file] and file.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (dreamer_v3, "--units 4611686018427387904"),
+        (dreamer, "--deter 2000000000"),
+        (pilco, "--centers 9223372036854775807"),
+        (pilco, "--restarts 1000000000000"),
+    ],
+)
+def test_networks_too_large_for_the_machine(script, flags, tmp_path, monkeypatch):
+    argv = ["--preset", "debug", "--run", str(tmp_path / "run"), *flags.split()]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *argv])
+    with pytest.raises(SystemExit) as end:
+        common.run.launch(script.main)
+    assert end.value.code.startswith("error: out of memory with --preset debug")
+    assert f"{flags}: choose smaller sizes (" in end.value.code
+    assert "\n" not in end.value.code and not any(tmp_path.iterdir())
+
+
+def test_an_error_of_another_kind_keeps_its_traceback():
+    def fail():
+        raise RuntimeError("the sizes of two tensors differ")
+
+    with pytest.raises(RuntimeError, match="two tensors"):
+        common.run.launch(fail)
 
 
 @pytest.mark.parametrize("script", [dreamer_v3, dreamer])
@@ -866,10 +956,12 @@ def test_what_changed_under_a_run_is_reported(start, tmp_path):
 
 
 def test_a_replay_that_does_not_fit(start, tmp_path):
-    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run", "--steps", 60]
-    message = start(*argv, prepare="full_disk").error()
-    assert "GB" in message and "--replay-size" in message
-    start(*argv).done()  # the failure leaves nothing in its way
+    argv = [*TINY, "--env-id", "running:Long-v0", "--run", tmp_path / "run"]
+    message = start(*argv, "--steps", 60, prepare="full_disk").error()
+    assert "GB" in message and "--replay-size" in message and not any(tmp_path.glob("run"))
+    start(*argv, "--steps", 60).done()
+    start(*argv, "--steps", 100, "--fresh", prepare="full_disk").error()
+    assert checkpoint.load(tmp_path / "run")["step"] == 60  # not deleted for one that cannot start
 
 
 def test_a_disk_that_fills_up(start, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -175,6 +176,23 @@ def test_no_ray_at_the_address(tmp_path, monkeypatch):
         sweep.main([str(COUNTING), "--address", "auto"])
 
 
+def test_an_address_that_is_silent_or_senseless(tmp_path, monkeypatch):
+    """ray.init would try for two minutes where something listens that is no Ray."""
+    pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
+    monkeypatch.chdir(tmp_path)
+    assert sweep.ANSWER_TIME <= 20
+    monkeypatch.setattr(sweep, "ANSWER_TIME", 1)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for name in (address, f"ray://{address}"):
+            with pytest.raises(RunError, match=f"{name}: nothing came within 1 seconds"):
+                sweep.main([str(COUNTING), "--address", name])
+    with pytest.raises(RunError, match="--address nonsense: Invalid address format"):
+        sweep.main([str(COUNTING), "--address", "nonsense"])
+
+
 def test_a_local_ray_that_dies(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed (requirements-extra.txt)")
     cores, folders = os.cpu_count(), [tmp_path / f"runs/counting/Good/seed{i}" for i in (0, 1)]
@@ -315,6 +333,13 @@ def test_last_error(tmp_path):
         ((REPO / "README.md",), "there is no script .*README.md"),
         ((REPO / "tools" / "success.py",), "cannot be swept: it has no parse_args"),
         ((REPO / "dreamer_v3.py", "--lr", "0"), "--lr must be a positive number"),
+        ((COUNTING, "--cpus", "nan"), "--cpus must be finite and below .*, not nan"),
+        ((COUNTING, "--retries", str(2**70)), "--retries must be finite and below"),
+        (
+            (REPO / "dreamer_v3.py", "--env-ids", "CartPole-v1", "Pendulun-v1"),
+            "unknown environment 'Pendulun-v1'.*Pendulum-v1",
+        ),
+        ((REPO / "pilco.py", "--env-ids", "no_module:A-v0"), "no_module:A-v0 needs a package"),
     ],
 )
 def test_wrong_flags_are_reported_before_anything_starts(argv, message, tmp_path, monkeypatch):

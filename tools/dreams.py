@@ -25,7 +25,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import Logger
 from common.replay import with_previous
-from common.run import autocast, launch
+from common.run import Count, Natural, autocast, check_flags, launch
 from tools.dream_env import decode, load_run
 
 ORANGE = "#e07b1a"  # what is imagined
@@ -36,9 +36,9 @@ class Args:
     """Flags."""
 
     run: tyro.conf.Positional[Path]  # folder of a run
-    episodes: int = 6  # played in parallel
-    rows: int = 128  # at most, of each episode; the model sees a quarter of them
-    seed: int = 0  # of environments and noise
+    episodes: Count = 6  # played in parallel
+    rows: Count = 128  # at most, of each episode; the model sees a quarter of them
+    seed: Natural = 0  # of environments and noise
 
 
 def play(agent, episodes: int, rows: int, seed: int) -> TensorDict:
@@ -169,6 +169,7 @@ def last_trial(agent) -> tuple[TensorDict, Tensor]:
 
 def main():
     args = tyro.cli(Args, prog="python -m tools.dreams", description=__doc__)
+    check_flags(args)
     agent, logger = load_run(args.run), Logger(args.run, 0, tensorboard=False)
     if hasattr(agent, "actor"):
         batch = play(agent, args.episodes, args.rows, args.seed)

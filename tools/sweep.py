@@ -25,9 +25,10 @@ import tyro
 from common import checkpoint
 from common.checkpoint import RunError, Stop
 from common.logger import read_metrics
-from common.run import args_dict, check_same_args, launch, may_change, run_folder
+from common.run import args_dict, check_flags, check_same_args, launch, may_change, run_folder
 
 REFUSED_FLAGS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
+ANSWER_TIME = 10  # seconds that a Ray has to answer
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
 # Execs the script. On Linux SIGTERM makes it save if the worker dies (1 is PR_SET_PDEATHSIG).
 LAUNCHER = """
@@ -96,6 +97,7 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     for flag in flags:
         if flag.split("=")[0].replace("_", "-") in REFUSED_FLAGS:
             raise RunError(f"{flag} is not for a sweep, which sets --env-id, --seed and --run")
+    check_flags(args)
     if args.cpus <= 0 or args.gpus < 0 or args.retries < 0 or not args.seeds:
         raise RunError("--cpus must be positive, --gpus and --retries not negative, --seeds given")
     if args.gpus > 1 and args.gpus % 1:
@@ -112,6 +114,8 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
         parsed = script.parse_args(run_flags)
         if getattr(parsed, "device", "").startswith("cuda") and not args.gpus:
             raise RunError(f"--device {parsed.device} needs --gpus: without it a run sees no GPU")
+        if hasattr(script, "make_envs") and seed == args.seeds[0]:  # unknown, or lacks a package?
+            script.make_envs(parsed, num_envs=1, env_workers=False, obs="auto").close()
         unit = "step" if hasattr(parsed, "steps") else "trial"
         folder = run_folder(path.stem, parsed)
         check_saved_args(folder, parsed)
@@ -156,15 +160,20 @@ def run_on_ray(args: Args, jobs: list[Job]) -> bool:
     """Start the waiting jobs, show their progress, wait; True if the user stopped the sweep."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
+        import grpc
         import ray
     except ImportError:
         raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
     local = dict(address="local", include_dashboard=False)  # by default it joins a running Ray
     where = dict(address=args.address) if args.address else local
     try:
+        if ":" in args.address and "RAY_USE_TLS" not in os.environ:  # ray.init waits for minutes
+            with grpc.insecure_channel(args.address.removeprefix("ray://")) as channel:
+                grpc.channel_ready_future(channel).result(ANSWER_TIME)
         ray.init(log_to_driver=False, logging_level="error", **where)
-    except ConnectionError as error:
-        raise RunError(f"no Ray answers at --address {args.address}: {error}") from None
+    except (ConnectionError, ValueError, grpc.FutureTimeoutError) as error:
+        why = str(error) or f"nothing came within {ANSWER_TIME} seconds"
+        raise RunError(f"no Ray answers at --address {args.address}: {why}") from None
     try:
         check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)
