@@ -857,7 +857,7 @@ def updates_owed(args: Args, run: Run, replay) -> int:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = prepare(args)
+    device = prepare(SCRIPT, args)
     if args.benchmark:
         from tools.benchmark import benchmark  # only --benchmark needs it
 

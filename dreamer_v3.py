@@ -1048,7 +1048,7 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = prepare(args)
+    device = prepare(SCRIPT, args)
     updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
     if args.benchmark:
         from tools.benchmark import benchmark  # only --benchmark needs it

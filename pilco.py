@@ -1040,7 +1040,7 @@ def load(run: str | Path) -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    prepare(args)
+    prepare(SCRIPT, args)
     if args.benchmark:
         from tools.benchmark import benchmark_policy  # only --benchmark needs it
 

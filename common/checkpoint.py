@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 FORMAT = 4  # of checkpoint.pt
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_ACCESS = (*DISK_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # the user's to mend
 LOCKS = {}  # (device, inode) -> open lock file, held until the process ends
 
 
@@ -35,11 +37,13 @@ def atomic_write(path, write) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        while error and getattr(error, "errno", None) not in DISK_FULL:
+        with suppress(OSError):  # there is none on a read-only disk
+            temporary.unlink(missing_ok=True)
+        while error and getattr(error, "errno", None) not in NO_ACCESS:
             error = error.__context__  # torch.save raises its own error over the OSError
         if error:
-            text = f"disk full: {path} was not written; the last good one is kept, if there is one"
+            why = "disk full" if error.errno in DISK_FULL else error.strerror
+            text = f"{why}: {path} was not written; the last good one is kept, if there is one"
             raise RunError(text) from None
         raise
     temporary.replace(path)
@@ -92,13 +96,15 @@ def load(folder, script=None, name="checkpoint.pt") -> dict:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=False)
         version, owner = state["header"]["format"], state["header"]["script"]
     except Exception as error:  # which kind depends on the bytes that are wrong
+        if getattr(error, "errno", None) in NO_ACCESS:
+            raise
         text = f"{file} is damaged, or not a checkpoint of this project"
         raise RunError(f"{text}: restore a copy, or start with --fresh ({error!r})") from None
     if version != FORMAT:
         ways = "use the code that saved it, or start over with --fresh"
         raise RunError(f"{file} has format {version}, this code reads format {FORMAT}: {ways}")
     if script and owner and owner != script:
-        raise RunError(f"{file} was written by {owner}.py, not by {script}.py")
+        raise RunError(f"{file} was written by {owner}.py, not by {script}.py: use that script")
     return state
 
 

@@ -178,7 +178,8 @@ class Envs:
         self._vector.set_attr("episode", [episode - 1 for episode in state["episodes"]])
         self._vector.set_attr("done", True)
         self._play([[None, *actions] for actions in past])  # None begins the episode
-        over = self._row["is_last"] | state["row"]["is_last"]  # differ if not deterministic
+        other = torch.tensor(self._episodes) != torch.tensor(state["episodes"])  # ended earlier
+        over = self._row["is_last"] | state["row"]["is_last"] | other  # if not deterministic
         self._vector.set_attr("done", over.tolist())
         self._actions = [bytearray(actions.tobytes()) for actions in past]
         for i, row in enumerate(self._row):
@@ -188,8 +189,12 @@ class Envs:
 
     def close(self) -> None:
         """Free the environments, their renderers and processes."""
-        with contextlib.suppress(EOFError, ConnectionError):  # of a worker that was killed
+        try:
             self._vector.close(terminate=True)
+        except (EOFError, ConnectionError):
+            pass  # of a worker that was killed
+        except Exception as error:  # costs nothing
+            warnings.warn(f"{self.env_id} cannot be closed: {error!r}", stacklevel=2)
 
 
 def example_rows(spec: dict) -> TensorDict:
@@ -325,7 +330,7 @@ class _Rows(gymnasium.Wrapper):
             row = self._observe(obs) | {"reward": np.float32(total)}
         except EnvError as error:
             raise EnvError(f"{error} (at {place})") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exception(error)  # here, because no traceback leaves a worker
             *_, (frame, _) = traceback.walk_tb(error.__traceback__)
             wrapper = frame.f_globals.get("__name__", "").startswith(WRAPPERS)

@@ -22,7 +22,8 @@ LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train
 class Logger:
     """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
-    Save and load it with the checkpoint: loading cuts off the lines written after the save.
+    Save and load it with the checkpoint: loading cuts off the lines written after the save, which
+    come again, but for the final evaluation.
     """
 
     def __init__(self, folder, total_steps, tensorboard=True, quiet=False):
@@ -88,29 +89,6 @@ class Logger:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
-    def video(self, name, frames, fps=30) -> Path:
-        """Save uint8 frames [T, H, W, 3] as mp4, or as gif where there is no ffmpeg."""
-        from imageio.v3 import imwrite
-
-        frames, path = np.asarray(frames), self.folder / f"{name}.mp4"
-        # H.264 halves the color planes, so both sides must be even. -f: the name is *.tmp.
-        output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
-        mp4 = dict(plugin="FFMPEG", extension=".mp4", macro_block_size=1, output_params=output)
-        try:
-            return atomic_write(
-                path, lambda file: imwrite(file.name, frames, fps=fps, quality=5, **mp4)
-            )
-        except (ImportError, OSError, RuntimeError) as error:
-            self.note(f"saving a gif, because mp4 failed (pip install imageio-ffmpeg): {error}")
-            gif = partial(imwrite, image=frames, extension=".gif", duration=1000 / fps, loop=0)
-            return atomic_write(self.folder / f"{name}.gif", gif)
-
-    def picture(self, name, figure) -> Path:
-        """Save a matplotlib Figure as png and clear it."""
-        path = atomic_write(self.folder / f"{name}.png", partial(figure.savefig, **PNG))
-        figure.clear()
-        return path
-
     def state_dict(self) -> dict:
         """The means so far, the clock, and how long metrics.jsonl is."""
         os.fsync(self.file.fileno())  # else a power failure could make it shorter than saved here
@@ -124,7 +102,14 @@ class Logger:
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
-        self.file.truncate(state["bytes"])
+        with open(self.file.name, "rb") as file:
+            file.seek(state["bytes"])
+            later = file.readlines()
+        kept = [line for line in later if b'"eval/return_std"' in line and line.endswith(b"\n")]
+        if kept != later:
+            self.file.truncate(state["bytes"])
+            self.file.writelines(kept)  # at the end, because the file is open for appending
+            self.file.flush()
         self.step = self.first = state["step"]
         self.run_start = self.process_start - state["wall"]
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
@@ -169,6 +154,32 @@ def _plain(value):
     """A python value that JSON can hold."""
     value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_video(folder, name, frames, fps=30) -> Path:
+    """Save uint8 frames [T, H, W, 3] as folder/name.mp4, or as gif where there is no ffmpeg."""
+    from imageio.v3 import imwrite
+
+    frames = np.asarray(frames)
+    # H.264 halves the color planes, so both sides must be even. -f: the name is *.tmp.
+    output = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-f", "mp4"]
+    mp4 = dict(plugin="FFMPEG", extension=".mp4", macro_block_size=1, output_params=output)
+    try:
+        return atomic_write(
+            Path(folder, f"{name}.mp4"),
+            lambda file: imwrite(file.name, frames, fps=fps, quality=5, **mp4),
+        )
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"saving a gif, because mp4 failed (pip install imageio-ffmpeg): {error}")
+        gif = partial(imwrite, image=frames, extension=".gif", duration=1000 / fps, loop=0)
+        return atomic_write(Path(folder, f"{name}.gif"), gif)
+
+
+def write_picture(folder, name, figure) -> Path:
+    """Save a matplotlib Figure as folder/name.png and clear it."""
+    path = atomic_write(Path(folder, f"{name}.png"), partial(figure.savefig, **PNG))
+    figure.clear()
+    return path
 
 
 def plot_curve(folder, title: str) -> Path:

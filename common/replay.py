@@ -12,20 +12,29 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from common.checkpoint import DISK_FULL, RunError
+from common.checkpoint import NO_ACCESS, RunError
 from common.envs import LATENTS
 
 
-def _memory_map(path: Path, leaf: Tensor) -> MemoryMappedTensor:
+def _memory_map(path: Path, leaf: Tensor, readonly: bool) -> MemoryMappedTensor:
     """A file that holds `leaf`, created or grown; RunError if the disk cannot hold it."""
+    if readonly:
+        return MemoryMappedTensor.from_filename(path, leaf.dtype, leaf.shape, mode="r")
     path.touch()  # never truncate: a start with wrong flags must not lose the rows
     with path.open("r+b") as file:
         try:  # a full disk or quota is an error here, not a bus error later
             os.posix_fallocate(file.fileno(), 0, leaf.nbytes)
         except (AttributeError, OSError) as error:  # not on every system: sparse files there
-            if getattr(error, "errno", None) in DISK_FULL:
-                raise RunError(f"no room for {path}: choose a smaller --replay-size") from error
+            if getattr(error, "errno", None) in NO_ACCESS:
+                text = f"no room for {path} ({error.strerror})"
+                raise RunError(f"{text}: choose a smaller --replay-size") from error
     return MemoryMappedTensor.from_filename(path, leaf.dtype, leaf.shape)
+
+
+def lost_error(keys: list[str]) -> RunError:
+    """For a run whose files of these keys are gone or too short."""
+    text = f"the run's replay/ lacks {', '.join(keys)}, or a part of it"
+    return RunError(f"{text}: put it back, or start over with --fresh")
 
 
 def with_previous(rows: TensorDict) -> TensorDict:
@@ -90,12 +99,13 @@ class Replay:
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
     episodes: draw a finished episode, then a window in it, with `last_window` also the one at its
-    end. RunError if a window of `length` rows does not fit the ring, or the disk is full.
+    end. readonly: the files stay as they are, what is written is not kept.
+    RunError if a window of `length` rows does not fit the ring, or the disk is full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
                  *, batch_size=16, updatable=LATENTS, slack=0, seed=0,
-                 online=False, episodes=False, last_window=False):  # fmt: skip
+                 online=False, episodes=False, last_window=False, readonly=False):  # fmt: skip
         self.num_envs, self.length, self.batch_size = num_envs, length, batch_size
         self.online, self.episodes, self.last_window = online, episodes, last_window
         self.capacity = capacity // num_envs  # rows of one environment
@@ -116,7 +126,9 @@ class Replay:
         self.directory.mkdir(parents=True, exist_ok=True)
         sizes = {path.name: path.stat().st_size for path in self.directory.iterdir()}
         self.found = {key: sizes.get(key, 0) for key in leaves}  # bytes
-        self.storage = {k: _memory_map(self.directory / k, leaf) for k, leaf in leaves.items()}
+        if readonly and (lost := [k for k, leaf in leaves.items() if self.found[k] < leaf.nbytes]):
+            raise lost_error(lost)
+        self.storage = {k: _memory_map(self.directory / k, x, readonly) for k, x in leaves.items()}
         self.current = torch.zeros(rows, dtype=torch.uint8)  # slot in use
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows of each environment: now, at the last save
@@ -292,8 +304,7 @@ class Replay:
             if theirs != ours and not (may_grow and name in ("capacity", "allocated")):
                 raise RunError(f"replay: {name} is {theirs} in the checkpoint, {ours} here")
         if lost:
-            text = f"the run's replay/ lacks {', '.join(lost)}, or a part of it"
-            raise RunError(f"{text}: put it back, or start over with --fresh")
+            raise lost_error(lost)
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
         self.finished = deque(map(tuple, state["finished"].tolist()))

@@ -20,9 +20,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -35,13 +37,14 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from common import checkpoint
-from common.checkpoint import DISK_FULL, EnvError, RunError, Stop
+from common.checkpoint import DISK_FULL, NO_ACCESS, EnvError, RunError, Stop
 from common.envs import make_envs
-from common.logger import Logger, plot_curve
+from common.logger import Logger, plot_curve, read_metrics, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
+SAVES = "saves.txt"  # see mark_save
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")  # of an unsaved run
-COUNTERS = ("step", "done", "updates", "owed", "reported", "returns")
+COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
 
@@ -59,9 +62,10 @@ def launch(main: Callable):
     except KeyboardInterrupt:
         sys.exit("stopped: the last checkpoint is kept")
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in NO_ACCESS:
             raise
-        sys.exit(f"error: disk full, the last checkpoint is kept ({error})")
+        why = "disk full" if error.errno in DISK_FULL else error.strerror
+        sys.exit(f"error: {why}, the last checkpoint is kept ({error})")
     except Exception as error:
         if not isinstance(error, MemoryError) and not re.search(TOO_LARGE, str(error), re.I):
             raise
@@ -150,8 +154,12 @@ def may_change(args_type: type) -> list[str]:
     return [name for name, marks in annotations(args_type).items() if mark in marks]
 
 
-def prepare(args) -> torch.device:
-    """Set seeds and threads (0: the libraries' choice) of this process; return the run's device."""
+def prepare(script: str, args) -> torch.device:
+    """Set seeds and threads (0: the libraries' choice) of this process; return the run's device.
+
+    The run folder gets its absolute path, since environments may change the working directory.
+    """
+    args.run = str(run_folder(script, args))
     if args.threads:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
@@ -201,9 +209,9 @@ def gather_ranks(x: Tensor) -> Tensor:
 
 
 def run_folder(script: str, args) -> Path:
-    """Where the run of `args` lies: `args.run`, or runs/script/env_id/seed."""
+    """Where the run of `args` lies: `args.run`, or runs/script/env_id/seed; absolute."""
     name = re.sub("[/:]", "-", args.env_id)
-    return Path(args.run or Path("runs", script, name, f"seed{args.seed}"))
+    return Path(args.run or Path("runs", script, name, f"seed{args.seed}")).absolute()
 
 
 def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
@@ -216,36 +224,64 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     folder = run_folder(script, args)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # a file, a device, too long a name, a null byte
-        raise RunError(f"--run {folder} cannot be a folder: {error}") from None
-    saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
-    checkpoint.lock_folder(folder)
+        saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
+        checkpoint.lock_folder(folder)
+    except (OSError, ValueError) as error:  # read-only, a file, a device, a null byte
+        raise RunError(f"--run {folder} cannot be written to: {error}") from None
     if saved.get("script", script) != script:
         raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
     file, state = folder / "checkpoint.pt", None
     if args.fresh:
         file.unlink(missing_ok=True)  # first: it refers to the others
+    saves = 0 if args.fresh else last_save(folder)
     if file.exists():
         state = checkpoint.load(folder, script)
+        if saves > state.get("saves", 0):
+            raise RunError(f"{file} is older than the rest of the run: put back the newer. {FRESH}")
         check_same_args(folder, saved, requested, may_change(type(args)))
+    elif saves:
+        raise RunError(f"{file} is gone, but not the rest of the run: put it back. {FRESH}")
     for path in () if state else folder.iterdir():  # args.json stays: it marks a run folder
         if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    origins, now = (saved["origin"] if state else []), origin()
+    origins, now = (saved.get("origin", []) if state else []), origin()
     requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
     text = json.dumps(requested, indent=2) + "\n"
     checkpoint.atomic_write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
 
 
+def mark_save(folder: Path, number: int):
+    """Write the number of a save beside what it needs, as soon as its checkpoint.pt is written.
+
+    So it shows if checkpoint.pt is lost, or is older than the replay that it refers to.
+    """
+    for path in filter(Path.is_dir, (folder, folder / "replay")):
+        checkpoint.atomic_write(path / SAVES, lambda file: file.write(str(number).encode()))
+
+
+def last_save(folder: Path) -> int:
+    """The number of the last save, 0 if there was none."""
+    files = folder / SAVES, folder / "replay" / SAVES
+    return max((int(file.read_text()) for file in files if file.exists()), default=0)
+
+
 def saved_args(folder: Path) -> dict:
-    """What args.json says, {} for an empty folder; RunError if it is not a run folder."""
+    """What args.json says or, if that is damaged, checkpoint.pt; {} for an empty folder.
+
+    RunError if it is not a run folder.
+    """
     if all(path.name in ("lock", "args.json.tmp") for path in folder.iterdir()):
         return {}
-    with suppress(ValueError, TypeError, OSError):
+    with suppress(ValueError, TypeError, FileNotFoundError):
         saved = json.loads((folder / "args.json").read_text())
         if "script" in saved:
             return saved
+    with suppress(RunError, KeyError):
+        state = checkpoint.load(folder)
+        args = json.loads(json.dumps(state["agent"]["args"], default=str))  # as in args.json
+        print(f"{folder}/args.json is damaged or gone: its flags are taken from checkpoint.pt")
+        return {"script": state["header"]["script"], **args}
     raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
 
 
@@ -291,7 +327,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device: 
             args.compile = False
         agent = agent_type(state["spec"], args, *map(pick_device, device))
         agent.load_state_dict(state)
-        agent.folder = Path(folder)
+        agent.folder = Path(folder).absolute()
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         text = f"the checkpoint in {folder} does not fit this code"
         raise RunError(f"{text}: {type(error).__name__}, {error}") from error
@@ -313,7 +349,7 @@ class Run:
 
     def __init__(self, script: str, args, agent, total: int | None = None):
         self.script, self.args, self.agent = script, args, agent
-        self.step = self.done = self.updates = self.owed = self.reported = 0
+        self.step = self.done = self.updates = self.owed = self.reported = self.saves = 0
         self.returns, self.latent = torch.zeros(()), None
         self.stateful, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
@@ -346,21 +382,23 @@ class Run:
         if error is None and self.complete:
             print(f"everything is in {self.folder}")
         elif error is None or isinstance(error, EnvError):
-            print(f"{'saved' if savable else 'stopped'}; the same command resumes")
+            again = ", and tries again what failed" if error else ""
+            print(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
         """Continue from the checkpoint, if there is one; returns the latent to go on from.
 
         stateful: what else to save and load, each with a state_dict. latent: the initial one.
         """
-        self.stateful = {"agent": self.agent, "logger": self.logger, **stateful}
+        # The logger comes last: it cuts its file off, which another's error should prevent.
+        self.stateful = {"agent": self.agent, **stateful, "logger": self.logger}
         for name, module in getattr(self.agent, "modules", {}).items():
             print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
         if self.saved:
             for name, part in self.stateful.items():
                 part.load_state_dict(self.saved[name])
             for name in COUNTERS:
-                setattr(self, name, self.saved[name])
+                setattr(self, name, self.saved.get(name, 0))  # older checkpoints have no "saves"
             if latent is not None:
                 latent = latent.copy_(TensorDict(self.saved["latent"], latent.batch_size))
             checkpoint.set_rng_state(self.saved["rng"])
@@ -443,17 +481,23 @@ class Run:
     def save(self):
         """Write the checkpoint."""
         checkpoint.save(self.folder, **self.state())
+        mark_save(self.folder, self.saves)
 
     def state(self) -> dict:
-        """What the checkpoint holds."""
+        """What the checkpoint of the next save holds."""
+        self.saves += 1
         latent = {} if self.latent is None else self.latent.to_dict()
         counters = {name: getattr(self, name) for name in COUNTERS}
         return {**self.stateful, **counters, "latent": latent, "rng": checkpoint.rng_state()}
 
     def finish(self):
-        """If the run is complete: evaluate, film, and draw the learning curve."""
-        if self.complete:
-            self.logger.log(self.step, **evaluate_and_film(self.agent, self.logger, "policy"))
+        """If the run is complete: evaluate, film, and draw the learning curve, all of it once."""
+        last = [{}, *read_metrics(self.folder / "metrics.jsonl", 2**16)][-1]
+        if self.complete and "eval/return_std" in last and last["step"] == self.step:
+            print("it was complete, with an evaluation: --eval plays more episodes")
+        elif self.complete:
+            log = partial(self.logger.log, self.step)
+            evaluate_and_film(self.agent, self.folder, "policy", log)
             title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
             print(f"learning curve: {plot_curve(self.folder, title)}")
 
@@ -473,8 +517,15 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 
 def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
     """Returns of episodes (cut every MAX_STEPS), and frames [size, size, 3] of the first."""
-    envs = make_envs(agent.args, num_envs=1, seed=seed, env_workers=False, video_size=video_size)
-    returns, frames = [], []
+    options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
+    try:
+        envs = make_envs(agent.args, **options)
+    except Exception as error:
+        if isinstance(error, RunError):
+            raise
+        traceback.print_exception(error)
+        raise EnvError(f"no environment for the evaluation: {error!r}") from error
+    returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -482,8 +533,12 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
             rows = envs.step(None if latent is None else latent["action"])
             latent = agent.act(rows, latent)
             total, length = total + rows["reward"].item(), length + 1
-            if not returns and video_size and envs.can_render and len(frames) < MAX_FRAMES:
-                frames.append(envs.frame())
+            if filming and not returns and len(frames) < MAX_FRAMES:
+                try:
+                    frames.append(envs.frame())
+                except RunError as error:  # costs the rest of the film, not the score
+                    print(f"the video ends after {len(frames)} frames: {error}")
+                    filming = False
             cut = length == MAX_STEPS and not rows["is_last"].item()
             if cut:
                 print(f"an episode was cut after {length:,} steps: it has no max_episode_steps?")
@@ -494,22 +549,33 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
     return returns, frames
 
 
-def evaluate_and_film(agent, logger: Logger, name: str) -> dict:
-    """Play, film, and print what came out; returns the scores."""
+def evaluate_and_film(agent, folder: Path, name: str, log: Callable = lambda **_: None):
+    """Play, then print and log the scores, then film: what goes wrong there costs no score."""
     args = agent.args
     returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
     score, std = float(np.mean(returns)), float(np.std(returns))
     print(f"return {score:.1f} +- {std:.1f} over {len(returns)} episodes")
-    print("returns", *(f"{x:.1f}" for x in returns))
-    fps = getattr(agent, "fps", 30)
-    if frames:
-        print(f"video of the first episode: {logger.video(name, np.stack(frames), fps)}")
-    else:
-        print(f"no video: {args.env_id} cannot be rendered")
-    return {"eval/return": score, "eval/return_std": std}
+    print("returns", *(f"{x:.1f}" for x in returns), flush=True)
+    log(**{"eval/return": score, "eval/return_std": std})
+    if not frames:
+        return print(f"no video: {args.env_id} cannot be rendered")
+    try:
+        path = write_video(folder, name, np.stack(frames), getattr(agent, "fps", 30))
+        print(f"video of the first episode: {path}")
+    except (RunError, OSError, RuntimeError, ValueError) as error:
+        print(f"no video: {error}")
 
 
 def evaluate_run(agent, args):
     """--eval: play --eval-episodes episodes with a run's last checkpoint, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
-    evaluate_and_film(agent, Logger(args.eval, 0, tensorboard=False), "eval")
+    evaluate_and_film(agent, output_folder(agent.folder), "eval")
+
+
+def output_folder(folder: Path) -> Path:
+    """Where to put pictures of a run: its folder or, if that is read-only, runs/ of its name."""
+    if os.access(folder, os.W_OK):
+        return folder
+    other = Path("runs", folder.name).absolute()
+    print(f"{folder} is read-only: what is drawn goes to {other}")
+    return other

@@ -1,7 +1,9 @@
 """Run scripts as processes, for test_run.py and the like: environments, fixtures, comparisons."""
 
+import builtins
 import contextlib
 import errno
+import io
 import itertools
 import json
 import os
@@ -21,7 +23,7 @@ from dummy_envs import Base, Nested
 from gymnasium import spaces
 
 import common.run
-from common import checkpoint, logger
+from common import checkpoint
 from common.envs import example_rows, make_envs
 from common.replay import make_replay
 from dreamer_v3 import Agent, parse_args
@@ -141,6 +143,32 @@ class Fails(Walk):
         return super().step(action)
 
 
+class Breaks(Walk):
+    """Reward 1 for 20 steps; raises at step 6 of the `bad` episodes, counted in this process."""
+
+    length, episodes = 20, 0
+    bad = staticmethod(lambda episode: episode % 2 == 0)
+
+    def reset(self, *, seed=None, options=None):
+        type(self).episodes += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        if self.count == 5 and self.bad(type(self).episodes):
+            raise OSError("the simulator is gone")
+        obs, _, *ends = super().step(action)
+        return obs, 1.0, *ends
+
+
+class Wanders(Walk):
+    """Changes the working directory."""
+
+    def reset(self, *, seed=None, options=None):
+        os.makedirs("elsewhere", exist_ok=True)
+        os.chdir("elsewhere")
+        return super().reset(seed=seed)
+
+
 class Huge(Long):
     """Rewards and observations beyond the bins of the two-hot code."""
 
@@ -161,7 +189,7 @@ def short_cartpole():
     return env
 
 
-for cls in (Long, Doors, Both, Walk, Pixels, Spoiled, Fails, Huge):
+for cls in (Long, Doors, Both, Walk, Pixels, Spoiled, Fails, Breaks, Wanders, Huge):
     gymnasium.register(f"{cls.__name__}-v0", f"running:{cls.__name__}")
 gymnasium.register("Slow-v0", "running:Long", kwargs={"slow": 0.02})
 gymnasium.register("ShortCartpole-v0", "running:short_cartpole")
@@ -205,7 +233,6 @@ for line in sys.stdin:
 
 def no_pictures():
     """matplotlib would take half of the time of a short run."""
-    logger.Logger.picture = lambda self, name, figure: self.folder / f"{name}.png"
     common.run.plot_curve = lambda folder, title: folder / "learning_curve.png"
 
 
@@ -284,12 +311,47 @@ def two(request, start):
 
 
 @pytest.fixture
+def read_only(monkeypatch):
+    """read_only(folder): as on a read-only disk, which stops even root."""
+
+    def protect(folder):
+        def guard(owner, name, refuses):
+            call = getattr(owner, name)
+
+            def guarded(path, *args, **kwargs):
+                below = isinstance(path, (str, Path)) and str(path).startswith(str(folder))
+                if below and refuses(*args, **kwargs):
+                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+                return call(path, *args, **kwargs)
+
+            monkeypatch.setattr(owner, name, guarded)
+
+        for owner in (io, builtins):
+            guard(owner, "open", lambda mode="r", *_, **__: set(mode) & set("wax+"))
+        guard(os, "open", lambda flags, *_, **__: flags & (os.O_WRONLY | os.O_RDWR))
+        for name in ("utime", "unlink", "truncate"):
+            guard(os, name, lambda *_, **__: True)
+        access = os.access
+        refused = lambda path, mode: mode & os.W_OK and str(path).startswith(str(folder))  # noqa: E731
+        monkeypatch.setattr(os, "access", lambda *a, **k: not refused(*a[:2]) and access(*a, **k))
+
+    return protect
+
+
+@pytest.fixture
+def breaks(monkeypatch):
+    """Breaks, whose episodes count from 0 again."""
+    for name in ("length", "episodes", "bad"):
+        monkeypatch.setattr(Breaks, name, Breaks.__dict__[name])
+    return Breaks
+
+
+@pytest.fixture
 def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
-    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: {})
+    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *arguments: arguments[-1]())
     monkeypatch.setattr(common.run, "plot_curve", lambda *_: None)
-    monkeypatch.setattr(logger.Logger, "picture", lambda self, name, figure: None)
     return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 
 
@@ -337,6 +399,19 @@ def until(check, seconds=120):
     while not check():
         assert time.monotonic() < limit, "nothing happened"
         time.sleep(0.01)
+
+
+def until_it_ends(inside, *argv):
+    """Repeat the command until no environment fails; returns how often one did."""
+    for failures in range(100):
+        with contextlib.suppress(checkpoint.EnvError):
+            inside(*argv)
+            return failures
+
+
+def content(folder):
+    """{path: bytes} of all files in the folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def lines_of(folder):
@@ -427,6 +502,7 @@ def same_runs(a, b, argv):
     for state in (first, second):
         state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}
         del state["replay"]["current"]  # which of two slots is in use depends on the saves
+        del state["saves"]
         del state["agent"]["args"]["run"]
     assert first["updates"] >= 20
     same_leaves(first, second)

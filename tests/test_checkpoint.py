@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,26 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, wrapped):
             save(tmp_path, step=2)
     assert load(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.EFBIG])
+def test_a_disk_that_refuses_is_one_line(tmp_path, monkeypatch, number):
+    """Whether the file cannot be written or not even be made, and for a file that is unreadable."""
+    save(tmp_path, step=1)
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    text = f"{os.strerror(number)}: {tmp_path / 'checkpoint.pt'} was not written; the last good"
+    for owner, name in ((torch, "save"), (Path, "open")):
+        with monkeypatch.context() as patch, pytest.raises(RunError, match=text):
+            patch.setattr(owner, name, refuse)
+            patch.setattr(Path, "unlink", refuse)  # as on a read-only disk
+            save(tmp_path, step=2)
+    assert load(tmp_path)["step"] == 1
+    monkeypatch.setattr("zipfile.ZipFile", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):  # not "damaged": launch() names it
+        load(tmp_path)
 
 
 def save_forever(folder, steps):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import lines_of, same_leaves  # which also registers Both-v0
+from running import content, lines_of, same_leaves  # which also registers Both-v0
 from tensordict import TensorDict
 
 import common.run
@@ -17,7 +17,6 @@ import dreamer
 import dreamer_v3
 import pilco
 from common.checkpoint import RunError
-from common.logger import Logger
 from tools import dreams
 from tools.dream_env import dream_env
 
@@ -44,7 +43,7 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys, script):
     side = run_of(script, tmp_path, "running:Both-v0").spec["shapes"]["eye"][0] + 4
     kept = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "checkpoint.pt")}
     capsys.readouterr()
-    command(monkeypatch, tmp_path, "--episodes", 3)
+    command(monkeypatch, tmp_path, "--episodes", 3, "--script", script.__file__)
     names = {"dream.png", "dream_eye.mp4", "dream_depth.mp4"}
     assert set(capsys.readouterr().out.split()) == {str(tmp_path / name) for name in names}
     assert {name: (tmp_path / name).read_bytes() for name in kept} == kept
@@ -120,7 +119,7 @@ def test_the_plot_begins_with_the_reward_and_has_eight_curves(tmp_path, monkeypa
     monkeypatch.setattr(dreams, "plot", lambda curves, context: plotted.update(curves) or figure())
     rows = dict(place=torch.rand(2, 6, 9), reward=torch.rand(2, 6))
     true = TensorDict({k: v + 1 for k, v in rows.items()}, [2, 6])
-    dreams.draw(TensorDict(rows, [2, 6]).set("true", true), 2, Logger(tmp_path, 0, False))
+    dreams.draw(TensorDict(rows, [2, 6]).set("true", true), 2, tmp_path)
     assert list(plotted) == ["reward", *(f"place {i}" for i in range(9))]
     for i in range(9):
         truth, model = plotted[f"place {i}"]
@@ -156,8 +155,31 @@ def test_the_last_trial_of_pilco(tmp_path, monkeypatch, capsys):
         for line, numbers in zip(axes.lines, values, strict=True):
             assert np.allclose(line.get_ydata(), numbers)
     assert [axes.get_ylabel() for axes in plots] == ["cost", "state 0", "state 1"]
-    command(monkeypatch, tmp_path)
+    command(monkeypatch, tmp_path, "--script", pilco.__file__)
     assert capsys.readouterr().out.split() == [str(tmp_path / "dream.png")]
+
+
+def test_a_read_only_run_is_drawn_elsewhere(tmp_path, monkeypatch, capsys, read_only):
+    """tools.dreams and --eval write to runs/ below the working directory, and say so."""
+    run, elsewhere = tmp_path / "disk" / "seed7", tmp_path / "runs" / "seed7"
+    run_of(dreamer_v3, run, "running:Both-v0")
+    before = content(run)
+    monkeypatch.chdir(tmp_path)
+    read_only(run)
+    with pytest.raises(OSError, match="Read-only file system"):
+        (run / "metrics.jsonl").open("ab")
+    capsys.readouterr()
+    command(monkeypatch, run, "--episodes", 2)
+    text = capsys.readouterr().out
+    assert f"{run} is read-only: what is drawn goes to {elsewhere}\n" in text
+    dreamer_v3.main(["--eval", str(run), "--eval-episodes", "2"])
+    text = capsys.readouterr().out
+    assert "return 210.0 +- 0.0 over 2 episodes" in text and f"{elsewhere}/eval.mp4" in text
+    names = {"dream.png", "dream_eye.mp4", "dream_depth.mp4", "eval.mp4"}
+    assert {path.name for path in elsewhere.iterdir()} == names
+    assert content(run) == before
+    with pytest.raises(RunError, match="cannot be written to: .*Read-only file"):
+        dreamer_v3.main(["--run", str(run), "--env-id", "running:Both-v0"])
 
 
 def test_what_cannot_be_drawn(tmp_path, monkeypatch):

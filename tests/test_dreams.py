@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -19,7 +20,14 @@ import dreamer_v3
 import pilco
 from common.checkpoint import RunError
 from common.imagination import ModelBasedEnvBase
-from tools.dream_env import DreamVectorEnv, dream_env, pilco_dream, posterior_sampler, predict
+from tools.dream_env import (
+    DreamVectorEnv,
+    dream_env,
+    load_run,
+    pilco_dream,
+    posterior_sampler,
+    predict,
+)  # fmt: skip
 
 SCRIPTS = {"dreamer": dreamer, "dreamer_v3": dreamer_v3, "pilco": pilco}
 SHORT = {
@@ -430,8 +438,31 @@ def test_errors_name_what_is_missing(runs, tmp_path):
         dream_env(agent)
 
 
-def test_a_run_is_left_as_it_was(runs, dream):
+def test_a_run_names_no_script_to_import(runs, tmp_path, monkeypatch):
+    """What its files say imports nothing: the user names the script."""
+    run = tmp_path / "run"
+    shutil.copytree(runs / "dreamer", run)
+    for folder in (run, tmp_path):
+        (folder / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(run)
+    monkeypatch.syspath_prepend(run)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    for script, path in (("dreamer", dreamer.__file__), ("evil", dreamer.__file__)):
+        state["header"]["script"] = script
+        torch.save(state, run / "checkpoint.pt")
+        (run / "args.json").write_text(f'{{"script": "{script}"}}')
+        if script == "evil":
+            with pytest.raises(RunError, match=r"was written by evil.py, not by dreamer.py: use"):
+                load_run(run, Path(path))
+        else:
+            assert load_run(run, Path(path)).folder == run
+    with pytest.raises(RunError, match="--script dreamer4.py: there is no such script"):
+        load_run(run, Path("dreamer4.py"))
+
+
+def test_a_run_is_left_as_it_was(runs, dream, read_only):
     before = {p: p.read_bytes() for p in (runs / "dreamer_v3").rglob("*") if p.is_file()}
+    read_only(runs)
     envs = dream("dreamer_v3", 4, horizon=3)
     envs.reset(seed=0)
     for _ in range(10):

@@ -11,7 +11,7 @@ import torch
 
 from common import logger as module
 from common.checkpoint import RunError, load, save
-from common.logger import Logger, plot_curve
+from common.logger import Logger, plot_curve, write_picture, write_video
 
 
 @pytest.fixture
@@ -109,6 +109,25 @@ def test_resume_cuts_what_came_after_the_save(tmp_path, log):
     assert (first["step"], first["a"]) == (10, 1)
     assert (second["step"], second["a"], second["loss"], second["plain"]) == (20, 3, 2.0, 2.0)
     assert second["time/wall"] >= state["wall"] >= first["time/wall"]
+
+
+def test_resume_keeps_the_final_evaluation(tmp_path, log):
+    """It alone is not logged again; an evaluation under way (no deviation) is."""
+    log.log(10, a=1)
+    save(tmp_path, logger=log)
+    state = load(tmp_path)["logger"]
+    log.log(10, **{"eval/return": 5.0, "eval/return_std": 1.0})
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    log.log(20, **{"eval/return": 6.0})
+    log.file.write(b'{"step": 30, "eval/return_std": 1')
+    log.file.flush()
+    for _ in range(2):
+        other = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
+        other.load_state_dict(state)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+        other.log(20, **{"eval/return": 6.0})
+        other.close()
+    assert [row["step"] for row in rows(tmp_path)] == [10, 10, 20]
 
 
 def test_later_changes_do_not_reach_a_saved_state(log):
@@ -247,9 +266,9 @@ def clip(length=7, height=33, width=50):
     return frames
 
 
-def test_video_reads_back(tmp_path, log):
+def test_video_reads_back(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
-    path = log.video("video/step10", torch.from_numpy(clip()), fps=10)
+    path = write_video(tmp_path, "video/step10", torch.from_numpy(clip()), fps=10)
     assert path == tmp_path / "video" / "step10.mp4" and path.parent.is_dir()
     assert [p.name for p in path.parent.iterdir()] == ["step10.mp4"]
     reader = ffmpeg.read_frames(str(path))
@@ -264,22 +283,20 @@ def test_video_without_ffmpeg_is_a_gif(tmp_path, monkeypatch, capsys):
     Image = pytest.importorskip("PIL.Image")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
     monkeypatch.delitem(sys.modules, "imageio.plugins.ffmpeg", raising=False)
-    log = Logger(tmp_path, 1000, tensorboard=False)
-    path = log.video("eval.10", clip(), fps=10)
-    log.close()
-    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
+    path = write_video(tmp_path, "eval.10", clip(), fps=10)
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().out
     assert path.name == "eval.10.gif"
     with Image.open(path) as gif:
         assert (gif.n_frames, gif.size, gif.info["duration"]) == (7, (50, 33), 100)
-    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "eval.10.gif"}
+    assert [p.name for p in tmp_path.iterdir()] == ["eval.10.gif"]
 
 
-def test_picture_uses_no_global_state(tmp_path, log):
+def test_picture_uses_no_global_state(tmp_path):
     figure_module = pytest.importorskip("matplotlib.figure")
     before = "matplotlib.pyplot" in sys.modules
     figure = figure_module.Figure()
     figure.add_subplot().plot([1, 2])
-    path = log.picture("plots/dream", figure)
+    path = write_picture(tmp_path, "plots/dream", figure)
     assert path.read_bytes()[:4] == b"\x89PNG" and not figure.axes
     assert ("matplotlib.pyplot" in sys.modules) == before
 

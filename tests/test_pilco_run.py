@@ -9,7 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from running import REPO, count_lines, lines_of, same_leaves, until
+from running import REPO, count_lines, lines_of, same_leaves, until, until_it_ends
 
 import pilco
 from common import checkpoint
@@ -51,7 +51,7 @@ def test_resume_is_exact(start, tmp_path):
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
     states = [checkpoint.load(tmp_path / name) for name in "ab"]
     for state in states:
-        del state["logger"], state["agent"]["args"]["run"]
+        del state["logger"], state["agent"]["args"]["run"], state["saves"]
     same_leaves(*states)
 
 
@@ -264,6 +264,15 @@ def test_a_number_that_never_changes(inside, tmp_path, capsys):
     belief = agent.predict()["next"]
     assert (belief["mean"][..., 2] - 7).abs().max() < 1e-6
     assert belief["covariance"][..., 2, 2].max() < 1e-9 < belief["covariance"][..., 0, 0].min()
+
+
+def test_a_crash_costs_only_its_rollout(inside, breaks, tmp_path, capsys):
+    """The trials before it are saved, the one that failed comes again; no returns are joined."""
+    argv = [*DEBUG, "--env-id", "running:Breaks-v0", *plain(2)]
+    assert until_it_ends(inside, *argv) == 2
+    assert "stopped; the same command resumes, and tries again" in capsys.readouterr().out
+    rows = [row for row in lines_of(tmp_path / "run") if "trial" in row]
+    assert [(row["trial"], row["episode/return"]) for row in rows] == [(0, 8), (1, 8), (2, 8)]
 
 
 def test_a_search_without_a_value_is_an_error(inside, monkeypatch):

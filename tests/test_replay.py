@@ -1,6 +1,7 @@
 """The replay against a plain-list model, and after its process is killed."""
 
 import copy
+import errno
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import running
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -556,6 +558,29 @@ def test_room(tmp_path, monkeypatch):
     args.batch_size = 11
     with pytest.raises(RunError, match="choose a smaller --batch-size, --batch-length or --imag"):
         check_room(args, EXAMPLE, run)
+
+
+def test_a_file_too_large_for_the_disk_is_one_line(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(RunError, match=r"no room for .*\(File too large\): choose a smaller"):
+        Replay(PLAIN, 64, 4, 5, tmp_path)
+
+
+def test_a_readonly_replay_leaves_the_files(tmp_path, read_only):
+    replay = Replay(PLAIN, 64, 4, 5, tmp_path)
+    fill(replay, 10)
+    state, before = replay.state_dict(), running.content(tmp_path)
+    read_only(tmp_path)
+    other = Replay(PLAIN, 64, 4, 5, tmp_path, readonly=True)
+    other.load_state_dict(state)
+    assert (other.draw(9) == replay.draw(9)).all()
+    fill(other, 1)
+    assert other.total == 11 and running.content(tmp_path) == before
+    with pytest.raises(RunError, match="lacks observation, is_first, is_last, or a part of it"):
+        Replay(PLAIN, 128, 4, 5, tmp_path, readonly=True)
 
 
 def test_a_replay_too_small_or_empty_is_refused(tmp_path):

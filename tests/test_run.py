@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import itertools
+import json
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+import running
 import torch
 import tyro
 from running import (
@@ -30,6 +32,7 @@ from running import (
     same_leaves,
     same_runs,
     until,
+    until_it_ends,
 )
 from tensordict import TensorDict
 
@@ -38,10 +41,10 @@ import dreamer
 import dreamer_v3
 import pilco
 from common import checkpoint
-from common.checkpoint import RunError
-from common.envs import Options, make_envs
+from common.checkpoint import EnvError, RunError
+from common.envs import Envs, Options, make_envs
 from common.replay import Replay, with_previous
-from common.run import check_flags, evaluate
+from common.run import check_flags, evaluate, evaluate_and_film
 from dreamer_v3 import Agent, parse_args
 from tools.benchmark import benchmark
 from tools.dreams import open_loop
@@ -107,9 +110,13 @@ def test_an_extended_run_equals_one_long_run(start, tmp_path):
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     first = start(*argv, "--steps", 90, "--run", whole)
     start(*argv, "--steps", 50, "--run", longer).done()
-    assert lines_of(longer)[-1]["step"] == 50 and "eval/return" in lines_of(longer)[-1]
+    evaluation = lines_of(longer)[-1]
+    assert evaluation["step"] == 50 and "eval/return" in evaluation
     start(*argv, "--steps", 90, "--run", longer).done()
     first.done()
+    rows = lines_of(longer)
+    rows.remove(evaluation)  # it stays; one long run has none there
+    (longer / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     same_runs(whole, longer, [*argv, "--steps", "90"])
 
 
@@ -121,7 +128,7 @@ def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
     """
     argv = [*TINY, "--env-id", "running:Walk-v0", "--train-ratio", 400, "--steps", 28]
     updates, ended, update = [], [], Agent.update
-    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: ended.append(0) or {})
+    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: ended.append(0))
 
     def stopping(agent, batch):
         updates.append(0)
@@ -333,7 +340,7 @@ def test_bad_flags_leave_no_run_folder(script, tmp_path):
         with pytest.raises(checkpoint.RunError, match=words):
             script.main(["--preset", "debug", "--run", str(run), *flags.split()])
     for folder in (file, file / "sub", "/dev/null", tmp_path / ("x" * 300)):
-        with pytest.raises(checkpoint.RunError, match=f"--run {folder} cannot be a folder"):
+        with pytest.raises(checkpoint.RunError, match=f"--run {folder} cannot be written to"):
             script.main(["--preset", "debug", "--run", str(folder)])
     assert list(tmp_path.iterdir()) == [file] and file.read_text() == ""
 
@@ -934,8 +941,9 @@ def test_bad_checkpoints(start, tmp_path, damage):
         args.write_text(args.read_text().replace("dreamer_v3", "pilco"))
         state = checkpoint.load(folder)
         checkpoint.save(folder, **{k: v for k, v in state.items() if k != "header"})
-    else:
+    else:  # nor a checkpoint that has the flags
         args.unlink()
+        file.write_bytes(b"")
     words = {"truncated": "damaged", "foreign": "not a checkpoint", "another script": "pilco"}
     for command in (argv, ["--eval", folder]) if args.exists() else (argv,):
         assert words.get(damage, "run folder") in start(*command).error()
@@ -997,3 +1005,111 @@ def test_an_environment_that_raises(start, tmp_path):
     assert "resumes at step 57" in start(*argv, "--run", run, prepare="mended").done()
     first.done()
     same_runs(whole, run, argv)
+
+
+BREAKS = [*TINY, "--env-id", "running:Breaks-v0", "--obs", "vector", "--save-every", 1000]
+
+
+def test_a_crash_joins_no_returns(inside, breaks, tmp_path):
+    """A resumed episode goes on where it was, and its return is that of one episode."""
+    assert (
+        until_it_ends(inside, *BREAKS, "--steps", 147) == 6
+    )  # before the rows 21 + 6, 42 + 6, ...
+    rows = [row for row in lines_of(tmp_path / "run") if "episode/return" in row]
+    assert [(row["step"], row["episode/return"]) for row in rows] == [
+        (21 * k, 20.0) for k in range(1, 8)
+    ]
+
+
+def test_a_resume_joins_no_returns(inside, breaks, tmp_path):
+    """Three steps now end the episode whose first five are replayed: it counts for nothing."""
+    with pytest.raises(EnvError, match="at step 6 of environment 0 .episode 1"):
+        inside(*BREAKS, "--steps", 43)
+    assert checkpoint.load(tmp_path / "run")["returns"].item() == 5
+    breaks.length = 3
+    with pytest.warns(UserWarning, match="not deterministic"):
+        inside(*BREAKS, "--steps", 43)
+    rows = [row for row in lines_of(tmp_path / "run") if "episode/return" in row]
+    returns = [(row["step"], row["episode/return"]) for row in rows]
+    assert returns == [(21, 20.0), *((27 + 4 * k, 3.0) for k in range(1, 5))]
+
+
+def test_an_evaluation_that_raises(inside, breaks, monkeypatch, tmp_path, capsys):
+    """The run is saved, and its command tries the evaluation again; so for --eval."""
+    monkeypatch.setattr(common.run, "evaluate_and_film", evaluate_and_film)
+    breaks.bad = staticmethod(lambda episode: episode > 2)
+    with pytest.raises(EnvError, match="at step 6"):
+        inside(*BREAKS, "--steps", 42)
+    text = capsys.readouterr()
+    assert "saved; the same command resumes, and tries again what failed" in text.out
+    assert 'raise OSError("the simulator is gone")' in text.err
+    before = lines_of(tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run")["step"] == before[-1]["step"] == 42
+    breaks.bad = staticmethod(lambda episode: False)
+    inside(*BREAKS, "--steps", 42)
+    evaluation = {"step": 42, "eval/return": 20.0, "eval/return_std": 0.0}
+    assert lines_of(tmp_path / "run") == [*before, evaluation]
+    breaks.bad = staticmethod(lambda episode: True)
+    with pytest.raises(EnvError, match="at step 6"):
+        dreamer_v3.main(["--eval", str(tmp_path / "run")])
+
+
+def test_an_environment_that_exits_or_cannot_be_closed(inside, monkeypatch, tmp_path):
+    """sys.exit in step() is an error of the environment; one of close() costs nothing."""
+    argv = [*TINY, "--env-id", "running:Long-v0", "--steps", 30, "--save-every", 1000]
+    monkeypatch.setattr(running.Long, "close", lambda _: 1 / 0)
+    with pytest.warns(UserWarning, match="running:Long-v0 cannot be closed: ZeroDivisionError"):
+        inside(*argv)
+    monkeypatch.setattr(running.Long, "step", lambda *_: sys.exit(3))
+    with pytest.warns(UserWarning, match="cannot be closed"), pytest.raises(EnvError, match="Exit"):
+        inside(*argv[:-4], "--steps", 40, "--save-every", 1000)
+    assert checkpoint.load(tmp_path / "run")["step"] == 30
+
+
+# --- evaluation without a film ------------------------------------------------------------------
+
+
+def film_of(monkeypatch, tmp_path, frame=Envs.frame, write_video=common.run.write_video):
+    """Evaluate an agent on Both-v0: what was logged before the film was written."""
+    args = parse_args([*TINY, "--env-id", "running:Both-v0", "--obs", "vector"])
+    envs = make_envs(args, num_envs=1)
+    envs.close()
+    logged, before = [], []
+    monkeypatch.setattr(Envs, "frame", frame)
+    write = lambda *a: before.extend(logged) or write_video(*a)  # noqa: E731
+    monkeypatch.setattr(common.run, "write_video", write)
+    evaluate_and_film(
+        Agent(envs.spec, args), tmp_path, "eval", lambda **scores: logged.append(scores)
+    )
+    assert logged == [{"eval/return": 210.0, "eval/return_std": 0.0}]
+    return before == logged
+
+
+def test_frames_that_fail_cost_no_score(monkeypatch, tmp_path, capsys):
+    """The film is what there was before; without any there is none."""
+    for good in (3, 0):
+        frames = itertools.count()
+
+        def frame(envs, frames=frames, good=good):
+            if next(frames) >= good:
+                raise RunError("Both-v0 cannot be rendered: out of film")
+            return np.zeros((256, 256, 3), np.uint8)
+
+        assert film_of(monkeypatch, tmp_path, frame) == (good > 0)
+        assert next(frames) == good + 1, "the others are not tried"
+        text = capsys.readouterr().out
+        assert text.count(f"the video ends after {good} frames: Both-v0 cannot be rendered") == 1
+        assert "return 210.0 +- 0.0" in text and ("no video" in text) == (good == 0)
+    import imageio_ffmpeg
+
+    assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "eval.mp4"))[0] == 3
+
+
+@pytest.mark.parametrize("error", [RunError("disk full: eval.mp4"), ValueError("odd frames")])
+def test_a_film_that_fails_costs_no_score(monkeypatch, tmp_path, capsys, error):
+    def full(*_):
+        raise error
+
+    assert film_of(monkeypatch, tmp_path, write_video=full), "logged before the film"
+    text = capsys.readouterr().out
+    assert text.index("return 210.0 +- 0.0") < text.index(f"no video: {error}")

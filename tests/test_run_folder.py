@@ -3,19 +3,23 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from running import content
 from tensordict import TensorDict
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import common.run
 import dreamer
 import dreamer_v3
 import pilco
@@ -48,6 +52,13 @@ class Settings:
     eval: MayChange[str] = ""
 
 
+@dataclass
+class Clocks(Settings):
+    log_every: int = 10
+    save_every: int = 0
+    tensorboard: bool = False
+
+
 def open_run(script, args):
     """open_folder as a script calls it."""
     return open_folder(script, args, {"script": script, **args_dict(args)})
@@ -62,7 +73,7 @@ def working_directory(tmp_path, monkeypatch):
 def test_threads_apply_to_torch_and_numpy():
     before = torch.get_num_threads()
     with threadpool_limits(2):  # restores what it finds
-        prepare(SimpleNamespace(seed=0, threads=1))
+        prepare("dreamer", SimpleNamespace(seed=0, threads=1, env_id="", run="here"))
         pools = {pool["user_api"]: pool["num_threads"] for pool in threadpool_info()}
         torch.set_num_threads(before)
     assert pools["blas"] == 1 and pools.get("openmp", 1) == 1
@@ -70,7 +81,7 @@ def test_threads_apply_to_torch_and_numpy():
 
 def test_folder_name_first_start_and_resume(tmp_path):
     folder, state = open_run("dreamer", Settings())
-    assert folder == Path("runs") / "dreamer" / "dm_control-walker-walk-v0" / "seed3"
+    assert folder == tmp_path / "runs" / "dreamer" / "dm_control-walker-walk-v0" / "seed3"
     assert state is None
     save(folder, step=7, numbers=[1, 2.5, None, "x"])
     _, state = open_run("dreamer", Settings())
@@ -194,6 +205,126 @@ def test_without_a_checkpoint_leftovers_are_deleted_and_notes_kept(tmp_path):
     assert {path.name for path in folder.iterdir()} == {"args.json", "lock", "notes.txt"}
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with a replay, after its second save, and the first checkpoint.pt."""
+    run = Run("dreamer", Clocks(), SimpleNamespace(spec={}))
+    (run.folder / "replay").mkdir()
+    (run.folder / "replay" / "reward").write_bytes(b"rows")
+    run.stateful["agent"] = {"spec": {}, "args": asdict(run.args)}
+    run.logger.log(10, **{"episode/return": 1.0})
+    run.save()
+    older = (run.folder / "checkpoint.pt").read_bytes()
+    run.logger.log(20, **{"episode/return": 2.0})
+    run.save()
+    run.logger.close()
+    return run.folder, older
+
+
+def test_a_lost_checkpoint_deletes_no_history(saved):
+    """Neither with its replay nor without; --fresh does."""
+    folder, _ = saved
+    (folder / "checkpoint.pt").unlink()
+    for gone in (None, folder / "replay"):
+        if gone:
+            shutil.rmtree(gone)
+        before = content(folder)
+        with pytest.raises(RunError, match=r"checkpoint.pt is gone, but not the rest.*--fresh"):
+            open_run("dreamer", Clocks())
+        assert content(folder) == before and folder / "metrics.jsonl" in before
+    assert open_run("dreamer", Clocks(fresh=True))[1] is None
+    assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
+    assert open_run("dreamer", Clocks())[1] is None
+
+
+def test_an_older_checkpoint_is_refused_beside_a_newer_replay(saved):
+    folder, older = saved
+    newer = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(older)
+    for restored in ((), ("metrics.jsonl", "saves.txt")):  # a backup without the replay
+        for name in restored:
+            (folder / name).write_text("1")
+        before = content(folder)
+        with pytest.raises(
+            RunError, match=r"checkpoint.pt is older than the rest of the run.*--fr"
+        ):
+            open_run("dreamer", Clocks())
+        assert content(folder) == before
+    (folder / "checkpoint.pt").write_bytes(newer)
+    assert open_run("dreamer", Clocks())[1]["saves"] == 2
+
+
+def test_a_kill_between_checkpoint_and_counter_is_no_fault(saved):
+    folder, _ = saved
+    for path in (folder, folder / "replay"):
+        assert (path / "saves.txt").read_text() == "2"
+        (path / "saves.txt").write_text("1")
+    assert open_run("dreamer", Clocks())[1]["saves"] == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "3", "{}", '{"script": ', None])
+def test_the_checkpoint_replaces_a_damaged_args_json(saved, damage, capsys):
+    """It knows the script and its flags, which still may not change."""
+    folder, _ = saved
+    whole = json.loads((folder / "args.json").read_text())
+    for args, differs in ((Clocks(lr=1.0), "lr: 4e-05 -> 1.0"), (Clocks(), None)):
+        (folder / "args.json").unlink(missing_ok=True)
+        if damage is not None:
+            (folder / "args.json").write_text(damage)
+        if differs:
+            with pytest.raises(RunError, match=differs):
+                open_run("dreamer", args)
+    with pytest.raises(RunError, match="a run of dreamer.py: choose another --run"):
+        open_run("pilco", Clocks(run=str(folder), fresh=True))
+    assert open_run("dreamer", Clocks())[1]["saves"] == 2
+    assert "args.json is damaged or gone: its flags are taken from" in capsys.readouterr().out
+    again = json.loads((folder / "args.json").read_text())
+    assert again | {"origin": 0} == whole | {"origin": 0} and len(again["origin"]) == 1
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number):
+    def fail(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    for owner, name in ((Path, "mkdir"), (checkpoint, "lock_folder")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(RunError) as error:
+                open_run("dreamer", Settings(run=str(tmp_path / "a")))
+        text = f"--run {tmp_path / 'a'} cannot be written to: "
+        message = str(error.value)
+        assert message.startswith(text) and os.strerror(number) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("script", [dreamer, dreamer_v3, pilco])
+def test_an_environment_may_change_the_working_directory(tmp_path, script):
+    """Relative folders are those of the start, of a run and of --eval."""
+    flags = {
+        dreamer: "--steps 120 --prefill 60 --train-every 60 --pretrain 1 --obs vector",
+        dreamer_v3: "--steps 84 --batch-size 2 --obs vector",
+        pilco: "--trials 1 --angles --start --start-std --target 0 0 --weights",
+    }
+    argv = (
+        f"--preset debug --no-tensorboard --threads 1 --env-id running:Wanders-v0 {flags[script]}"
+    )
+    for where in ((), ("--run", "mine")):
+        script.main([*argv.split(), *where])
+        os.chdir(tmp_path)
+    for folder in ("mine", f"runs/{script.SCRIPT}/running-Wanders-v0/seed0"):
+        names = {path.name for path in (tmp_path / folder).iterdir()}
+        assert {"args.json", "checkpoint.pt", "metrics.jsonl", "learning_curve.png"} <= names
+        assert "elsewhere" not in names
+    assert not [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()]
+    frames, where = [np.zeros((16, 16, 3), np.uint8)], "mine"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            common.run, "evaluate", lambda *_: (os.chdir("elsewhere"), ([1.0], frames))[1]
+        )
+        script.main(["--eval", where])
+    assert (tmp_path / "mine" / "eval.mp4").is_file()
+
+
 LOCK = """
 import sys, time
 from dataclasses import dataclass
@@ -222,13 +353,6 @@ def test_two_processes_cannot_share_a_folder(tmp_path):
     other.communicate()
     open_run("dreamer", Settings(run=str(tmp_path / "a"), fresh=True))
     open_run("dreamer", Settings(run=str(tmp_path / "a")))  # this process may open it again
-
-
-@dataclass
-class Clocks(Settings):
-    log_every: int = 10
-    save_every: int = 0
-    tensorboard: bool = False
 
 
 @pytest.fixture
@@ -298,22 +422,24 @@ def test_a_signal_while_a_failed_run_is_saved_costs_nothing(make_training_run, m
 
     def interrupted(path, fill):
         writes.append(path.name)
-        os.kill(os.getpid(), signal.SIGINT)
+        if path.name == "checkpoint.pt":
+            os.kill(os.getpid(), signal.SIGINT)
         return write(path, fill)
 
     monkeypatch.setattr(checkpoint, "atomic_write", interrupted)
     with pytest.raises(EnvError, match="fell over"), run:
         raise EnvError("the robot fell over")
-    assert writes == ["checkpoint.pt"] and load(run.folder)["step"] == 7
+    assert writes == ["checkpoint.pt", "saves.txt"] and load(run.folder)["step"] == 7
     out, err = capfd.readouterr()
     assert "saved; the same command resumes" in out and "will stop soon" in err
+    assert (run.folder / "saves.txt").read_text() == "1" and load(run.folder)["saves"] == 1
 
 
 def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsys):
     for error, words in (
         (RunError("NaN"), ""),
         (KeyboardInterrupt(), ""),
-        (EnvError("evaluation"), "saved; the same command resumes\n"),
+        (EnvError("evaluation"), "saved; the same command resumes, and tries again what failed\n"),
         (None, "everything is in "),
     ):
         run = make_training_run()
@@ -350,10 +476,17 @@ def test_a_full_disk_and_other_errors_of_a_run():
     """One line for what the user can fix, a traceback for the rest."""
     for error, text in (
         (OSError(errno.ENOSPC, "No space left"), "disk full"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/x"),
+            "error: Read-only file system, .*'/x'",
+        ),
+        (OSError(errno.EACCES, "Permission denied", "/x"), "error: Permission denied, .*'/x'"),
+        (OSError(errno.EFBIG, "File too large"), "error: File too large, the last checkpoint is"),
         (KeyboardInterrupt(), "stopped"),
         (RunError("--lr"), "error: --lr"),
     ):
-        with pytest.raises(SystemExit, match=text):
+        with pytest.raises(SystemExit, match=text) as stop:
             launch(lambda error=error: (_ for _ in ()).throw(error))
-    with pytest.raises(PermissionError):
-        launch(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+        assert "\n" not in str(stop.value)
+    with pytest.raises(ConnectionError):
+        launch(lambda: (_ for _ in ()).throw(ConnectionError(errno.ECONNREFUSED, "no")))

@@ -244,7 +244,8 @@ def test_the_runs_of_a_sweep(tmp_path, monkeypatch):
     jobs = plan(str(COUNTING), "--env-ids", "A", "B", "--steps", "7", "--seeds", "0", "2")
     assert [job.name for job in jobs] == ["A seed 0", "A seed 2", "B seed 0", "B seed 2"]
     assert jobs[1].folder == tmp_path / "runs/counting/A/seed2"
-    flags = ["--steps", "7", "--env-id", "B", "--seed", "2", "--run", "runs/counting/B/seed2"]
+    folder = str(tmp_path / "runs/counting/B/seed2")
+    flags = ["--steps", "7", "--env-id", "B", "--seed", "2", "--run", folder]
     assert jobs[3].argv == [str(COUNTING), *flags]
     assert {(job.unit, job.total) for job in jobs} == {("step", 7)}
     (job,) = plan(str(REPO / "pilco.py"), "--preset", "pendulum", "--trials", "4")

@@ -26,6 +26,8 @@ from common.imagination import ModelBasedEnvBase
 from common.replay import Replay
 from common.run import autocast
 
+DEFAULT_SCRIPT = Path(__file__).parents[1] / "dreamer_v3.py"  # of --script
+
 
 def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = False):
     """A DreamVectorEnv for an agent that the script's `load` returned.
@@ -58,7 +60,7 @@ def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     layout = state["layout"]
     rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
     args = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
-    replay = Replay(example, *args, slack=slack)
+    replay = Replay(example, *args, slack=slack, readonly=True)
     replay.load_state_dict(state)
     if not len(replay):
         raise RunError(f"{folder} has only {replay.rows} rows so far: no window of {replay.length}")
@@ -98,9 +100,15 @@ def pilco_dream(agent) -> tuple[ModelBasedEnvBase, Callable, Callable]:
     return SampledEnv(agent.world_model, agent.cost, noise=agent.args.noise), draw, decode
 
 
-def load_run(run):
-    """The agent of a run folder, loaded by the script that trained it; RunError if that fails."""
-    return importlib.import_module(checkpoint.load(run)["header"]["script"]).load(run)
+def load_run(run, script: Path):
+    """The agent of a run folder, loaded by the script at that path; RunError if that fails.
+
+    The user names the script: what a run folder says must not decide what is imported.
+    """
+    if not script.is_file() or script.suffix != ".py":
+        raise RunError(f"--script {script}: there is no such script")
+    sys.path.insert(0, str(script.resolve().parent))
+    return importlib.import_module(script.stem).load(run)
 
 
 def script_of(instance):

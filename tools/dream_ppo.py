@@ -2,6 +2,7 @@
 
     pip install -r requirements-extra.txt
     python -m tools.dream_ppo runs/dreamer_v3/Pendulum-v1/seed0 [--horizon 50] [--out PATH]
+    python -m tools.dream_ppo runs/pilco/PILCO-Pendulum-v0/seed0 --script pilco.py
 
 Both policies are evaluated in the real environment, by their mode. The first trains for --actions
 in dreams of --horizon actions each; the second for as many real actions as the run took, rounded up
@@ -32,7 +33,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import read_metrics
 from common.run import launch
-from tools.dream_env import dream_env, load_run
+from tools.dream_env import DEFAULT_SCRIPT, dream_env, load_run
 
 RESULTS = Path(__file__).parents[1] / "results"
 EPISODES, SAME_STEP = 10, gymnasium.vector.AutoresetMode.SAME_STEP
@@ -175,6 +176,7 @@ def main(
     actions: int = 200_000,  # in the dreams
     seeds: int = 3,
     out: Path | None = None,  # path of the results, without .csv or .png
+    script: Path = DEFAULT_SCRIPT,  # that trained the run
 ):
     if min(actions, seeds) < 1:
         raise RunError("--actions and --seeds must be at least 1")
@@ -182,7 +184,8 @@ def main(
     if not Path(run, "args.json").exists():
         raise RunError(f"{run} is not a run folder: it has no args.json")
     args = json.loads(Path(run, "args.json").read_text())
-    agent = load_run(run)
+    out = (out or RESULTS / "dreams" / script.stem).absolute()  # environments may change directory
+    agent = load_run(run, script)
     dreams = dream_env(agent, 16, horizon=horizon)
     env_spaces = dreams.single_observation_space, dreams.single_action_space
     if not all(isinstance(space, spaces.Box) and len(space.shape) == 1 for space in env_spaces):
@@ -207,7 +210,6 @@ def main(
     lines += [f"# real actions of the run: {real_actions}"]
     lines += [f"# its own return: {evaluations[-1]:.1f}", "trained in,seed,actions,real return"]
     lines += [f"{k},{s},{x},{y:.1f}" for (k, s), curve in scores.items() for x, y in curve]
-    out = out or RESULTS / "dreams" / args["script"]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_name(f"{out.name}.csv").write_text("\n".join(lines) + "\n")
     draw(scores, evaluations[-1], out.with_name(f"{out.name}.png"))

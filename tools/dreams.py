@@ -1,9 +1,11 @@
 """What a trained world model imagines, beside what really happened.
 
     python -m tools.dreams runs/dreamer_v3/Pendulum-v1/seed0
+    python -m tools.dreams runs/pilco/PILCO-CartPole-v0/seed0 --script pilco.py
 
 The run's policy plays a few episodes. The model sees their first quarter and imagines the rest
-from the actions alone. The pictures go to the run folder; the run may still be training:
+from the actions alone. The pictures go to the run folder, or, if that is read-only, to a folder of
+the same name in runs/; the run may still be training:
 
     dream.png      rewards and vector observations of the first episode
     dream_KEY.mp4  image observations, if any: truth, model and error, one above the other
@@ -23,10 +25,10 @@ from torch import Tensor
 
 from common.checkpoint import RunError
 from common.envs import make_envs
-from common.logger import Logger
+from common.logger import write_picture, write_video
 from common.replay import with_previous
-from common.run import Count, Natural, autocast, check_flags, launch
-from tools.dream_env import decode, load_run
+from common.run import Count, Natural, autocast, check_flags, launch, output_folder
+from tools.dream_env import DEFAULT_SCRIPT, decode, load_run
 
 ORANGE = "#e07b1a"  # what is imagined
 
@@ -36,6 +38,7 @@ class Args:
     """Flags."""
 
     run: tyro.conf.Positional[Path]  # folder of a run
+    script: Path = DEFAULT_SCRIPT  # that trained it
     episodes: Count = 6  # played in parallel
     rows: Count = 128  # at most, of each episode; the model sees a quarter of them
     seed: Natural = 0  # of environments and noise
@@ -77,19 +80,19 @@ def open_loop(agent, batch: TensorDict, context: int) -> TensorDict:
     return out.select(*keys).set("true", td.select(*keys)).cpu()
 
 
-def draw(dream: TensorDict, context: int, logger: Logger) -> list[Path]:
+def draw(dream: TensorDict, context: int, folder: Path) -> list[Path]:
     """Draw a dream that `open_loop` returned; return the paths of its pictures."""
     paths, curves = [], {}
     for key, true in sorted(dream["true"].items(), key=lambda item: item[0] != "reward"):
         if true.dtype == torch.uint8:
             frames = film(true, dream[key], context)
-            paths.append(logger.video(f"dream_{key}", frames, fps=10))
+            paths.append(write_video(folder, f"dream_{key}", frames, fps=10))
         elif true.ndim == 2:
             curves[key] = true[0], dream[key][0]
         else:
             pairs = zip(true[0].unbind(-1), dream[key][0].unbind(-1), strict=True)
             curves |= {f"{key} {i}": pair for i, pair in enumerate(pairs)}
-    return [logger.picture("dream", plot(curves, context)), *paths]
+    return [write_picture(folder, "dream", plot(curves, context)), *paths]
 
 
 def film(true: Tensor, model: Tensor, context: int):
@@ -170,14 +173,16 @@ def last_trial(agent) -> tuple[TensorDict, Tensor]:
 def main():
     args = tyro.cli(Args, prog="python -m tools.dreams", description=__doc__)
     check_flags(args)
-    agent, logger = load_run(args.run), Logger(args.run, 0, tensorboard=False)
+    agent = load_run(args.run, args.script)
+    folder = output_folder(agent.folder)
     if hasattr(agent, "actor"):
         batch = play(agent, args.episodes, args.rows, args.seed)
         context = batch.shape[1] // 4
-        paths = draw(open_loop(agent, batch, context), context, logger)
+        paths = draw(open_loop(agent, batch, context), context, folder)
     else:
         predicted, states = last_trial(agent)
-        paths = [logger.picture("dream", plot_beliefs(predicted, agent.cost.at(states), states))]
+        figure = plot_beliefs(predicted, agent.cost.at(states), states)
+        paths = [write_picture(folder, "dream", figure)]
     print("\n".join(map(str, paths)))
 
 

@@ -1,7 +1,7 @@
 """The pictures of the README, drawn from saved runs.
 
-    python -m tools.pictures runs/dreamer/Pendulum-v1/seed0 --out docs/dream.png
-    python -m tools.pictures runs/pilco/PILCO-CartPole-v0/seed0 --out docs/trial.png
+    python -m tools.pictures runs/pixels --script dreamer.py --out docs/dream.png
+    python -m tools.pictures runs/cart_pole --script pilco.py --out docs/trial.png
     python -m tools.pictures results --out docs/curves.png
 
 For a pixel agent: frames of a new episode, above what the world model predicts from the
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from common.checkpoint import RunError
 from common.logger import PNG
 from common.run import evaluate, launch
-from tools.dream_env import load_run
+from tools.dream_env import DEFAULT_SCRIPT, load_run
 from tools.dreams import ORANGE, draw_belief, last_trial, open_loop, play
 
 GREEN, BLUE = "#2f8f4e", "#1f5fa8"
@@ -108,6 +108,7 @@ def seeds_of(path: Path) -> list[dict[str, np.ndarray]]:
 def main(
     run: tyro.conf.Positional[Path],  # folder of a run, or of the results
     out: Path,  # the picture
+    script: Path = DEFAULT_SCRIPT,  # that trained the run
     seed: int = 0,  # of the episode dreamed of
     context: int = 5,  # frames that the model sees before it dreams
     stride: int = 3,  # rows from one frame shown to the next
@@ -116,7 +117,7 @@ def main(
     if (run / "pilco").is_dir():
         curves_picture(run).savefig(out, **PNG)
         return
-    agent = load_run(run)
+    agent, out = load_run(run, script), out.absolute()  # environments may change the directory
     if hasattr(agent, "actor"):
         figure = dream_picture(agent, seed, context, stride, margin)
     elif agent.args.env_id == "PILCO/CartPole-v0":

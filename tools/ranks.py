@@ -26,7 +26,7 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import Logger
 from common.replay import make_replay
-from common.run import Run, args_dict, launch, open_folder, run_folder
+from common.run import Run, args_dict, launch, mark_save, open_folder, run_folder
 
 DIVIDED_FLAGS = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
 PER_RANK = ("replay", "envs", "latent", "returns", "rng")  # checkpoint entries that differ by rank
@@ -184,6 +184,7 @@ class RanksRun(Run):
         dist.barrier()
         if rank() == 0:
             checkpoint.save(self.folder, **state)
+            mark_save(self.folder, self.saves)
         dist.barrier()
         for path in self.folder.glob(f"rank{rank()}-*"):  # also a killed rank's .tmp
             if path.name != name:

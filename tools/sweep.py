@@ -11,7 +11,6 @@ goes to seed<k>.log beside its folder.
 
 import importlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -25,7 +24,15 @@ import tyro
 from common import checkpoint
 from common.checkpoint import RunError, Stop
 from common.logger import read_metrics
-from common.run import args_dict, check_flags, check_same_args, launch, may_change, run_folder
+from common.run import (
+    args_dict,
+    check_flags,
+    check_same_args,
+    launch,
+    may_change,
+    run_folder,
+    saved_args,
+)  # fmt: skip
 
 REFUSED_FLAGS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 ANSWER_TIME = 10  # seconds that a Ray has to answer
@@ -131,12 +138,10 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
 
 def check_saved_args(folder: Path, parsed):
     """RunError if the run in that folder was started with other arguments."""
-    path = folder / "args.json"
-    if path.exists() and (folder / "checkpoint.pt").exists():
+    if (folder / "checkpoint.pt").exists():
         ways = "Move it away, or sweep in another directory."
-        saved = json.loads(path.read_text())
         free = "script", *may_change(type(parsed))
-        check_same_args(folder, saved, args_dict(parsed), free, ways)
+        check_same_args(folder, saved_args(folder), args_dict(parsed), free, ways)
 
 
 def run_all(args: Args, jobs: list[Job]) -> bool:
