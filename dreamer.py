@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.replay import check_room, make_replay
+from common.replay import check_room, copy_rows, make_replay
 from common.run import (
     Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
     Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks,
@@ -64,12 +64,14 @@ class Args:
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
     eval_every: MayChange[Natural] = 10_000  # environment steps between test episodes
+    offline: str = ""  # run folder: train on its replay alone; --steps sets how many updates
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Threads] = 0  # of torch and numpy on the CPU; 0: their choice
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
+    wandb: MayChange[bool] = False  # mirror metrics, curve and video to Weights & Biases
     log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
 
@@ -848,8 +850,7 @@ def updates_owed(args: Args, run: Run, replay) -> int:
     ready = gather_ranks(torch.tensor([float(replay.ready)]))
     all_too_short = replay.finished and not ready.any() and not run.updates  # `sample` raises
     if not ready.all() and not all_too_short:
-        if run.step - args.prefill < args.train_every:  # say it once
-            run.logger.note("no update before an episode of --batch-length rows has ended")
+        run.logger.note("no update before an episode of --batch-length rows has ended", once=True)
         return 0
     first = args.train_steps if run.updates else args.pretrain
     return first + (multiples - 1) * args.train_steps
@@ -875,17 +876,21 @@ def main(argv: list[str] | None = None):
         # the last window of an episode has its terminal row
         replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
-        told = args.pcont  # that an episode terminated
+        if args.offline and not run.saved:
+            copy_rows(args.offline, replay)
 
         while run.training(latent):
             if not run.owed:  # resumed runs first do owed updates
-                rows = envs.step(latent["action"])
-                if rows["is_terminal"].any() and not told:
-                    run.logger.note("an episode has terminated: without --pcont no dream does")
-                    told = True
-                latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
-                replay.append(agent.stored_rows(rows, latent))
-                run.count(rows)
+                if args.offline:
+                    run.advance()  # brings updates as a step would
+                else:
+                    rows = envs.step(latent["action"])
+                    latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
+                    replay.append(agent.stored_rows(rows, latent))
+                    run.count(rows)
+                    if rows["is_terminal"].any() and not args.pcont:
+                        text = "an episode has terminated: without --pcont no dream does"
+                        run.logger.note(text, once=True)
                 run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):
                 run.add(agent.update(batch))

@@ -58,7 +58,9 @@ JITTER = 1e-6  # the authors' variance of a deterministic GP; here also FITC's r
 Numbers = tuple[float, ...]
 Widths = Annotated[Numbers, Rule("positive numbers", lambda x: len(x) > 0 and min(x) > 0)]
 Stds = Annotated[Numbers, Rule("numbers that are not negative", lambda x: min(x, default=0) >= 0)]
-Preset = Literal["cart_pole", "pendulum", "double_pendulum", "inverted_pendulum", "debug"]
+Preset = Literal[
+    "cart_pole", "pendulum", "double_pendulum", "cart_double_pendulum", "inverted_pendulum", "debug"
+]
 
 
 @dataclass
@@ -79,6 +81,7 @@ class Args:
     benchmark: bool = False  # time the expected cost and its gradient
     threads: MayChange[Threads] = 1  # for torch and numpy: more do not help; 0: their default
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
+    wandb: MayChange[bool] = False  # mirror metrics, curve and video to Weights & Biases
 
     # environment
 
@@ -143,6 +146,11 @@ PRESETS = {
         start=(0, 0, math.pi, math.pi), start_std=(0.1, 0.1, 0.01, 0.01), target=(0, 0, 0, 0),
         weights=distance_weights((0, 0, 0, 0, 0.5, 0, 0.5, 0), (0, 0, 0, 0, 0, 0.5, 0, 0.5)),
         widths=(0.5,), centers=100),
+    "cart_double_pendulum": dict(  # x, dx, dtheta1, dtheta2, theta1, theta2
+        env_id="PILCO/CartDoublePendulum-v0", trials=40, horizon=100, dt=0.05, angles=(4, 5),
+        start=(0, 0, 0, 0, math.pi, math.pi), start_std=(0.1,) * 4 + (0.01,) * 2, target=(0,) * 6,
+        weights=distance_weights((1, *(0,) * 5, -1, 0, -1, 0), (0, *(0,) * 5, 0, 1, 0, 1)),
+        widths=(0.5,), centers=200, max_inducing=400),
     "inverted_pendulum": dict(  # position, angle and their speeds: balance, from near the top
         env_id="InvertedPendulum-v5", dt=0.04, trials=3, random_rollouts=5, iterations=50),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from contextlib import suppress
@@ -23,16 +24,18 @@ class Logger:
     """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save, which
-    come again, but for the final evaluation.
+    come again, but for the final evaluation. wandb: arguments of `wandb.init`, to mirror the run to
+    Weights & Biases.
     """
 
-    def __init__(self, folder, total_steps, tensorboard=True, quiet=False):
+    def __init__(self, folder, total_steps, tensorboard=True, quiet=False, wandb=None):
         self.folder, self.total, self.quiet = Path(folder), total_steps, quiet
         self.file = (self.folder / "metrics.jsonl").open("ab")
-        self.sums, self.counts, self.shown = {}, {}, {}
+        self.sums, self.counts, self.shown, self.notes = {}, {}, {}, set()
         self.step = self.first = 0  # now, and where this process took over
         self.process_start = self.run_start = time.monotonic()
         self.tensorboard, self.board, self.bar, self.bar_time = tensorboard, None, None, 0.0
+        self.wandb = wandb and start_wandb(self.folder, wandb)
         self.first_update = None  # of this process: time, number, step
 
     def add(self, metrics):
@@ -54,6 +57,8 @@ class Logger:
         self.file.flush()
         if self.tensorboard:
             self._to_tensorboard(row)
+        if self.wandb:
+            self.wandb.log(row, step=step)  # ignores a step that comes again after a kill
         for label in LOSSES:
             losses = [x for name, x in means.items() if name.startswith(f"train/loss_{label}")]
             if losses:
@@ -84,10 +89,19 @@ class Logger:
         self.bar_time, self.bar.n = now, step
         self.bar.set_postfix(self.shown)
 
-    def note(self, text):
-        """Print a line above the progress bar."""
-        if not self.quiet:
+    def note(self, text, once=False):
+        """Print a line above the progress bar; with `once`, not again in this process."""
+        if not self.quiet and not (once and text in self.notes):
             tqdm.write(text, file=sys.stderr)
+        self.notes.add(text)
+
+    def upload(self, path):
+        """Show a picture or video at Weights & Biases, too, if the run is mirrored there."""
+        if self.wandb:
+            from wandb import Image, Video
+
+            kind = Image if path.suffix == ".png" else Video
+            self.wandb.log({path.stem: kind(str(path))}, step=self.step)
 
     def state_dict(self) -> dict:
         """The means so far, the clock, and how long metrics.jsonl is."""
@@ -121,6 +135,8 @@ class Logger:
         for part in (self.file, self.bar, self.board):
             if part is not None:
                 part.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def _to_tensorboard(self, row):
         """Log the numbers of a row to TensorBoard, if it is installed."""
@@ -148,6 +164,20 @@ class Logger:
         options = dict(initial=first, unit=" steps", bar_format=form, postfix=", ".join(words))
         seconds = time.monotonic() - begun
         self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
+
+
+def start_wandb(folder: Path, options: dict):
+    """A run at Weights & Biases. Its id lies in the run folder: a resumed run goes on there."""
+    import wandb
+
+    file = folder / "wandb" / "id"
+    name = file.read_text() if file.exists() else secrets.token_hex(4)
+    try:
+        run = wandb.init(id=name, resume="allow", dir=folder, allow_val_change=True, **options)
+    except wandb.Error as error:
+        raise RunError(f"--wandb: {error} WANDB_MODE=offline needs no account") from error
+    atomic_write(file, lambda file: file.write(name.encode()))
+    return run
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""PILCO's physical systems: PILCO/Pendulum-v0, PILCO/CartPole-v0, PILCO/DoublePendulum-v0."""
+"""PILCO's physical systems, gymnasium ids PILCO/<name>-v0 for each name in PLANTS."""
 
 import math
 from collections.abc import Callable
@@ -38,6 +38,25 @@ def double_pendulum(z, u, g=9.82, m=0.5, length=0.5):
     ddtheta1 = (m22 * force1 - m12 * cos * force2) / determinant
     ddtheta2 = (m11 * force2 - m12 * cos * force1) / determinant
     return np.array([ddtheta1, ddtheta2, dtheta1, dtheta2])
+
+
+def cart_double_pendulum(z, u, g=9.82, m=0.5, cart=0.5, length=0.6, b=0.1):
+    """State (x, dx, dtheta1, dtheta2, theta1, theta2), 0 is upright; force u (N) on the cart."""
+    _, dx, dtheta1, dtheta2, theta1, theta2 = z
+    sin1, sin2, sin12 = np.sin([theta1, theta2, theta1 - theta2])
+    cos1, cos2, cos12 = np.cos([theta1, theta2, theta1 - theta2])
+    arm, m23 = m * length / 2, m * length**2 / 2  # 3 arm and arm: of links 1 and 2
+    mass = [
+        [cart + 2 * m, -3 * arm * cos1, -arm * cos2],
+        [-3 * arm * cos1, 4 / 3 * m * length**2, m23 * cos12],
+        [-arm * cos2, m23 * cos12, m * length**2 / 3],
+    ]
+    force = [
+        u[0] - b * dx - 3 * arm * dtheta1**2 * sin1 - arm * dtheta2**2 * sin2,
+        3 * arm * g * sin1 - m23 * dtheta2**2 * sin12,
+        arm * g * sin2 + m23 * dtheta1**2 * sin12,
+    ]
+    return np.array([dx, *np.linalg.solve(mass, force), dtheta1, dtheta2])
 
 
 def runge_kutta(rate: Callable, z: np.ndarray, u: np.ndarray, dt: float, steps: int = 20):
@@ -113,6 +132,11 @@ PLANTS = {
         rate=double_pendulum, joints=lambda z: chain(0, z[2], z[3], length=0.5), goal=(0, 1),
         width=0.5, start=(0, 0, math.pi, math.pi), std=(0.1, 0.1, 0.01, 0.01), noise=(0.01,) * 4,
         limit=(2, 2))),
+    "CartDoublePendulum": (100, dict(  # 0.6 x: the authors' cost has links of 1 m instead of 0.6
+        rate=cart_double_pendulum, goal=(0, 1.2), width=0.3,
+        joints=lambda z: chain(0.6 * z[0], -z[4], -z[5], length=0.6),
+        start=(0,) * 4 + (math.pi,) * 2, std=(0.1,) * 4 + (0.01,) * 2, noise=(0.01,) * 6,
+        limit=(20,), dt=0.05)),
 }  # fmt: skip
 for name, (steps, kwargs) in PLANTS.items():
     gymnasium.register(f"PILCO/{name}-v0", Plant, max_episode_steps=steps, kwargs=kwargs)

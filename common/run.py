@@ -23,7 +23,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -38,12 +38,13 @@ from torch import Tensor
 
 from common import checkpoint
 from common.checkpoint import DISK_FULL, NO_ACCESS, EnvError, RunError, Stop
-from common.envs import make_envs
+from common.envs import Options, make_envs
 from common.logger import Logger, plot_curve, read_metrics, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
 SAVES = "saves.txt"  # see mark_save
-LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "checkpoint.pt.tmp")  # of an unsaved run
+# Of an unsaved run:
+LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "wandb", "checkpoint.pt.tmp")
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
@@ -165,6 +166,11 @@ def prepare(script: str, args) -> torch.device:
         threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
+    if getattr(args, "wandb", False):  # before the run folder is touched
+        try:
+            from wandb import init  # noqa: F401  a mere folder named wandb has none
+        except ImportError as error:
+            raise RunError("--wandb needs a package: pip install wandb") from error
     return pick_device(getattr(args, "device", "cpu"))
 
 
@@ -301,6 +307,21 @@ def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRES
         raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
 
 
+def check_offline(script: str, args, spec: dict):
+    """RunError unless the run args.offline has collected rows as this one would."""
+    folder, state = args.offline, checkpoint.load(args.offline)
+    if Path(folder).resolve() == run_folder(script, args).resolve():
+        raise RunError(f"--offline {folder} is this run's own folder: choose another --run")
+    if not Path(folder, "replay", "is_last").is_file():
+        raise RunError(f"--offline {folder}: there is no replay")
+    num_envs = state["replay"]["layout"]["num_envs"]  # of one rank
+    saved = state["agent"]["args"] | {"num_envs": num_envs, "spec": state["agent"]["spec"]}
+    now, same = args_dict(args) | {"spec": spec}, {"spec", "env_id", "num_envs"}
+    same |= {field.name for field in fields(Options)} - {"env_workers"}
+    free = (saved.keys() - same) | (saved.keys() ^ now.keys())  # scripts differ in --image-size
+    check_same_args(folder, saved, now, free, "--offline needs the same ones here")
+
+
 def origin() -> dict:
     """Where a result comes from: command, commit, versions, hardware."""
     git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
@@ -352,6 +373,8 @@ class Run:
         self.step = self.done = self.updates = self.owed = self.reported = self.saves = 0
         self.returns, self.latent = torch.zeros(()), None
         self.stateful, self.stop = {}, Stop()
+        if getattr(args, "offline", ""):
+            check_offline(script, args, agent.spec)
         self.folder, self.saved = self.open()
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
             text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
@@ -359,7 +382,9 @@ class Run:
         if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
-        self.logger = Logger(self.folder, total, args.tensorboard, quiet=not hasattr(args, "steps"))
+        wandb = dict(project=script, name=str(self.folder), config=args_dict(args))
+        options = dict(quiet=not hasattr(args, "steps"), wandb=args.wandb and wandb)
+        self.logger = Logger(self.folder, total, args.tensorboard, **options)
 
     def open(self) -> tuple[Path, dict | None]:
         """The run folder and its checkpoint, if there is one."""
@@ -449,10 +474,14 @@ class Run:
         period = getattr(self.args, f"{name}_every", 0)
         return period > 0 and self.step // period > self.reported // period
 
-    def count(self, rows: TensorDict):
-        """Count a row of each environment, and log the return of every episode that ends there."""
+    def advance(self):
+        """Count a row of each environment."""
         self.step += self.args.num_envs * self.args.action_repeat
         self.done = self.step
+
+    def count(self, rows: TensorDict):
+        """Count a row of each environment, and log the return of every episode that ends there."""
+        self.advance()
         self.returns = self.returns * ~rows["is_first"] + rows["reward"]
         for value in self.ended(rows):
             self.logger.log(self.step, **{"episode/return": value, "updates": self.updates})
@@ -497,9 +526,12 @@ class Run:
             print("it was complete, with an evaluation: --eval plays more episodes")
         elif self.complete:
             log = partial(self.logger.log, self.step)
-            evaluate_and_film(self.agent, self.folder, "policy", log)
+            film = evaluate_and_film(self.agent, self.folder, "policy", log)
             title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
-            print(f"learning curve: {plot_curve(self.folder, title)}")
+            curve = plot_curve(self.folder, title)
+            print(f"learning curve: {curve}")
+            for path in filter(None, (film, curve)):
+                self.logger.upload(path)
 
 
 def check_finite(metrics: dict[str, Tensor], updates: int):
@@ -550,19 +582,20 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
 
 
 def evaluate_and_film(agent, folder: Path, name: str, log: Callable = lambda **_: None):
-    """Play, then print and log the scores, then film: what goes wrong there costs no score."""
+    """Play, print and log the scores, write the film: its path, or None if something goes wrong."""
     args = agent.args
     returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
     score, std = float(np.mean(returns)), float(np.std(returns))
     print(f"return {score:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns), flush=True)
     log(**{"eval/return": score, "eval/return_std": std})
-    if not frames:
-        return print(f"no video: {args.env_id} cannot be rendered")
     try:
+        if not frames:
+            raise RunError(f"{args.env_id} cannot be rendered")
         path = write_video(folder, name, np.stack(frames), getattr(agent, "fps", 30))
         print(f"video of the first episode: {path}")
-    except (RunError, OSError, RuntimeError, ValueError) as error:
+        return path
+    except (RunError, OSError, RuntimeError, ValueError) as error:  # costs no score
         print(f"no video: {error}")
 
 

@@ -260,6 +260,25 @@ def test_missing_tensorboard_is_noted_once(tmp_path, capsys, monkeypatch):
     assert len(rows(tmp_path)) == 2
 
 
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    """With the real package: rows, video and curve, and both processes belong to one run."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (10, 20):
+        log = Logger(tmp_path, 1000, False, True, wandb=dict(project="dreamer", config={"lr": 1}))
+        log.log(step, **{"episode/return": step + 0.25, "eval/return": math.nan})
+        log.video("policy", clip())
+        log.upload(plot_curve(tmp_path))
+        log.close()
+    wandb.teardown()  # at the end of a process: writes all
+    name = (tmp_path / "wandb" / "id").read_text()
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
+    for folder, value in (first, b"10.25"), (second, b"20.25"):
+        assert value in (folder / f"run-{name}.wandb").read_bytes()
+        media = {path.name.rsplit("_", 2)[0] for path in folder.glob("files/media/*/*")}
+        assert media == {"policy", "learning_curve"}
+
+
 def clip(length=7, height=33, width=50):
     frames = np.zeros((length, height, width, 3), np.uint8)
     frames[np.arange(length), :, np.arange(length) * 7] = 255

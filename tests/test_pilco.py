@@ -1010,7 +1010,32 @@ def test_double_pendulum_keeps_its_energy():
         assert change == pytest.approx(z[0] * u[0] + z[1] * u[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("preset", ["pendulum", "cart_pole", "double_pendulum"])
+def test_cart_double_pendulum_is_that_of_the_authors():
+    """Numbers of their dynamics_cdp and loss_cdp (Octave; ode45 to 1e-12)."""
+    rate, state = plants.cart_double_pendulum, np.array([0.3, -1.2, 2.1, -0.7, 2.4, -1.1])
+    ddx, ddtheta1, ddtheta2 = -1.21173215990088, 10.2543705607614, -11.1695034321449
+    np.testing.assert_allclose(rate(state, [3.5]), [-1.2, ddx, ddtheta1, ddtheta2, 2.1, -0.7])
+    after = [0.238611338798231, -1.25088062788608, 2.49756304577248, -1.49307508160446]
+    after += [2.51594299933413, -1.15282413396658]
+    np.testing.assert_allclose(plants.runge_kutta(rate, state, [3.5], 0.05), after, atol=1e-7)
+    state = np.array([-0.6, 0.8, -3.2, 1.9, 0.4, 3.6])
+    accelerations = [-13.8863329874072, -20.4072051884085, -9.39414458589086]
+    np.testing.assert_allclose(rate(state, [-12.0])[1:4], accelerations)
+
+    args = pilco.parse_args(["--preset", "cart_double_pendulum"])
+    spec = {"shapes": {"observation": [6]}, "action_dim": 1, "classes": []}
+    mean = torch.tensor([[0.2, -0.3, 0.5, 0.1, 0.4, -0.3]], dtype=torch.float64)
+    root = torch.sin(1.7 * torch.arange(1, 37).double()).view(6, 6).T
+    value, variance = Agent(spec, args).cost(
+        *append_sin_cos(mean, 0.02 * root @ root.T[None], args.angles)
+    )
+    assert value.item() == pytest.approx(0.274025505055054, rel=1e-12)
+    assert variance.item() == pytest.approx(0.0513642480147247, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "preset", ["pendulum", "cart_pole", "double_pendulum", "cart_double_pendulum"]
+)
 def test_plants_agree_with_their_costs(preset):
     """The reward is minus the preset's cost of the true state; noise and start match too."""
     args = pilco.parse_args(["--preset", preset])
@@ -1024,6 +1049,7 @@ def test_plants_agree_with_their_costs(preset):
     }
     agent, env = Agent(spec, args), pilco.gymnasium.make(args.env_id).unwrapped
     assert kwargs["start"] == tuple(args.start) and kwargs["std"] == tuple(args.start_std)
+    assert env.dt == args.dt
     rng, noise = np.random.default_rng(0), []
     env.reset(seed=0)
     for _ in range(200):

@@ -168,6 +168,7 @@ def test_what_searches_are_given(inside, monkeypatch):
         "--preset cart_pole --controller linear --bound gSin --noise observed",
         "--preset pendulum --widths 0.5 1 --exploration -0.2 --gamma 0.98 --restarts 3",
         "--preset double_pendulum",
+        "--preset cart_double_pendulum --centers 20 --widths 4",
         "--preset inverted_pendulum",
     ],
 )
@@ -193,6 +194,13 @@ def test_presets_are_the_authors_scenarios():
     assert (args.centers, args.iterations, args.horizon, args.widths) == (7, 75, 40, (0.5,))
     args = pilco.parse_args(["--preset", "double_pendulum"])
     assert (args.centers, args.horizon, args.trials) == (100, 30, 20)
+    args = pilco.parse_args(["--preset", "cart_double_pendulum"])
+    expected = dict(
+        horizon=100, dt=0.05, trials=40, random_rollouts=1, centers=200, max_inducing=400,
+        widths=(0.5,), gamma=1.0, exploration=0.0, iterations=150, fit_steps=300, angles=(4, 5),
+        start_std=(0.1,) * 4 + (0.01,) * 2, start=(0,) * 4 + (np.pi,) * 2, target=(0,) * 6,
+    )  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
 def test_benchmark(inside, capsys, monkeypatch):

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from common.checkpoint import RunError
-from common.replay import Replay, check_room, make_replay, with_previous
+from common.checkpoint import RunError, save
+from common.replay import Replay, check_room, copy_rows, make_replay, with_previous
 
 EXAMPLE = TensorDict(
     observation=torch.zeros(3),
@@ -399,6 +399,37 @@ def test_the_size_of_a_runs_replay(tmp_path, capsys):
     for each in (replay, other):
         fill(each, 20)
     assert (replay.draw(30) == other.draw(30)).all()  # the seed is that of the run
+
+
+def test_rows_of_another_run(tmp_path, capsys):
+    """All that it could draw, oldest first; of a ring that has wrapped, the first one is cut."""
+    source = Replay(EXAMPLE, 20, 2, 4, tmp_path / "a" / "replay", slack=3)
+    fill(source, 17, latent=7)
+    save(tmp_path / "a", replay=source)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for path in before:
+        path.chmod(0o400)
+    times = [path.stat().st_mtime_ns for path in before]
+    flags = dict(num_envs=2, action_repeat=2, steps=2, batch_length=5, batch_size=1, seed=5)
+    flags |= dict(replay_size=1000, save_every=10, offline=tmp_path / "a")
+    replay = make_replay(SimpleNamespace(**flags), EXAMPLE, tmp_path / "b")
+    copy_rows(tmp_path / "a", replay)
+    assert "            20 rows from" in capsys.readouterr().out
+    assert (replay.total, replay.allocated, replay.length) == (10, 13, 6)
+    td = replay.windows(torch.tensor([[0, 0], [1, 4]]))
+    assert td["observation"][..., :2].tolist() == [
+        [[0, row] for row in range(7, 13)],
+        [[1, row] for row in range(11, 17)],
+    ]
+    assert td["pixels"][1, :, 0, 0, 0].tolist() == [row + 1 for row in range(11, 17)]
+    assert not td["belief"].any() and not td["state"].any()
+    assert replay.storage["is_first"].nonzero().tolist() == [[0], [1]]
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.stat().st_mtime_ns for path in before] == times
+
+    flags |= dict(batch_size=3)  # 3 x 5 windows, of which each environment has 5
+    with pytest.raises(RunError, match="20 rows are too few, or its episodes too short: choose a"):
+        copy_rows(tmp_path / "a", make_replay(SimpleNamespace(**flags), EXAMPLE, tmp_path / "c"))
 
 
 def test_a_draw_changes_flags_only_in_its_copy(tmp_path):

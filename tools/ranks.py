@@ -230,8 +230,8 @@ def main(argv: list[str] | None = None):
     sys.path.insert(0, str(Path(path).resolve().parent))
     script = importlib.import_module(Path(path).stem)
     args = script.parse_args(flags)
-    if args.eval or args.benchmark:
-        raise RunError("--eval and --benchmark run in one process, without torchrun")
+    if args.eval or args.benchmark or getattr(args, "offline", ""):
+        raise RunError("--eval, --benchmark and --offline run in one process, without torchrun")
     if not hasattr(args, "num_envs"):
         raise RunError(f"{path} trains in one process: start it without torchrun")
     sys.argv = [path, *flags]  # the command that args.json records
