@@ -20,7 +20,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -552,11 +551,8 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
     options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     try:
         envs = make_envs(agent.args, **options)
-    except Exception as error:
-        if isinstance(error, RunError):
-            raise
-        traceback.print_exception(error)
-        raise EnvError(f"no environment for the evaluation: {error!r}") from error
+    except RunError as error:  # costs nothing that was learned
+        raise EnvError(f"no environment for the evaluation: {error}") from error
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
