@@ -79,7 +79,7 @@ def test_categories_from_the_environment_to_the_pictures(tmp_path, monkeypatch, 
     assert (door[:, 0] == count % 5).all()
     assert (keys == np.stack([count % 2, count % 3], -1)).all()
     capsys.readouterr()
-    command(monkeypatch, whole)
+    command(monkeypatch, whole, "--script", script.__file__)
     assert capsys.readouterr().out.split() == [str(whole / "dream.png")]
     envs = dream_env(agent, 3, horizon=2)
     observation, _ = envs.reset(seed=0)

@@ -1023,7 +1023,7 @@ def test_cart_double_pendulum_is_that_of_the_authors():
     np.testing.assert_allclose(rate(state, [-12.0])[1:4], accelerations)
 
     args = pilco.parse_args(["--preset", "cart_double_pendulum"])
-    spec = {"shapes": {"observation": [6]}, "action_dim": 1, "classes": []}
+    spec = {"shapes": {"observation": [6]}, "categories": {}, "action_dim": 1, "classes": []}
     mean = torch.tensor([[0.2, -0.3, 0.5, 0.1, 0.4, -0.3]], dtype=torch.float64)
     root = torch.sin(1.7 * torch.arange(1, 37).double()).view(6, 6).T
     value, variance = Agent(spec, args).cost(
