@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.replay import check_room, copy_rows, make_replay
+from common.replay import check_room, make_replay
 from common.run import (
     Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
     Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks,
@@ -64,7 +64,6 @@ class Args:
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
     eval_every: MayChange[Natural] = 10_000  # environment steps between test episodes
-    offline: str = ""  # run folder: train on its replay alone; --steps sets how many updates
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Threads] = 0  # of torch and numpy on the CPU; 0: their choice
@@ -876,21 +875,16 @@ def main(argv: list[str] | None = None):
         # the last window of an episode has its terminal row
         replay = make_replay(args, example, run.folder, episodes=True, last_window=args.pcont)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay)
-        if args.offline and not run.saved:
-            copy_rows(args.offline, replay)
 
         while run.training(latent):
             if not run.owed:  # resumed runs first do owed updates
-                if args.offline:
-                    run.advance()  # brings updates as a step would
-                else:
-                    rows = envs.step(latent["action"])
-                    latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
-                    replay.append(agent.stored_rows(rows, latent))
-                    run.count(rows)
-                    if rows["is_terminal"].any() and not args.pcont:
-                        text = "an episode has terminated: without --pcont no dream does"
-                        run.logger.note(text, once=True)
+                rows = envs.step(latent["action"])
+                latent = agent.act(rows, latent, training=True, random=run.step < args.prefill)
+                replay.append(agent.stored_rows(rows, latent))
+                run.count(rows)
+                if rows["is_terminal"].any() and not args.pcont:
+                    text = "an episode has terminated: without --pcont no dream does"
+                    run.logger.note(text, once=True)
                 run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):
                 run.add(agent.update(batch))

@@ -36,7 +36,7 @@ from torch.distributions import Independent, Normal
 from common.checkpoint import RunError
 from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
-from common.replay import check_room, copy_rows, make_replay
+from common.replay import check_room, make_replay
 from common.run import (
     Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
     Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks_,
@@ -68,7 +68,6 @@ class Args:
     fresh: MayChange[bool] = False  # delete what the run folder holds and start over
     eval: MayChange[str] = ""  # run folder: play its policy, with --eval-episodes and --device
     eval_episodes: MayChange[Count] = 5  # played at the end, and by --eval
-    offline: str = ""  # run folder: train on its replay alone; --steps sets how many updates
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Threads] = 0  # on the CPU; 0: the libraries' choice. Small networks: use 1
@@ -158,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
-    training = args.train_ratio and not (args.benchmark or args.eval or args.offline)
+    training = args.train_ratio and not (args.benchmark or args.eval)
     if training and windows < args.batch_size * args.batch_length:
         text = "--steps and --replay-size give fewer windows than --batch-size x --batch-length"
         text += f", with --num-envs {args.num_envs} and --action-repeat {args.action_repeat}"
@@ -1068,18 +1067,13 @@ def main(argv: list[str] | None = None):
         replay = make_replay(args, example, run.folder, online=True)
         ratio = Ratio(updates_per_row)
         latent = run.resume(agent.initial(envs.num_envs), envs=envs, replay=replay, ratio=ratio)
-        if args.offline and not run.saved:
-            copy_rows(args.offline, replay)
 
         while run.training(latent):
             if not run.owed:  # resumed runs first do owed updates
-                if args.offline:
-                    run.advance()  # brings updates as a step would
-                else:
-                    rows = envs.step(latent["action"])
-                    latent = agent.act(rows, latent)
-                    replay.append(agent.stored_rows(rows, latent))
-                    run.count(rows)
+                rows = envs.step(latent["action"])
+                latent = agent.act(rows, latent)
+                replay.append(agent.stored_rows(rows, latent))
+                run.count(rows)
                 run.owe(ratio(run.step // args.action_repeat) if replay.ready else 0)
             for batch in run.batches(replay):
                 metrics, latents = agent.update(batch)

@@ -7,12 +7,11 @@ from math import ceil
 from os.path import isdir  # unlike Path.is_dir, False where a name is too long
 from pathlib import Path
 
-import numpy as np
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from common.checkpoint import NO_ACCESS, RunError, load
+from common.checkpoint import NO_ACCESS, RunError
 from common.envs import LATENTS
 
 
@@ -50,8 +49,6 @@ def replay_rows(args) -> tuple[int, int]:
     """Capacity, at most what `steps` can fill, and if it is less than that, slack: see Replay."""
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
     needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)  # and a window
-    if getattr(args, "offline", ""):
-        needed = Path(args.offline, "replay", "is_last").stat().st_size  # a byte for each row
     capacity = min(args.replay_size, needed)
     return capacity, ceil(args.save_every / per_row) + 1 if capacity < needed else 0
 
@@ -81,25 +78,6 @@ def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":
     size = sum(leaf.nbytes for leaf in replay.storage.values()) / 1e9
     print(f"{size:14.3f} GB for a replay of {capacity:,} rows")
     return replay
-
-
-def copy_rows(folder, replay: "Replay"):
-    """--offline: append the rows of another run's replay, which is only read; latents are zero."""
-    state, leaves = load(folder)["replay"], {}
-    size, kept, total = state["layout"]["allocated"], state["layout"]["capacity"], state["total"]
-    for key, leaf in replay.storage.items():
-        shape, kind = (size, replay.num_envs, *leaf.shape[1:]), leaf.numpy().dtype
-        leaves[key] = np.broadcast_to(np.zeros((), kind), shape)
-        if key not in replay.updatable:
-            leaves[key] = np.memmap(Path(folder, "replay", key), kind, "r", shape=shape)
-    for row in range(max(0, total - kept), total):
-        rows = {key: torch.tensor(leaf[row % size]) for key, leaf in leaves.items()}
-        rows["is_first"] |= row == total - kept  # what came before it is gone
-        replay.append(TensorDict(rows, [replay.num_envs]))
-    if not replay.ready:
-        text = f"--offline {folder}: {replay.rows:,} rows are too few, or its episodes too short"
-        raise RunError(f"{text}: choose a smaller --batch-length or --batch-size")
-    print(f"{replay.rows:14,} rows from {folder}")
 
 
 class Replay:

@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from common import checkpoint
 from common.checkpoint import DISK_FULL, NO_ACCESS, EnvError, RunError, Stop
-from common.envs import Options, make_envs
+from common.envs import make_envs
 from common.logger import Logger, plot_curve, read_metrics, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
@@ -306,21 +306,6 @@ def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRES
         raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
 
 
-def check_offline(script: str, args, spec: dict):
-    """RunError unless the run args.offline has collected rows as this one would."""
-    folder, state = args.offline, checkpoint.load(args.offline)
-    if Path(folder).resolve() == run_folder(script, args).resolve():
-        raise RunError(f"--offline {folder} is this run's own folder: choose another --run")
-    if not Path(folder, "replay", "is_last").is_file():
-        raise RunError(f"--offline {folder}: there is no replay")
-    num_envs = state["replay"]["layout"]["num_envs"]  # of one rank
-    saved = state["agent"]["args"] | {"num_envs": num_envs, "spec": state["agent"]["spec"]}
-    now, same = args_dict(args) | {"spec": spec}, {"spec", "env_id", "num_envs"}
-    same |= {field.name for field in fields(Options)} - {"env_workers"}
-    free = (saved.keys() - same) | (saved.keys() ^ now.keys())  # scripts differ in --image-size
-    check_same_args(folder, saved, now, free, "--offline needs the same ones here")
-
-
 def origin() -> dict:
     """Where a result comes from: command, commit, versions, hardware."""
     git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
@@ -372,8 +357,6 @@ class Run:
         self.step = self.done = self.updates = self.owed = self.reported = self.saves = 0
         self.returns, self.latent = torch.zeros(()), None
         self.stateful, self.stop = {}, Stop()
-        if getattr(args, "offline", ""):
-            check_offline(script, args, agent.spec)
         self.folder, self.saved = self.open()
         if self.saved and self.saved["agent"]["spec"] != agent.spec:
             text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
@@ -473,14 +456,10 @@ class Run:
         period = getattr(self.args, f"{name}_every", 0)
         return period > 0 and self.step // period > self.reported // period
 
-    def advance(self):
-        """Count a row of each environment."""
-        self.step += self.args.num_envs * self.args.action_repeat
-        self.done = self.step
-
     def count(self, rows: TensorDict):
         """Count a row of each environment, and log the return of every episode that ends there."""
-        self.advance()
+        self.step += self.args.num_envs * self.args.action_repeat
+        self.done = self.step
         self.returns = self.returns * ~rows["is_first"] + rows["reward"]
         for value in self.ended(rows):
             self.logger.log(self.step, **{"episode/return": value, "updates": self.updates})

@@ -21,7 +21,7 @@ from running import (
 import common.run
 import dreamer
 from common import checkpoint
-from common.envs import Envs, make_envs
+from common.envs import make_envs
 from common.replay import Replay
 from dreamer import Agent, parse_args
 
@@ -125,36 +125,6 @@ def test_an_extended_run_equals_one_long_run(start, tmp_path):
     rows.remove(next(row for row in rows if "eval/return_std" in row))  # at step 60: it stays
     assert lines_of(whole) == rows and "eval/return_std" in rows[-1]
     same_leaves(*(checkpoint.load(run)["agent"]["actor"] for run in (whole, longer)))
-
-
-def test_offline(inside, monkeypatch, tmp_path):
-    """As many updates as with environments, on the episodes of the other run."""
-    argv = [*SMALL, "--env-id", "running:Long-v0", "--num-envs", 2, "--prefill", 90]
-    argv += ["--train-every", 20, "--train-steps", 2, "--pretrain", 3, "--steps", 130]
-    inside(*argv)
-    source = (tmp_path / "run").rename(tmp_path / "source")
-
-    def no_steps(*_):
-        raise AssertionError("an environment was stepped")
-
-    monkeypatch.setattr(Envs, "step", no_steps)
-    inside(*argv, "--offline", source, "--steps", 110)
-    inside(*argv, "--offline", source)
-    (tmp_path / "run").rename(tmp_path / "split")
-    inside(*argv, "--offline", source)
-    run, split, online = (checkpoint.load(tmp_path / name) for name in ("run", "split", "source"))
-    assert run["updates"] == online["updates"] == 5 and run["step"] == 130
-    assert run["replay"]["total"] == 65
-    assert torch.equal(run["replay"]["finished"], online["replay"]["finished"])
-    for path in (source / "replay").iterdir():
-        rows = 130 * path.stat().st_size // (source / "replay" / "is_last").stat().st_size
-        assert path.read_bytes()[:rows] == (tmp_path / "run/replay" / path.name).read_bytes()[:rows]
-    same_leaves(run["agent"]["world_model"], split["agent"]["world_model"])
-    changed = [
-        not torch.equal(x, online["agent"]["actor"][key])
-        for key, x in run["agent"]["actor"].items()
-    ]
-    assert any(changed)  # it is another agent
 
 
 def test_the_seed_determines_the_run(start, tmp_path):

@@ -209,7 +209,7 @@ def test_more_ranks_than_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("script", [dreamer, dreamer_v3])
-@pytest.mark.parametrize("flags", [["--eval", "x"], ["--benchmark"], ["--offline", "x"]])
+@pytest.mark.parametrize("flags", [["--eval", "runs/x"], ["--benchmark"]])
 def test_evaluation_and_benchmark_refuse_ranks(monkeypatch, script, flags):
     argv = ["--preset", "debug", *flags]
     script.parse_args(argv)

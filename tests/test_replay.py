@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from common.checkpoint import RunError, save
-from common.replay import Replay, check_room, copy_rows, make_replay, with_previous
+from common.checkpoint import RunError
+from common.replay import Replay, check_room, make_replay, with_previous
+from tools.dream_env import saved_replay
+from tools.offline import copy_rows
 
 EXAMPLE = TensorDict(
     observation=torch.zeros(3),
@@ -402,19 +404,18 @@ def test_the_size_of_a_runs_replay(tmp_path, capsys):
 
 def test_rows_of_another_run(tmp_path, capsys):
     """All that it could draw, oldest first; of a ring that has wrapped, the first one is cut."""
-    source = Replay(EXAMPLE, 20, 2, 4, tmp_path / "a" / "replay", slack=3)
-    fill(source, 17, latent=7)
-    save(tmp_path / "a", replay=source)
+    filled = Replay(EXAMPLE, 20, 2, 4, tmp_path / "a" / "replay", slack=3)
+    fill(filled, 17, latent=7)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for path in before:
         path.chmod(0o400)
     times = [path.stat().st_mtime_ns for path in before]
-    flags = dict(num_envs=2, action_repeat=2, steps=2, batch_length=5, batch_size=1, seed=5)
-    flags |= dict(replay_size=1000, save_every=10, offline=tmp_path / "a")
-    replay = make_replay(SimpleNamespace(**flags), EXAMPLE, tmp_path / "b")
-    copy_rows(tmp_path / "a", replay)
+    source = saved_replay(tmp_path / "a", filled.layout, EXAMPLE.exclude("belief", "state"))
+    source.total = filled.total
+    replay = Replay(EXAMPLE, 24, 2, 6, tmp_path / "b", batch_size=1)
+    copy_rows(source, replay)
     assert "            20 rows from" in capsys.readouterr().out
-    assert (replay.total, replay.allocated, replay.length) == (10, 13, 6)
+    assert replay.total == 10
     td = replay.windows(torch.tensor([[0, 0], [1, 4]]))
     assert td["observation"][..., :2].tolist() == [
         [[0, row] for row in range(7, 13)],
@@ -426,9 +427,10 @@ def test_rows_of_another_run(tmp_path, capsys):
     assert {path: path.read_bytes() for path in before} == before
     assert [path.stat().st_mtime_ns for path in before] == times
 
-    flags |= dict(batch_size=3)  # 3 x 5 windows, of which each environment has 5
-    with pytest.raises(RunError, match="20 rows are too few, or its episodes too short: choose a"):
-        copy_rows(tmp_path / "a", make_replay(SimpleNamespace(**flags), EXAMPLE, tmp_path / "c"))
+    # 3 x 5 windows, of which each environment has 5
+    replay = Replay(EXAMPLE, 24, 2, 6, tmp_path / "c", batch_size=3)
+    with pytest.raises(RunError, match="too few, or their episodes too short: choose a smaller"):
+        copy_rows(source, replay)
 
 
 def test_a_draw_changes_flags_only_in_its_copy(tmp_path):

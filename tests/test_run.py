@@ -157,57 +157,6 @@ def test_resume_when_no_update_precedes_a_save_or_a_picture(start, tmp_path):
     start(*argv, "--train-ratio", 0.5, "--steps", 61).done()
 
 
-def no_steps(*_):
-    raise AssertionError("an environment was stepped")
-
-
-def test_offline(inside, monkeypatch, tmp_path):
-    """Trains on the rows of another run and only reads them; resumes exactly; counts as online."""
-    argv = [*TINY, "--env-id", "running:ShortPendulum-v0", "--train-ratio", 8, "--save-every", 25]
-    inside(*argv, "--steps", 50)
-    source = (tmp_path / "run").rename(tmp_path / "source")
-    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
-    monkeypatch.setattr(Envs, "step", no_steps)
-    argv += ["--offline", source]
-    inside(*argv, "--steps", 20)
-    inside(*argv, "--steps", 60)
-    (tmp_path / "run").rename(tmp_path / "split")
-    inside(*argv, "--steps", 60)
-    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
-    same_runs(tmp_path / "run", tmp_path / "split", argv)
-    state = checkpoint.load(tmp_path / "run")
-    assert (state["step"], state["updates"]) == (60, 1 + 59 * 8 // 16)  # one at once
-    ours, theirs = (replay_rows(folder, argv) for folder in (tmp_path / "run", source))
-    for key in ("observation", "action", "reward", "is_first", "is_last", "is_terminal"):
-        assert torch.equal(ours[key], theirs[key]), key
-    assert len(ours["reward"]) == 49 and ours["action"].std() > 0.1
-    rows = lines_of(tmp_path / "run")
-    assert [row["step"] for row in rows] == [20, 40, 60, 60] and "episode/return" not in str(rows)
-
-
-def test_offline_needs_a_run_that_fits(inside, tmp_path):
-    argv = [*TINY, "--env-id", "running:Walk-v0", "--steps", 40]
-    inside(*argv)
-    run, source = tmp_path / "run", tmp_path / "source"
-    for flags in ([], ["--fresh"]):
-        with pytest.raises(RunError, match="this run's own folder: choose another --run"):
-            inside(*argv, *flags, "--offline", run)
-    run.rename(source)
-    for flags, words in [
-        (["--num-envs", 2], "num_envs: 1 -> 2"),
-        (["--action-repeat", 2], "action_repeat: 1 -> 2 .*\n--offline needs the same ones"),
-        (["--env-id", "running:Long-v0"], "env_id: running:Walk-v0 -> running:Long-v0"),
-    ]:
-        with pytest.raises(RunError, match=words):
-            inside(*argv, *flags, "--offline", source)
-        assert not run.exists()
-    with pytest.raises(RunError, match="40 rows are too few"):
-        inside(*argv, "--batch-size", 20, "--offline", source)
-    shutil.rmtree(source / "replay")
-    with pytest.raises(RunError, match="there is no replay"):
-        inside(*argv, "--offline", source)
-
-
 def test_the_seed_determines_the_run(start, tmp_path):
     argv = [*TINY, "--env-id", "dummy_envs:EchoDiscrete-v0", "--steps", "110"]
     seeds = {"a": 1, "b": 1, "c": 2}

@@ -4,7 +4,6 @@ from dreamer_v3 import load
 envs = dream_env(load("runs/dreamer_v3/Pendulum-v1/seed0"), num_envs=16)
 """
 
-import importlib
 import math
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from common.envs import example_rows
 from common.imagination import ModelBasedEnvBase
 from common.replay import Replay
 from common.run import autocast
+from tools import import_script
 
 DEFAULT_SCRIPT = Path(__file__).parents[1] / "dreamer_v3.py"  # of --script
 
@@ -57,10 +57,7 @@ def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     state = checkpoint.load(folder)["replay"]
     if not Path(folder, "replay").is_dir():
         raise RunError(f"{folder}/replay is gone: restore it")
-    layout = state["layout"]
-    rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
-    args = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
-    replay = Replay(example, *args, slack=slack, readonly=True)
+    replay = saved_replay(folder, state["layout"], example)
     replay.load_state_dict(state)
     if not len(replay):
         raise RunError(f"{folder} has only {replay.rows} rows so far: no window of {replay.length}")
@@ -73,6 +70,13 @@ def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
         return td.select(*agent.env.shapes)[~td["is_last"]].detach()
 
     return draw
+
+
+def saved_replay(folder, layout: dict, example: TensorDict) -> Replay:
+    """The replay in a run folder, read-only and without its state: the keys that `example` has."""
+    rows, slack = layout["capacity"] * layout["num_envs"], layout["allocated"] - layout["capacity"]
+    args = rows, layout["num_envs"], layout["length"], Path(folder, "replay")
+    return Replay(example, *args, slack=slack, readonly=True)
 
 
 @torch.no_grad()
@@ -105,10 +109,7 @@ def load_run(run, script: Path):
 
     The user names the script: what a run folder says must not decide what is imported.
     """
-    if not script.is_file() or script.suffix != ".py":
-        raise RunError(f"--script {script}: there is no such script")
-    sys.path.insert(0, str(script.resolve().parent))
-    return importlib.import_module(script.stem).load(run)
+    return import_script(script).load(run)
 
 
 def script_of(instance):

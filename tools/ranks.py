@@ -11,7 +11,6 @@ matter on several devices, and the methods of Run in which the ranks must agree.
 
 import atexit
 import dataclasses
-import importlib
 import os
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from common.envs import make_envs
 from common.logger import Logger
 from common.replay import make_replay
 from common.run import Run, args_dict, launch, mark_save, open_folder, run_folder
+from tools import import_script
 
 DIVIDED_FLAGS = ("num_envs", "batch_size", "steps", "replay_size", "save_every")
 PER_RANK = ("replay", "envs", "latent", "returns", "rng")  # checkpoint entries that differ by rank
@@ -225,13 +225,10 @@ def patch(script):
 
 def main(argv: list[str] | None = None):
     path, *flags = argv or sys.argv[1:] or [""]
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise RunError(f"there is no script {Path(path).resolve()}")
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    script = importlib.import_module(Path(path).stem)
+    script = import_script(path)
     args = script.parse_args(flags)
-    if args.eval or args.benchmark or getattr(args, "offline", ""):
-        raise RunError("--eval, --benchmark and --offline run in one process, without torchrun")
+    if args.eval or args.benchmark:
+        raise RunError("--eval and --benchmark run in one process, without torchrun")
     if not hasattr(args, "num_envs"):
         raise RunError(f"{path} trains in one process: start it without torchrun")
     sys.argv = [path, *flags]  # the command that args.json records

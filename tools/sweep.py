@@ -9,7 +9,6 @@ dies, resumes from its checkpoint. Repeat the command to start what is missing. 
 goes to seed<k>.log beside its folder.
 """
 
-import importlib
 import itertools
 import os
 import signal
@@ -33,6 +32,7 @@ from common.run import (
     run_folder,
     saved_args,
 )  # fmt: skip
+from tools import import_script
 
 REFUSED_FLAGS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
 ANSWER_TIME = 10  # seconds that a Ray has to answer
@@ -110,10 +110,7 @@ def plan(args: Args, flags: list[str]) -> list[Job]:
     if args.gpus > 1 and args.gpus % 1:
         raise RunError("--gpus above 1 must be a whole number")
     path, jobs, mark = Path(args.script), [], f"--- sweep {time.time():.0f}"
-    if not path.is_file() or path.suffix != ".py":
-        raise RunError(f"there is no script {path.resolve()}")
-    sys.path.insert(0, str(path.resolve().parent))
-    script = importlib.import_module(path.stem)  # to parse its flags
+    script = import_script(path)  # to parse its flags
     if not hasattr(script, "parse_args"):
         raise RunError(f"{path} cannot be swept: it has no parse_args")
     for env_id, seed in itertools.product(args.env_ids or [""], args.seeds):
