@@ -534,12 +534,12 @@ class GPWorldModel(nn.Module):
         x, y = self.dataset(td)
         std, still = spread(x), constant(y)
         signal = y.std(0).where(~still, y[0].abs()).clamp(min=1e-6).log()
-        smooth = still * math.log(100)  # for what is not fitted: as far as the penalty allows
-        hyper = std.log() + smooth[:, None], signal, signal - math.log(10) - smooth
-        if self.hyper is not None:  # start from the last fit
-            fitted = ~still & (self.hyper[1] > math.log(2e-6))  # else it was constant until now
+        flat = still * math.log(100)  # what is not fitted: smoother, with less noise
+        hyper = std.log() + flat[:, None], signal, signal - math.log(10) - flat
+        if self.hyper is not None:  # start from the last fit, unless there was none of a variable
+            again = ~still & (self.hyper[1] > math.log(2e-6))
             for new, last in zip(hyper, self.hyper, strict=True):
-                new[fitted] = last[fitted]
+                new[again] = last[again]
         elif still.any():
             index = still.nonzero()[:, 0].tolist()
             print(f"observation indices {index} never change, or always alike: no GP is fitted")
