@@ -27,7 +27,6 @@ import traceback
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial, reduce
-from importlib.machinery import PathFinder
 from operator import getitem
 from pathlib import Path
 from textwrap import shorten
@@ -64,10 +63,11 @@ RESERVED = (  # what rows, batches, latents and dreams hold besides observations
     "prior_logits", "prior_mean", "prior_std", "reward", "true",
 )  # fmt: skip
 NUMBERS = "biuf"  # numpy's kinds of bool, int, unsigned int, float
-WRAPPERS = ("gymnasium.core", "gymnasium.wrappers")  # modules of those around an environment
+RENDERED = ("pixels", None, spaces.Box(0, 255, (64, 64, 3), np.uint8))  # path None: render it
+OLD_API = re.compile("expected 5, got 4|keyword argument 'seed'")  # of gymnasium's wrappers
 NEW_API = (
-    "is it written for the old gym? gymnasium's reset(seed=..., options=...) returns (observation, "
-    "info), its step (observation, reward, terminated, truncated, info), the reward a plain number"
+    "is it written for the old gym? gymnasium's reset returns (observation, info), its step "
+    "(observation, reward, terminated, truncated, info), the reward a plain number"
 )
 PACKAGES = {  # namespace of an id: the modules that register it, and what to install for them
     "dm_control": (("dm_control", "shimmy"), "shimmy dm-control (Python 3.12 or older)"),
@@ -102,8 +102,6 @@ class Envs:
 
     def __init__(self, env_id: str, num_envs: int = 1, seed: int = 0, **options):
         self.env_id, self.num_envs, self.options = env_id, num_envs, Options(**options)
-        if self.options.obs not in ("auto", "vector", "pixels", "both"):
-            raise RunError(f"obs={self.options.obs!r} is not auto, vector, pixels or both")
         makers = [partial(_Rows, env_id, i, seed, self.options) for i in range(num_envs)]
         make = gymnasium.vector.SyncVectorEnv
         if self.options.env_workers:
@@ -154,10 +152,10 @@ class Envs:
 
     def frame(self) -> np.ndarray:
         """A picture of environment 0, uint8 [video_size, video_size, 3]; RunError if that fails."""
-        frame = self._vector.call("film", self.options.video_size)[0]
-        if isinstance(frame, str):
-            raise RunError(frame)
-        return frame
+        try:
+            return self._vector.call("picture", self.options.video_size)[0]
+        except Exception as error:
+            raise RunError(_explain(error, f"{self.env_id} cannot be rendered")) from error
 
     def state_dict(self) -> dict:
         """The episode of each environment, its actions so far, and the last rows."""
@@ -191,8 +189,6 @@ class Envs:
         """Free the environments, their renderers and processes."""
         try:
             self._vector.close(terminate=True)
-        except (EOFError, ConnectionError):
-            pass  # of a worker that was killed
         except Exception as error:  # costs nothing
             warnings.warn(f"{self.env_id} cannot be closed: {error!r}", stacklevel=2)
 
@@ -224,43 +220,25 @@ class _Rows(gymnasium.Wrapper):
         super().__init__(_make(env_id, options))
         self.env_id, self.index, self.seed, self.options = env_id, index, seed, options
         self.episode, self.count, self.done = -1, 0, True
-        obs, size = options.obs, options.image_size
-        paths = [*_paths(self.observation_space)]
-        keys = [".".join(map(str, path)).replace("/", ".") or "observation" for path, _ in paths]
-        self.tree = dict(zip(keys, paths, strict=True))  # {key: (path, space)}
-        leaves = {key: space for key, (_, space) in self.tree.items() if not _is_text(space)}
-        images = [key for key in leaves if _is_image(leaves[key])]
-        self.names = {key: key for key in leaves}
-        if obs == "vector":
-            self.names = {key: key for key in leaves if key not in images}
-        elif obs == "pixels":  # the one image observed, else a rendered one
-            self.names = dict.fromkeys(images, "pixels") if len(images) == 1 else {}
-        self.renders_pixels = obs == "both" or (obs == "pixels" and not self.names)
-        names = [self.names[key] for key in keys if key in self.names]
-        _check_names(names + ["pixels"] * self.renders_pixels, env_id)
-        shapes = {name: _shape(key, leaves[key], size, env_id) for key, name in self.names.items()}
-        if self.renders_pixels:
-            shapes["pixels"] = [size, size, 3]
-        if not shapes:
-            why = "no numbers, only images: dreamer.py and dreamer_v3.py learn from them"
-            why = f"{why} with --obs auto" if leaves else "only text"
-            raise RunError(f"{env_id} observes {', '.join(self.tree)}, {why}")
-        shapes = dict(sorted(shapes.items()))
-        width, classes, self.decode = _action_decoder(self.action_space, env_id)
-        discrete = [key for key in self.names if _categories(leaves[key])]
-        sizes = {self.names[key]: _categories(leaves[key])[0].tolist() for key in discrete}
-        self.row_spec = dict(shapes=shapes, categories=sizes)
+        chosen, texts = _observed(self.observation_space, options.obs, env_id)
+        self.parts, shapes, categories, self.notes = {}, {}, {}, []
+        for name, path, space in chosen:
+            what = f"observation {name!r} of {env_id}"
+            shapes[name], sizes, store, note = _storage(space, options.image_size, what)
+            categories |= {name: sizes} if sizes else {}
+            self.parts[name] = path, space, store
+            self.notes.append(f"{name}: {note}")
+        width, classes, self.decode, unlimited = _action_decoder(self.action_space, env_id)
+        self.row_spec = dict(shapes=shapes, categories=categories)
         self.row_spec |= dict(action_dim=width, classes=list(classes))
-        self.notes = [_note(name, shape, sizes.get(name)) for name, shape in shapes.items()]
-        self.notes += [f"{key}: text, left out" for key in self.tree if key not in leaves]
-        if not classes and not (limited := _bounds(self.action_space)[2]).all():
-            text = ", ".join(map(str, np.flatnonzero(~limited)))
-            text = f"actions {text}: unlimited (a bound of 1e6 or more counts as none)"
-            self.notes += [f"{text}, they stay in [-1, 1]"]
+        self.notes += [f"{key}: text, left out" for key in texts] + unlimited
         self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
-        self.can_render = (self.renders_pixels or options.video_size > 0) and self._probe()
+        needed, renders = RENDERED in chosen, self.env.render_mode is not None
+        if needed and not renders:
+            raise RunError(f"{env_id} cannot be rendered: it has no render_mode rgb_array")
+        self.can_render = renders and (needed or options.video_size > 0) and self._probe(needed)
 
-    def _probe(self):
+    def _probe(self, needed):
         """Render once, so that a missing library shows now; a video is optional."""
         try:
             self.env.reset(seed=0)
@@ -268,18 +246,10 @@ class _Rows(gymnasium.Wrapper):
             return True
         except Exception as error:
             text = _explain(error, f"{self.env_id} cannot be rendered")
-            if self.renders_pixels:
+            if needed:
                 raise RunError(text) from error
-            if not isinstance(error, RunError):  # which only says that it never renders
-                warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=2)
             return False
-
-    def film(self, size):
-        """`picture`, or a text that says why there is none: an error would end a worker."""
-        try:
-            return self.picture(size)
-        except Exception as error:
-            return _explain(error, f"{self.env_id} cannot be rendered")
 
     def picture(self, size):
         """The present state as uint8 [size, size, 3]."""
@@ -300,8 +270,6 @@ class _Rows(gymnasium.Wrapper):
             renderer.camera_id = camera if camera >= 0 else renderer.camera_id
             if renderer.viewer is not None:
                 renderer.viewer.viewport.width = renderer.viewer.viewport.height = size
-        if self.env.render_mode != "rgb_array":
-            raise RunError("it has no render_mode rgb_array")
         return _resize(_rgb(self.env.render()), size)
 
     def play(self, actions):
@@ -332,10 +300,8 @@ class _Rows(gymnasium.Wrapper):
             raise EnvError(f"{error} (at {place})") from None
         except (Exception, SystemExit) as error:
             traceback.print_exception(error)  # here, because no traceback leaves a worker
-            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-            wrapper = frame.f_globals.get("__name__", "").startswith(WRAPPERS)
-            old = wrapper and isinstance(error, (TypeError, ValueError))  # a call that does not fit
-            raise EnvError(f"{error!r} was raised at {place}{f': {NEW_API}' * old}") from error
+            hint = f": {NEW_API}" if OLD_API.search(str(error)) else ""
+            raise EnvError(f"{error!r} was raised at {place}{hint}") from error
         for key in (key for key, value in row.items() if not np.isfinite(value).all()):
             kind = "reward" if key == "reward" else f"observation {key!r}"
             raise EnvError(f"{kind} of {self.env_id} is not finite at {place}")
@@ -343,24 +309,22 @@ class _Rows(gymnasium.Wrapper):
         return row | {"_episode": self.episode}
 
     def _observe(self, obs):
-        row, size = {}, self.options.image_size
-        for key, name in self.names.items():
-            path, space = self.tree[key]
+        row = {}
+        for name, (path, space, store) in self.parts.items():
+            if path is None:
+                row[name] = self.picture(self.options.image_size)
+                continue
             try:
                 given = np.asarray(reduce(getitem, path, obs))
             except (LookupError, TypeError, ValueError):  # no such entry, or ragged lists
                 given = np.asarray(None)
-            value = _stored(given, space)
-            if value is None:
-                received = "no array of numbers"
-                if given.dtype.kind in NUMBERS:
-                    extent = f" from {given.min()} to {given.max()}" if given.size else ""
-                    received = f"{given.dtype} of shape {given.shape}{extent}"
-                name = f"observation {key!r} of {self.env_id}"
-                raise EnvError(f"{name} is declared {shorten(str(space), 99)}, but is {received}")
-            row[name] = _resize(value, size) if _is_image(space) else value
-        if self.renders_pixels:
-            row["pixels"] = self.picture(size)
+            fits = given.shape == space.shape and given.dtype.kind in NUMBERS
+            row[name] = store(given) if fits else None
+            if row[name] is None:
+                declared = f"is declared {shorten(str(space), 99)}"
+                received = f"{given.dtype} of shape {given.shape}: {shorten(str(given), 60)}"
+                what = f"observation {name!r} of {self.env_id}"
+                raise EnvError(f"{what} {declared}, but is {received}")
         return row
 
 
@@ -368,18 +332,24 @@ def _make(env_id, options):
     """gymnasium.make; errors name the missing package, or ids similar to an unknown one."""
     module, colon, name = env_id.rpartition(":")
     modules, packages = PACKAGES.get(name.split("/")[0], ((), ""))
-    own, kwargs = _json_object(options.env_kwargs), {"disable_env_checker": True}
     if colon:
         _check_module(env_id, module)
+    try:
+        own = dict(json.loads(options.env_kwargs or "{}"))
+    except (TypeError, ValueError):
+        raise RunError(f"--env-kwargs {options.env_kwargs} must be a JSON object") from None
+    kwargs = {"disable_env_checker": True}
     if atari := name.startswith("ALE/"):
         kwargs |= dict(frameskip=1, full_action_space=options.sticky)
         kwargs["repeat_action_probability"] = 0.25 if options.sticky else 0.0
     try:
         make = partial(gymnasium.make, env_id, **kwargs, **own)
+        pictures = options.video_size > 0 or options.obs in ("pixels", "both")
         with warnings.catch_warnings():  # importing dm_control turns on deprecation warnings
+            warnings.filterwarnings("ignore", ".*not in the possible render_modes")
             for needed in modules:
                 importlib.import_module(needed)
-        env = _with_pictures(make(), make, options)
+            env = _with_pictures(make) if pictures else make()
         if atari:
             skip = {"frame_skip": options.action_repeat, "screen_size": options.image_size}
             env = gymnasium.wrappers.AtariPreprocessing(env, grayscale_obs=False, **skip)
@@ -388,12 +358,8 @@ def _make(env_id, options):
         raise RunError(f"{env_id} needs a package: {error}{fix}") from error
     except Exception as error:
         if isinstance(error, gymnasium.error.Error) and name not in gymnasium.registry:
-            near = [module + colon + similar for similar in _similar(name)]
-            near = f" Similar: {', '.join(near)}" if near else ""
-            raise RunError(f"unknown environment {env_id!r}: {error}{near}") from error
-        text = r"takes no arguments|(?:unexpected|multiple values for)[a-z ]* '(\w+)'"
-        if own and (wrong := re.search(text, str(error))) and wrong[1] in (None, *own):
-            raise RunError(f"--env-kwargs: {env_id} does not take {wrong[1] or 'any'}") from error
+            near = ", ".join(module + colon + similar for similar in _similar(name)) or "none"
+            raise RunError(f"unknown environment {env_id!r}: {error} Similar: {near}") from error
         given = f" with --env-kwargs {options.env_kwargs}" if own else ""
         raise RunError(_explain(error, f"{env_id}{given} cannot be made")) from error
     cameras = getattr(_model(env), "ncam", None)
@@ -403,31 +369,16 @@ def _make(env_id, options):
     return env
 
 
-def _json_object(text):
-    """The value of --env-kwargs."""
-    with contextlib.suppress(ValueError):
-        if isinstance(value := json.loads(text or "{}"), dict):
-            return value
-    raise RunError(f"--env-kwargs {text} must be a JSON object, like '{{\"size\": 8}}'")
-
-
 def _check_module(env_id, module):
-    """Let the module lie in the current folder; RunError if it lies in a run folder.
+    """Let the module lie in the current folder; RunError if Python would look in a run folder.
 
     A run may come from anybody: its checkpoint names a module, which must not be among its files.
     """
-    if not module or module[0] == "." or ":" in module:
-        raise RunError(f"--env-id {env_id} is not like my_module:MyEnv-v0")
-    here, path = os.getcwd(), None
-    if here not in sys.path and not _in_run_folder(here):
+    if (here := os.getcwd()) not in sys.path and not _in_run_folder(here):
         sys.path.append(here)
-    for part in module.split("."):  # without importing the packages above it
-        spec = PathFinder.find_spec(part, path)
-        if spec is None:
-            return  # the import will say so
-        path = list(spec.submodule_search_locations or ())
-        if inside := [place for place in (spec.origin, *path) if place and _in_run_folder(place)]:
-            raise RunError(f"{env_id} is not imported from {inside[0]}: that is in a run folder")
+    for place in (Path(folder, *module.split(".")) for folder in sys.path):
+        if _in_run_folder(place):
+            raise RunError(f"{env_id} is not imported: {place} would lie in a run folder")
 
 
 def _in_run_folder(path):
@@ -435,21 +386,13 @@ def _in_run_folder(path):
     return any((folder / "checkpoint.pt").is_file() for folder in (path, *path.parents))
 
 
-def _with_pictures(env, make, options):
-    """`env`, made again with render_mode rgb_array if pictures are wanted and it has that mode."""
-    pixels = options.obs in ("pixels", "both")
-    direct = hasattr(getattr(env.unwrapped, "physics", None), "render")  # see `picture`
-    modes = env.metadata.get("render_modes") or ()
-    if direct or not (pixels or options.video_size > 0) or "rgb_array" not in modes:
-        return env
-    env.close()
+def _with_pictures(make):
+    """make(), with render_mode rgb_array where the environment can have it."""
     try:
         env = make(render_mode="rgb_array")
-    except Exception as error:
-        if pixels and not isinstance(error, TypeError):  # of a constructor without this argument
-            raise
+    except Exception:  # its constructor does not take it, or fails in any case
         env = make()
-    if env.render_mode is None:
+    if env.render_mode is None and "rgb_array" in (env.metadata.get("render_modes") or ()):
         env.unwrapped.render_mode = "rgb_array"
     return env
 
@@ -464,8 +407,6 @@ def _explain(error, what):
     """What failed and why: with advice if it was OpenGL, else with the traceback on stderr."""
     if GL_ERROR.search(str(error)):
         return f"{what}: {error}{GL_HELP}"
-    if isinstance(error, RunError):
-        return f"{what}: {error}"
     traceback.print_exception(error)
     return f"{what}: {error!r}"
 
@@ -488,29 +429,38 @@ def _expect(result, size):
     return result
 
 
-def _paths(space, path=()):
-    """(keys from the outside to it, space) for each leaf of nested Dicts and Tuples."""
+def _leaves(space, path=()):
+    """(key, path, space) of each leaf of nested Dicts and Tuples; path: its keys from outside."""
     if not isinstance(space, (spaces.Dict, spaces.Tuple)):
-        yield path, space
+        yield ".".join(map(str, path)).replace("/", ".") or "observation", path, space
         return
     for key, branch in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
-        yield from _paths(branch, (*path, key))
+        yield from _leaves(branch, (*path, key))
 
 
-def _check_names(names, env_id):
-    """RunError unless all can be keys of rows beside `RESERVED`, and parts of file names."""
+def _observed(space, obs, env_id):
+    """The (name, path, space) that rows hold, sorted, and the keys of text, which they do not."""
+    leaves = [*_leaves(space)]
+    texts = [leaf for leaf in leaves if np.dtype(leaf[2].dtype).kind == "U"]
+    numbers = [leaf for leaf in leaves if leaf not in texts]
+    images = [leaf for leaf in numbers if _is_image(leaf[2])]
+    chosen = {
+        "auto": numbers,
+        "vector": [leaf for leaf in numbers if leaf not in images],
+        "pixels": [("pixels", *images[0][1:])] if len(images) == 1 else [RENDERED],
+        "both": [*numbers, RENDERED],
+    }[obs]
+    if not chosen:
+        keys = ", ".join(key for key, *_ in leaves)
+        raise RunError(f"{env_id} observes nothing but images or text: {keys}")
+    names = [name for name, *_ in chosen]
     for name in names:
-        why = "two observations have it" if names.count(name) > 1 else ""
-        why = why or ("rows or dreams use it" if name in RESERVED else "")
         legal = name.isprintable() and all(name.split(".")) and not set(name) & set('\\:*?"<>|')
-        why = why or ("" if legal and len(name.encode()) <= 200 else "it cannot be a file's name")
-        if why:
+        if names.count(name) > 1 or name in RESERVED or not legal or len(name.encode()) > 200:
+            why = "two observations have it, rows or dreams use it, or it cannot be a file's name"
             fix = f"rename it ({why}), with gymnasium.wrappers.TransformObservation"
             raise RunError(f"{env_id} has an observation named {name[:60]!r}: {fix}")
-
-
-def _is_text(space):
-    return space.dtype is not None and space.dtype.kind == "U"  # Text, or MiniGrid's MissionSpace
+    return sorted(chosen), [key for key, *_ in texts]
 
 
 def _is_image(space):
@@ -520,8 +470,8 @@ def _is_image(space):
     return min(shape[:2]) >= 16 and 1 <= (*shape, 1)[2] <= 4
 
 
-def _categories(space):
-    """Of a discrete space: how many values each of its numbers takes, and the lowest of each."""
+def _categories(space, what):
+    """How many values each number of a discrete space takes, and the lowest of each."""
     match space:
         case spaces.Discrete():
             return np.array([space.n]), space.start
@@ -529,58 +479,50 @@ def _categories(space):
             return space.nvec.ravel(), space.start.ravel()
         case spaces.MultiBinary():
             return np.full(space.shape, 2).ravel(), 0
+    fix = "change it with gymnasium.wrappers.TransformObservation or TransformAction"
+    raise RunError(f"{what}, {space}, is not supported: {fix}")
 
 
-def _shape(key, space, size, env_id):
-    """The shape of an observation in the row: [size, size, C] of an image, else [D]."""
-    name = f"observation {key!r} of {env_id}, {space},"
-    if not isinstance(space, spaces.Box) and _categories(space) is None:
-        fix = "wrap the environment in gymnasium.wrappers.TransformObservation to get a Box"
-        raise RunError(f"{name} is not supported: {fix}")
-    return [size, size, (*space.shape, 1)[2]] if _is_image(space) else [int(np.prod(space.shape))]
+def _storage(space, size, what):
+    """Shape in the row, sizes of its categories, a function to what the row holds, and a note.
 
-
-def _stored(value, space):
-    """An array received for `space` as the row holds it; None if that would change it.
-
-    So another dtype, or numbers outside the bounds of a vector, are no fault (environments of
-    gymnasium have both); another shape is one, or a picture of floats.
+    The function gives None where storing would change a value. So another dtype, or numbers
+    outside the bounds of a vector, are no fault (environments of gymnasium have both).
     """
-    if value.shape != space.shape or value.dtype.kind not in NUMBERS:
-        return None
     if _is_image(space):
-        fits = value.dtype.kind in "iu" and not ((value < 0) | (value > 255)).any()
-        return value.astype(np.uint8) if fits else None
+        shape = [size, size, (*space.shape, 1)[2]]
+
+        def store(value):
+            fits = value.dtype.kind in "iu" and not ((value < 0) | (value > 255)).any()
+            return _resize(value.astype(np.uint8), size) if fits else None
+
+        return shape, [], store, f"picture {' x '.join(map(str, shape))}"
     if isinstance(space, spaces.Box):
-        return value.astype(np.float32).ravel()
-    sizes, lowest = _categories(space)
-    number = value.ravel() - lowest
-    fits = (number == number.round()) & (number >= 0) & (number < sizes)
-    return number.astype(np.int32) if fits.all() else None
+        count = int(np.prod(space.shape))
+        wide = "; warning: many for an MLP. A picture would be uint8, its channels (1 to 4) last"
+        note = f"vector of {count:,}{wide * (count > 1024)}"
+        return [count], [], lambda value: value.astype(np.float32).ravel(), note
+    sizes, lowest = _categories(space, what)
 
+    def store(value):
+        number = value.ravel() - lowest
+        fits = (number == number.round()) & (number >= 0) & (number < sizes)
+        return number.astype(np.int32) if fits.all() else None
 
-def _note(name, shape, sizes):
-    """What an observation of the row is taken for."""
-    if len(shape) == 3:
-        return f"{name}: picture {' x '.join(map(str, shape))}"
-    numbers = sum(sizes) if sizes else shape[0]
-    of = f" of {len(sizes):,} numbers" if sizes and len(sizes) > 1 else ""
-    kind = f"{numbers:,} categories{of}" if sizes else f"vector of {numbers:,}"
-    wide = "; warning: many for an MLP. A picture would be uint8, its channels (1 to 4) last"
-    return f"{name}: {kind}{wide * (numbers > 1024)}"
+    return [sizes.size], sizes.tolist(), store, f"categories, {sizes.sum():,} in all"
 
 
 def _rgb(frame):
     """What render() gave -> uint8 [H, W, 3]; gray, alpha, and floats up to 1 or 255 are known."""
     image = np.asarray(frame)
-    planes = np.atleast_3d(image)
-    if image.ndim not in (2, 3) or image.dtype.kind not in "buif" or not 0 < planes.shape[2] < 5:
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or image.dtype.kind not in NUMBERS:
         raise ValueError(f"render() gave {image.dtype} of shape {image.shape}, not [H, W, 3]")
-    if planes.dtype != np.uint8:
-        planes = np.nan_to_num(planes.astype(np.float32))
-        scale = 255 if image.dtype.kind in "bf" and planes.max() <= 1 else 1
-        planes = (planes * scale).clip(0, 255).round().astype(np.uint8)
-    return planes[..., :3] if planes.shape[2] > 2 else planes[..., :1].repeat(3, -1)
+    if image.dtype != np.uint8:
+        image = np.nan_to_num(image)
+        scale = 255 if image.dtype.kind in "bf" and image.max() <= 1 else 1
+        image = (image * scale).round().clip(0, 255).astype(np.uint8)
+    return np.broadcast_to(image[..., :3], (*image.shape[:2], 3))
 
 
 def _resize(image, size):
@@ -597,16 +539,13 @@ def action_width(spec) -> int:
     return spec if isinstance(spec, int) else spec.shape[-1]
 
 
-def _bounds(space):
-    """Lowest and highest numbers of a Box, and which have two bounds that mean something."""
-    low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
-    return low, high, (abs(low) < UNLIMITED) & (abs(high) < UNLIMITED)
-
-
 def _action_decoder(space, env_id):
-    """Width of an action, sizes of its one-hots, and a function to the environment's action."""
+    """Width of an action, sizes of its one-hots, a function to the environment's action, notes."""
     if isinstance(space, spaces.Box):
-        low, high, limited = _bounds(space)
+        low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
+        limited = (abs(low) < UNLIMITED) & (abs(high) < UNLIMITED)
+        numbers = ", ".join(map(str, np.flatnonzero(~limited)))
+        note = f"actions {numbers}: unlimited (bounds of 1e6 or more count as none), in [-1, 1]"
         bottom, top = np.where(limited, low, -1), np.where(limited, high, 1)
 
         def scale(action):
@@ -614,14 +553,11 @@ def _action_decoder(space, env_id):
             action = action.round() if space.dtype.kind in "iu" else action
             return action.clip(low, high).astype(space.dtype).reshape(space.shape)
 
-        return low.size, (), scale
-    if (discrete := _categories(space)) is None:
-        fix = "wrap it in gymnasium.wrappers.TransformAction to get a Box or a MultiDiscrete"
-        raise RunError(f"actions of {env_id} are {space}, which is not supported: {fix}")
-    sizes, start = discrete
+        return low.size, (), scale, [note] if numbers else []
+    sizes, start = _categories(space, f"actions of {env_id}")
 
     def choose(action):
         choice = np.stack([part.argmax() for part in np.split(action, sizes.cumsum()[:-1])])
         return (choice + start).astype(space.dtype).reshape(space.shape)[()]  # scalar if Discrete
 
-    return int(sizes.sum()), tuple(sizes.tolist()), choose
+    return int(sizes.sum()), tuple(sizes.tolist()), choose, []

@@ -105,7 +105,7 @@ def plain(width):
         ("--start-std 0.1 nan", "--start-std must be finite"),
         ("--weights 1 1 nan 1", "--weights must be finite"),
         ("--horizon 1 --env-id running:Long-v0", "two transitions, not 1: raise --random-rollouts"),
-        ("--env-id dummy_envs:Picture-v0", "observes observation, no numbers, only images"),
+        ("--env-id dummy_envs:Picture-v0", "observes nothing but images or text: observation"),
         ("--start 0 0 0", "--start needs 2 numbers, not 3"),
         ("--target 1 2 3", "--target needs 2 numbers, not 3"),
         ("--start-std 0 0 0", "--start-std needs 2 numbers, not 3"),
