@@ -107,12 +107,19 @@ class Envs:
         if self.options.env_workers:
             # Never a plain fork: it would copy threads, CUDA and EGL state.
             context = "forkserver" if hasattr(os, "fork") else "spawn"
+            os.environ["PYTHONSAFEPATH"] = "1"  # workers import nothing from the current folder
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
             # gymnasium warns, too, with a color code before ERROR; the error is raised here.
             warnings.filterwarnings("ignore", ".{0,9}ERROR: ")
-        self._vector = make(makers)  # its autoreset is not used: `play` resets
-        self.spec = self._vector.get_attr("row_spec")[0]
+        try:
+            self._vector = make(makers)  # its autoreset is not used: `play` resets
+            specs = self._vector.get_attr("row_spec")
+        except (EOFError, ConnectionError) as error:
+            raise RunError(f"a worker of {env_id} ended while it made its environment") from error
+        if any(spec != specs[0] for spec in specs):
+            raise RunError(f"the environments of {env_id} differ in their spaces: {specs}")
+        self.spec = specs[0]
         self.notes = self._vector.get_attr("notes")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
@@ -149,6 +156,10 @@ class Envs:
         batch = {key: np.stack([row[key] for row in rows]) for key in sorted(rows[0])}
         self._row = TensorDict(batch, [self.num_envs])
         self._episodes = self._row.pop("_episode").tolist()
+
+    def end_episodes(self) -> None:
+        """Let the next step begin new episodes."""
+        self._vector.set_attr("done", True)
 
     def frame(self) -> np.ndarray:
         """A picture of environment 0, uint8 [video_size, video_size, 3]; RunError if that fails."""
@@ -404,11 +415,9 @@ def _model(env):
 
 
 def _explain(error, what):
-    """What failed and why: with advice if it was OpenGL, else with the traceback on stderr."""
-    if GL_ERROR.search(str(error)):
-        return f"{what}: {error}{GL_HELP}"
+    """What failed and why, with advice if it was OpenGL; the traceback goes to stderr."""
     traceback.print_exception(error)
-    return f"{what}: {error!r}"
+    return f"{what}: {error!r}{GL_HELP if GL_ERROR.search(str(error)) else ''}"
 
 
 def _similar(name):
@@ -453,10 +462,10 @@ def _observed(space, obs, env_id):
     if not chosen:
         keys = ", ".join(key for key, *_ in leaves)
         raise RunError(f"{env_id} observes nothing but images or text: {keys}")
-    names = [name for name, *_ in chosen]
-    for name in names:
+    every = [key for key, *_ in leaves] + ["pixels"] * (RENDERED in chosen)
+    for name, *_ in chosen:
         legal = name.isprintable() and all(name.split(".")) and not set(name) & set('\\:*?"<>|')
-        if names.count(name) > 1 or name in RESERVED or not legal or len(name.encode()) > 200:
+        if every.count(name) > 1 or name in RESERVED or not legal or len(name.encode()) > 200:
             why = "two observations have it, rows or dreams use it, or it cannot be a file's name"
             fix = f"rename it ({why}), with gymnasium.wrappers.TransformObservation"
             raise RunError(f"{env_id} has an observation named {name[:60]!r}: {fix}")
@@ -505,7 +514,7 @@ def _storage(space, size, what):
     sizes, lowest = _categories(space, what)
 
     def store(value):
-        number = value.ravel() - lowest
+        number = value.ravel().astype(float) - lowest
         fits = (number == number.round()) & (number >= 0) & (number < sizes)
         return number.astype(np.int32) if fits.all() else None
 

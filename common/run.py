@@ -41,7 +41,7 @@ from common.envs import make_envs
 from common.logger import Logger, plot_curve, read_metrics, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
-SAVES = "saves.txt"  # see mark_save
+SAVES = ".saves"  # see mark_save; no observation can have this name
 # Of an unsaved run:
 LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "wandb", "checkpoint.pt.tmp")
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves")
@@ -306,6 +306,14 @@ def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRES
         raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
 
 
+def check_same_spec(env_id: str, saved: dict, now: dict):
+    """RunError if an environment no longer has the spaces that an agent was made for."""
+    if saved != now:
+        raise RunError(
+            f"{env_id} has changed: {saved} -> {now} (saved -> now). --fresh starts over"
+        )
+
+
 def origin() -> dict:
     """Where a result comes from: command, commit, versions, hardware."""
     git, commit = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"], ""
@@ -358,9 +366,8 @@ class Run:
         self.returns, self.latent = torch.zeros(()), None
         self.stateful, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
-        if self.saved and self.saved["agent"]["spec"] != agent.spec:
-            text = f"{args.env_id} has changed: {self.saved['agent']['spec']} -> {agent.spec}"
-            raise RunError(f"{text} (saved -> now). --fresh starts over")
+        if self.saved:
+            check_same_spec(args.env_id, self.saved["agent"]["spec"], agent.spec)
         if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
@@ -442,7 +449,7 @@ class Run:
         """Evaluate, log and save, where a multiple of --..._every was passed."""
         if self.interval_passed("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
-            returns, _ = evaluate(self.agent, 1, seed, video_size=0)
+            returns, _ = evaluate(self.agent, 1, seed)
             self.logger.log(self.step, **{"eval/return": returns[0]})
         if self.interval_passed("log"):
             self.logger.log(self.step, updates=self.updates)
@@ -525,13 +532,14 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 # --- evaluation ---------------------------------------------------------------------------------
 
 
-def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
-    """Returns of episodes (cut every MAX_STEPS), and frames [size, size, 3] of the first."""
+def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
+    """Returns of episodes (cut after MAX_STEPS); with a video_size, frames [size, size, 3], too."""
     options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     try:
         envs = make_envs(agent.args, **options)
     except RunError as error:  # costs nothing that was learned
         raise EnvError(f"no environment for the evaluation: {error}") from error
+    check_same_spec(agent.args.env_id, agent.spec, envs.spec)
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
     with torch.random.fork_rng():
@@ -540,15 +548,16 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
             rows = envs.step(None if latent is None else latent["action"])
             latent = agent.act(rows, latent)
             total, length = total + rows["reward"].item(), length + 1
-            if filming and not returns and len(frames) < MAX_FRAMES:
+            if filming and len(frames) < MAX_FRAMES:
                 try:
                     frames.append(envs.frame())
-                except RunError as error:  # costs the rest of the film, not the score
+                except RunError as error:
                     print(f"the video ends after {len(frames)} frames: {error}")
                     filming = False
             cut = length == MAX_STEPS and not rows["is_last"].item()
             if cut:
                 print(f"an episode was cut after {length:,} steps: it has no max_episode_steps?")
+                envs.end_episodes()
             if cut or rows["is_last"].item():
                 returns.append(total)
                 total, length = 0.0, 0
@@ -557,21 +566,23 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 256):
 
 
 def evaluate_and_film(agent, folder: Path, name: str, log: Callable = lambda **_: None):
-    """Play, print and log the scores, write the film: its path, or None if something goes wrong."""
-    args = agent.args
-    returns, frames = evaluate(agent, args.eval_episodes, args.seed + 1_000_000)
+    """Play, print and log the scores; then film the first episode: the path, or None."""
+    args, seed = agent.args, agent.args.seed + 1_000_000
+    returns, _ = evaluate(agent, args.eval_episodes, seed)
     score, std = float(np.mean(returns)), float(np.std(returns))
     print(f"return {score:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns), flush=True)
     log(**{"eval/return": score, "eval/return_std": std})
-    try:
+    try:  # whatever rendering does, it costs no score
+        _, frames = evaluate(agent, 1, seed, video_size=256)
         if not frames:
             raise RunError(f"{args.env_id} cannot be rendered")
         path = write_video(folder, name, np.stack(frames), getattr(agent, "fps", 30))
         print(f"video of the first episode: {path}")
         return path
-    except (RunError, OSError, RuntimeError, ValueError) as error:  # costs no score
+    except (Exception, SystemExit) as error:
         print(f"no video: {error}")
+        return None
 
 
 def evaluate_run(agent, args):

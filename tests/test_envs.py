@@ -325,7 +325,9 @@ def test_unused_observations_may_be_anything():
     assert envs.step(None)["walker.joints"].shape == (1, 2)
 
 
-@pytest.mark.parametrize("key", [*RESERVED, "../../../x", "a//b", "a\\b", "x" * 201, "é" * 101])
+@pytest.mark.parametrize(
+    "key", [*RESERVED, ".saves", "../../../x", "a//b", "a\\b", "x" * 201, "é" * 101]
+)
 def test_names_of_observations(key):
     name = re.escape(repr(key[:60].replace("/", ".")))
     with pytest.raises(RunError, match=f"Made-v0 has an observation named {name}: rename it"):
@@ -338,6 +340,10 @@ def test_two_observations_of_one_name():
         given(spaces.Dict({"a": spaces.Dict({"b": box}), "a.b": box}))
     with pytest.raises(RunError, match=r"named 'pixels': rename it \(two observations have it,"):
         made(dummy_envs.Given, obs="both", space=spaces.Dict({"pixels": box}), values=())
+    for other in (spaces.Text(9), spaces.Box(0, 255, (16, 16, 3), np.uint8)):  # left out
+        with pytest.raises(RunError, match=r"named 'a\.b': rename it"):
+            both = spaces.Dict({"a": spaces.Dict({"b": box}), "a.b": other})
+            made(dummy_envs.Given, obs="vector", space=both, values=())
     names = ["next step", "state.x", "θ", "hand-1(x)", "x" * 200]
     envs = given(spaces.Dict(dict.fromkeys(names, box)), dict.fromkeys(names, np.ones(2)))
     row = envs.step(None)

@@ -639,7 +639,7 @@ def test_an_endless_episode_is_cut_with_a_note(monkeypatch, capsys):
     envs = make_envs(args, num_envs=1, seed=0)
     envs.close()
     returns, _ = evaluate(Agent(envs.spec, args), 2, seed=5)
-    assert returns == [sum(range(10)), sum(range(10, 20))]  # the reward of step n is n
+    assert returns == [sum(range(10))] * 2, "a new episode after the cut"  # reward n at step n
     assert capsys.readouterr().out.count("cut after 10 steps: it has no max_episode_steps?") == 2
 
 
@@ -651,8 +651,18 @@ def test_evaluation_passes_the_constructor_its_arguments(script):
     assert common.run.args_dict(args)["env_kwargs"] == kwargs  # as args.json has it
     envs = make_envs(args, num_envs=1)
     assert envs._vector.envs[0].unwrapped.slow == 0.001
-    agent = SimpleNamespace(args=args, act=lambda *_: TensorDict(action=torch.zeros(1, 2)))
+    act = lambda *_: TensorDict(action=torch.zeros(1, 2))  # noqa: E731
+    agent = SimpleNamespace(args=args, spec=envs.spec, act=act)
     assert evaluate(agent, 2, seed=5)[0] == [28.0] * 2  # 1 + ... + 7, not to 20
+
+
+def test_evaluation_needs_the_spaces_of_the_training():
+    args = parse_args([*TINY, "--env-id", "dummy_envs:EchoBox-v0"])
+    envs = make_envs(args, num_envs=1)
+    envs.close()
+    agent = SimpleNamespace(args=args, spec=envs.spec | {"action_dim": 7})
+    with pytest.raises(RunError, match="EchoBox-v0 has changed: .*'action_dim': 7"):
+        evaluate(agent, 1, seed=5)
 
 
 # --- use ----------------------------------------------------------------------------------------
@@ -1103,6 +1113,14 @@ def test_frames_that_fail_cost_no_score(monkeypatch, tmp_path, capsys):
     import imageio_ffmpeg
 
     assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "eval.mp4"))[0] == 3
+
+
+def test_rendering_that_ends_the_process_costs_no_score(monkeypatch, tmp_path, capsys):
+    def frame(envs):
+        raise SystemExit(3)
+
+    assert not film_of(monkeypatch, tmp_path, frame), "it is logged, and no film is written"
+    assert "return 210.0 +- 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [RunError("disk full: eval.mp4"), ValueError("odd frames")])

@@ -243,7 +243,7 @@ def test_an_older_checkpoint_is_refused_beside_a_newer_replay(saved):
     folder, older = saved
     newer = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(older)
-    for restored in ((), ("metrics.jsonl", "saves.txt")):  # a backup without the replay
+    for restored in ((), ("metrics.jsonl", ".saves")):  # a backup without the replay
         for name in restored:
             (folder / name).write_text("1")
         before = content(folder)
@@ -259,8 +259,8 @@ def test_an_older_checkpoint_is_refused_beside_a_newer_replay(saved):
 def test_a_kill_between_checkpoint_and_counter_is_no_fault(saved):
     folder, _ = saved
     for path in (folder, folder / "replay"):
-        assert (path / "saves.txt").read_text() == "2"
-        (path / "saves.txt").write_text("1")
+        assert (path / ".saves").read_text() == "2"
+        (path / ".saves").write_text("1")
     assert open_run("dreamer", Clocks())[1]["saves"] == 2
 
 
@@ -500,10 +500,10 @@ def test_a_signal_while_a_failed_run_is_saved_costs_nothing(make_training_run, m
     monkeypatch.setattr(checkpoint, "atomic_write", interrupted)
     with pytest.raises(EnvError, match="fell over"), run:
         raise EnvError("the robot fell over")
-    assert writes == ["checkpoint.pt", "saves.txt"] and load(run.folder)["step"] == 7
+    assert writes == ["checkpoint.pt", ".saves"] and load(run.folder)["step"] == 7
     out, err = capfd.readouterr()
     assert "saved; the same command resumes" in out and "will stop soon" in err
-    assert (run.folder / "saves.txt").read_text() == "1" and load(run.folder)["saves"] == 1
+    assert (run.folder / ".saves").read_text() == "1" and load(run.folder)["saves"] == 1
 
 
 def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsys):

@@ -27,7 +27,15 @@ from common.checkpoint import RunError
 from common.envs import make_envs
 from common.logger import write_picture, write_video
 from common.replay import with_previous
-from common.run import Count, Natural, autocast, check_flags, launch, output_folder
+from common.run import (
+    Count,
+    Natural,
+    autocast,
+    check_flags,
+    check_same_spec,
+    launch,
+    output_folder,
+)
 from tools.dream_env import DEFAULT_SCRIPT, decode, load_run
 
 ORANGE = "#e07b1a"  # what is imagined
@@ -50,6 +58,7 @@ def play(agent, episodes: int, rows: int, seed: int) -> TensorDict:
     It ends with the shortest episode. RunError if that has fewer than eight actions.
     """
     envs = make_envs(agent.args, num_envs=episodes, seed=seed, env_workers=False)
+    check_same_spec(agent.args.env_id, agent.spec, envs.spec)
     played, latent = [], None
     torch.manual_seed(seed)
     while len(played) <= rows and not (played and played[-1]["is_last"].any()):

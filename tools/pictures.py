@@ -55,7 +55,7 @@ def trial_picture(agent, every: int = 4) -> Figure:
     """The last trial of cart-pole, played again: frames, and the belief beside what happened."""
     steps, trial = np.arange(1, agent.args.horizon + 1), len(agent.first_states) - 1
     predicted, states = last_trial(agent)
-    frames = evaluate(agent, 1, seed=agent.args.seed * 1000 + trial)[1]
+    frames = evaluate(agent, 1, agent.args.seed * 1000 + trial, video_size=256)[1]
     angle = predicted["mean"][:, 3], predicted["covariance"][:, 3, 3], states[:, 3]
     cost = predicted["cost"], predicted["cost_variance"], agent.cost.at(states)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
