@@ -143,7 +143,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if args.pcont and args.batch_length < 2:
         raise RunError("--pcont needs --batch-length of at least 2: the last row starts no dream")
     if args.steps < args.prefill and not (args.benchmark or args.eval):
-        raise RunError(f"--steps {args.steps} are below --prefill {args.prefill}: no update comes")
+        text = f"--steps {args.steps} are below --prefill {args.prefill}"
+        raise RunError(f"{text}: nothing would be learned")
     return args
 
 
@@ -883,7 +884,7 @@ def main(argv: list[str] | None = None):
                 replay.append(agent.stored_rows(rows, latent))
                 run.count(rows)
                 if rows["is_terminal"].any() and not args.pcont:
-                    text = "an episode has terminated: without --pcont no dream does"
+                    text = "an episode terminated: dreams do so only with --pcont"
                     run.logger.note(text, once=True)
                 run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):

@@ -104,7 +104,8 @@ def load(folder, script=None, name="checkpoint.pt") -> dict:
         ways = "use the code that saved it, or start over with --fresh"
         raise RunError(f"{file} has format {version}, this code reads format {FORMAT}: {ways}")
     if script and owner and owner != script:
-        raise RunError(f"{file} was written by {owner}.py, not by {script}.py: use that script")
+        text = f"{file} was written by {owner}.py, not by {script}.py"
+        raise RunError(f"{text} (programs in tools/: --script {owner}.py)")
     return state
 
 

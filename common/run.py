@@ -136,7 +136,8 @@ def print_help(args, doc: str):
             name, text = flag.groups()
             if get_origin(kinds[name]) is Literal:
                 text += f" ({', '.join(filter(None, get_args(kinds[name])))})"
-            value = str(getattr(args, name))[:24]
+            value = str(getattr(args, name))
+            value = value if len(value) <= 24 else value[:21] + "..."
             print(f"  --{name.replace('_', '-'):20} {value:14} {text}")
         elif line.startswith("    # "):
             print(f"\n{line[6:]}:")

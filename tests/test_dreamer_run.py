@@ -296,7 +296,7 @@ def test_wrong_flags_and_foreign_runs(start, tmp_path):
         ("--imagination-horizon 1", "--imagination-horizon must be at least 2"),
         ("--actor-lr 0", "--actor-lr"),
         ("--prefill -1", "--prefill"),
-        ("--prefill 60 --steps 59", "--steps 59 are below --prefill 60: no update comes"),
+        ("--prefill 60 --steps 59", "--steps 59 are below --prefill 60: nothing would be learned"),
         ("--device nowhere", "--device nowhere"),
     ):
         assert words in start(*SMALL, *flags.split()).error()
