@@ -105,9 +105,12 @@ class Envs:
         makers = [partial(_Rows, env_id, i, seed, self.options) for i in range(num_envs)]
         make = gymnasium.vector.SyncVectorEnv
         if self.options.env_workers:
+            if _in_run_folder(os.getcwd()):
+                raise RunError(
+                    "--env-workers imports from the current folder, a run folder: leave it"
+                )
             # Never a plain fork: it would copy threads, CUDA and EGL state.
             context = "forkserver" if hasattr(os, "fork") else "spawn"
-            os.environ["PYTHONSAFEPATH"] = "1"  # workers import nothing from the current folder
             multiprocessing.set_forkserver_preload(["torch", "tensordict"])  # once for all workers
             make = partial(gymnasium.vector.AsyncVectorEnv, context=context)
             # gymnasium warns, too, with a color code before ERROR; the error is raised here.

@@ -7,6 +7,7 @@ from math import ceil
 from os.path import isdir  # unlike Path.is_dir, False where a name is too long
 from pathlib import Path
 
+import psutil
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
@@ -54,7 +55,7 @@ def replay_rows(args) -> tuple[int, int]:
 
 
 def check_room(args, example: TensorDict, folder: Path):
-    """RunError if the disk cannot hold the replay; touches no folder."""
+    """RunError if the disk cannot hold the replay, or the memory a batch; touches no folder."""
     capacity, slack = replay_rows(args)
     row = sum(leaf.nbytes * (1 + (key in LATENTS)) for key, leaf in example.items())
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if isdir(path))
@@ -64,6 +65,11 @@ def check_room(args, example: TensorDict, folder: Path):
     if need > free:
         text = f"the replay needs {need:.2f} GB more, only {free:.2f} are free in {place}"
         raise RunError(f"{text}: choose a smaller --replay-size, --steps or --save-every")
+    need = row * args.batch_size * args.batch_length * (1 + args.imagination_horizon) / 1e9
+    most = psutil.virtual_memory().total / 1e9
+    if need > most:
+        ways = "choose a smaller --batch-size, --batch-length or --imagination-horizon"
+        raise RunError(f"a batch with its dreams needs {need:.0f} GB of {most:.0f}: {ways}")
 
 
 def make_replay(args, example: TensorDict, folder: Path, **options) -> "Replay":

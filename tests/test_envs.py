@@ -797,6 +797,15 @@ gymnasium.register("Own-v0", "dummy_envs:Base")
 """
 
 
+def test_workers_do_not_start_in_a_run_folder(tmp_path, monkeypatch):
+    """Python imports modules of the current folder into them."""
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="--env-workers imports from the current folder"):
+        Envs("CartPole-v1", env_workers=True)
+    Envs("CartPole-v1").close()
+
+
 def test_a_module_in_the_current_folder(tmp_path, monkeypatch):
     """It is found, but never in a run folder, of which the module's packages know nothing."""
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])

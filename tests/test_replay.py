@@ -14,6 +14,7 @@ from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import running
 import torch
@@ -566,12 +567,12 @@ def test_another_layout_is_refused_and_leaves_the_rows(tmp_path, change, message
 
 
 def test_room(tmp_path, monkeypatch):
-    """A disk that is too small is refused at once; the files take what was asked for."""
+    """A disk or memory that is too small is refused at once; the files take what was asked for."""
     run, usage = tmp_path / "deep" / "run", namedtuple("usage", "total used free")
     row = 2 * (2 * 2 + 2 * 1) + 3 * 4 + 4 * 4 * 3 + 1 + 1  # bytes, the latents twice
     size = row * 2 * (30_000 + 501) / 1e9
     args = dict(num_envs=2, action_repeat=1, steps=80_000, save_every=1000, replay_size=60_000)
-    args = SimpleNamespace(**args, batch_size=10, batch_length=4, seed=0)
+    args = SimpleNamespace(**args, batch_size=10, batch_length=4, imagination_horizon=14, seed=0)
     free = int(size * 1e9) - 10
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(free, 0, free))
     with pytest.raises(RunError, match=rf"needs 0.0\d GB more, .* in {tmp_path}: .*--replay-size"):
@@ -584,6 +585,12 @@ def test_room(tmp_path, monkeypatch):
     assert sum(path.stat().st_size for path in files) == round(size * 1e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
     check_room(args, EXAMPLE, run)  # its files already hold the blocks
+    memory = namedtuple("memory", "total")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(row * 10 * 4 * 15))
+    check_room(args, EXAMPLE, run)
+    args.batch_size = 11
+    with pytest.raises(RunError, match="choose a smaller --batch-size, --batch-length or --imag"):
+        check_room(args, EXAMPLE, run)
 
 
 def test_a_file_too_large_for_the_disk_is_one_line(tmp_path, monkeypatch):

@@ -318,12 +318,15 @@ def test_an_environment_may_change_the_working_directory(tmp_path, script):
         assert {"args.json", "checkpoint.pt", "metrics.jsonl", "learning_curve.png"} <= names
         assert "elsewhere" not in names
     assert not [path for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()]
-    frames, where = [np.zeros((16, 16, 3), np.uint8)], "mine"
+
+    def evaluate(*_, **__):
+        os.makedirs("elsewhere", exist_ok=True)
+        os.chdir("elsewhere")
+        return [1.0], [np.zeros((16, 16, 3), np.uint8)]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            common.run, "evaluate", lambda *_: (os.chdir("elsewhere"), ([1.0], frames))[1]
-        )
-        script.main(["--eval", where])
+        patch.setattr(common.run, "evaluate", evaluate)
+        script.main(["--eval", "mine"])
     assert (tmp_path / "mine" / "eval.mp4").is_file()
 
 
