@@ -452,7 +452,7 @@ def test_a_run_names_no_script_to_import(runs, tmp_path, monkeypatch):
         torch.save(state, run / "checkpoint.pt")
         (run / "args.json").write_text(f'{{"script": "{script}"}}')
         if script == "evil":
-            with pytest.raises(RunError, match=r"was written by evil.py, not by dreamer.py: use"):
+            with pytest.raises(RunError, match=r"was written by evil.py, not by dreamer.py"):
                 load_run(run, Path(path))
         else:
             assert load_run(run, Path(path)).folder == run
