@@ -852,6 +852,8 @@ def updates_owed(args: Args, run: Run, replay) -> int:
     if not ready.all() and not all_too_short:
         run.logger.note("no update before an episode of --batch-length rows has ended", once=True)
         return 0
+    if not run.updates:
+        run.logger.note(f"{args.pretrain} updates before the next step (--pretrain)", once=True)
     first = args.train_steps if run.updates else args.pretrain
     return first + (multiples - 1) * args.train_steps
 
