@@ -267,9 +267,12 @@ def mark_save(folder: Path, number: int):
 
 
 def last_save(folder: Path) -> int:
-    """The number of the last save, 0 if there was none."""
-    files = folder / SAVES, folder / "replay" / SAVES
-    return max((int(file.read_text()) for file in files if file.exists()), default=0)
+    """The number of the last save, 0 if there was none or its files are damaged."""
+    numbers = [0]
+    for file in (folder / SAVES, folder / "replay" / SAVES):
+        with suppress(ValueError, OSError):
+            numbers.append(int(file.read_text()))
+    return max(numbers)
 
 
 def saved_args(folder: Path) -> dict:
@@ -281,7 +284,7 @@ def saved_args(folder: Path) -> dict:
         return {}
     with suppress(ValueError, TypeError, FileNotFoundError):
         saved = json.loads((folder / "args.json").read_text())
-        if "script" in saved:
+        if isinstance(saved, dict) and "script" in saved:
             return saved
     with suppress(RunError, KeyError):
         state = checkpoint.load(folder)

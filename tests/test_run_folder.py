@@ -262,9 +262,11 @@ def test_a_kill_between_checkpoint_and_counter_is_no_fault(saved):
         assert (path / ".saves").read_text() == "2"
         (path / ".saves").write_text("1")
     assert open_run("dreamer", Clocks())[1]["saves"] == 2
+    (folder / ".saves").write_text("")  # damaged: the checkpoint decides
+    assert open_run("dreamer", Clocks())[1]["saves"] == 2
 
 
-@pytest.mark.parametrize("damage", ["", "{", "3", "{}", '{"script": ', None])
+@pytest.mark.parametrize("damage", ["", "{", '["script"]', "3", "{}", '{"script": ', None])
 def test_the_checkpoint_replaces_a_damaged_args_json(saved, damage, capsys):
     """It knows the script and its flags, which still may not change."""
     folder, _ = saved
