@@ -188,7 +188,7 @@ class Envs:
             return
         past = [actions.numpy() for actions in state["actions"]]
         self._vector.set_attr("episode", [episode - 1 for episode in state["episodes"]])
-        self._vector.set_attr("done", True)
+        self.end_episodes()
         self._play([[None, *actions] for actions in past])  # None begins the episode
         other = torch.tensor(self._episodes) != torch.tensor(state["episodes"])  # ended earlier
         over = self._row["is_last"] | state["row"]["is_last"] | other  # if not deterministic

@@ -416,7 +416,7 @@ class Run:
             for name, part in self.stateful.items():
                 part.load_state_dict(self.saved[name])
             for name in COUNTERS:
-                setattr(self, name, self.saved.get(name, 0))  # older checkpoints have no "saves"
+                setattr(self, name, self.saved[name])
             if latent is not None:
                 latent = latent.copy_(TensorDict(self.saved["latent"], latent.batch_size))
             checkpoint.set_rng_state(self.saved["rng"])

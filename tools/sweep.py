@@ -31,7 +31,7 @@ from common.run import (
     may_change,
     run_folder,
     saved_args,
-)  # fmt: skip
+)
 from tools import import_script
 
 REFUSED_FLAGS = ("--run", "--seed", "--env-id", "--fresh", "--eval", "--benchmark")
