@@ -9,7 +9,9 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
+import gymnasium
 import numpy as np
 import pytest
 import tyro
@@ -189,7 +191,8 @@ def trained(tmp_path_factory):
     (folder / "my_module.py").write_text(block)
     sys.path.insert(0, str(folder))
     try:
-        yield run(dreamer_v3, folder / "run", "--env-id my_module:Reach-v0 --steps 120")
+        with patch.dict(gymnasium.registry):  # test_learning has a Reach-v0 of its own
+            yield run(dreamer_v3, folder / "run", "--env-id my_module:Reach-v0 --steps 120")
     finally:
         sys.path.remove(str(folder))
 
