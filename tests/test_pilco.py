@@ -627,6 +627,11 @@ def test_what_always_changes_by_the_same_amount_is_not_fitted(capsys):
     model = GPWorldModel(3, 1).fit(still).fit(torch.cat([still[:0], moves]))
     inputs, targets = model.dataset(moves)
     assert error(model(*known(inputs))[0][:, 2], targets[:, 2]) < 1e-2
+    for key in ("observation", ("next", "observation")):  # so does a clock that is adjusted later
+        td[key], moves[key] = td[key][:, 1:], torch.cat([moves[key][:, :2], noise * 1e-3], 1)
+    both = torch.cat([td, moves])
+    again, new = GPWorldModel(3, 1).fit(td).fit(both), GPWorldModel(3, 1).fit(both)
+    assert error(again.hyper[1][2], new.hyper[1][2]) < 1e-3
 
 
 def test_data_that_cannot_be_fitted():
