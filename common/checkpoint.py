@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-FORMAT = 4  # of checkpoint.pt
+FORMAT = 5  # of checkpoint.pt
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_ACCESS = (*DISK_FULL, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)  # the user's to mend
 LOCKS = {}  # (device, inode) -> open lock file, held until the process ends

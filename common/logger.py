@@ -24,7 +24,7 @@ class Logger:
     """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
     Save and load it with the checkpoint: loading cuts off the lines written after the save, which
-    come again, but for the final evaluation. wandb: arguments of `wandb.init`, to mirror the run to
+    come again. wandb: arguments of `wandb.init`, to mirror the run to
     Weights & Biases.
     """
 
@@ -47,10 +47,14 @@ class Logger:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def log(self, step, **extra):
-        """Append step, means, extra and "time/wall" to metrics.jsonl; nan and inf become null."""
+    def log(self, step, last=False, **extra):
+        """Append step, means, extra and "time/wall" to metrics.jsonl; nan and inf become null.
+
+        The means go on after the last line of a run, because more --steps may extend it.
+        """
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
+        if not last:
+            self.sums, self.counts = {}, {}
         row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.run_start}
         row = {name: _plain(value) for name, value in row.items()}
         self.file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
@@ -116,14 +120,7 @@ class Logger:
         if size < state["bytes"]:
             text = f"{self.file.name} has {size} bytes, but {state['bytes']} when the run was saved"
             raise RunError(f"{text}: put the file back, or start over with --fresh")
-        with open(self.file.name, "rb") as file:
-            file.seek(state["bytes"])
-            later = file.readlines()
-        kept = [line for line in later if b'"eval/return_std"' in line and line.endswith(b"\n")]
-        if kept != later:
-            self.file.truncate(state["bytes"])
-            self.file.writelines(kept)  # at the end, because the file is open for appending
-            self.file.flush()
+        self.file.truncate(state["bytes"])
         self.step = self.first = state["step"]
         self.run_start = self.process_start - state["wall"]
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])

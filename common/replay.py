@@ -47,10 +47,16 @@ def with_previous(rows: TensorDict) -> TensorDict:
 
 
 def replay_rows(args) -> tuple[int, int]:
-    """Capacity, at most what `steps` can fill, and if it is less than that, slack: see Replay."""
+    """Capacity, at most what `steps` can fill, and if it is less than that, slack: see Replay.
+
+    RunError if a window does not fit.
+    """
     per_row = args.num_envs * args.action_repeat  # environment steps per row of each environment
     needed = args.num_envs * (ceil(args.steps / per_row) + args.batch_length + 1)  # and a window
     capacity = min(args.replay_size, needed)
+    if capacity // args.num_envs < args.batch_length + 1:
+        have = f"{capacity // args.num_envs} rows for each of {args.num_envs} environments"
+        raise RunError(f"{have} hold no window of --batch-length + 1: raise --replay-size")
     return capacity, ceil(args.save_every / per_row) + 1 if capacity < needed else 0
 
 
@@ -100,7 +106,7 @@ class Replay:
     updatable: the keys for `write_back`, if in `example`. online: draw new windows first, once.
     episodes: draw a finished episode, then a window in it, with `last_window` also the one at its
     end. readonly: the files stay as they are, what is written is not kept.
-    RunError if a window of `length` rows does not fit the ring, or the disk is full.
+    RunError if the disk is full.
     """
 
     def __init__(self, example: TensorDict, capacity: int, num_envs: int, length: int, directory,
@@ -110,9 +116,6 @@ class Replay:
         self.online, self.episodes, self.last_window = online, episodes, last_window
         self.capacity = capacity // num_envs  # rows of one environment
         self.allocated = self.capacity + slack  # rows of one environment in the files
-        if self.capacity < length:
-            have = f"{self.capacity} rows for each of {num_envs} environments"
-            raise RunError(f"{have} hold no window of {length}: raise --replay-size")
         self.updatable = [key for key in example.keys() if key in updatable]
         self.layout = dict(num_envs=num_envs, capacity=self.capacity, allocated=self.allocated)
         self.layout |= dict(length=length, updatable=", ".join(self.updatable))

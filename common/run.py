@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -38,13 +37,11 @@ from torch import Tensor
 from common import checkpoint
 from common.checkpoint import DISK_FULL, NO_ACCESS, EnvError, RunError, Stop
 from common.envs import make_envs
-from common.logger import Logger, plot_curve, read_metrics, write_video
+from common.logger import Logger, plot_curve, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
-SAVES = ".saves"  # see mark_save; no observation can have this name
-# Of an unsaved run:
-LEFTOVERS = ("metrics.jsonl", "replay", "tensorboard", "wandb", "checkpoint.pt.tmp")
-COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves")
+SAVES = "replay/.saves"  # see mark_save; no observation can have this name
+COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves", "evaluated")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
 
@@ -224,8 +221,8 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     """Create or reopen the run folder of `args`, lock it, and load its checkpoint, if there is one.
 
     `args.fresh` empties it. `requested` is what args.json will say. Raises RunError if the saved
-    arguments differ where they may not change, if another process runs there, or if it is not a run
-    folder of `script`.
+    arguments differ where they may not change, if another process runs there, if it is not a run
+    folder of `script`, or if its checkpoint is gone or older than the rest.
     """
     folder = run_folder(script, args)
     try:
@@ -236,20 +233,19 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
         raise RunError(f"--run {folder} cannot be written to: {error}") from None
     if saved.get("script", script) != script:
         raise RunError(f"{folder} is a run of {saved['script']}.py: choose another --run")
-    file, state = folder / "checkpoint.pt", None
+    file, metrics, state = folder / "checkpoint.pt", folder / "metrics.jsonl", None
     if args.fresh:
         file.unlink(missing_ok=True)  # first: it refers to the others
-    saves = 0 if args.fresh else last_save(folder)
-    if file.exists():
+        for path in folder.iterdir():
+            if path.name not in ("lock", "args.json"):  # which marks a run folder
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    elif file.exists():
         state = checkpoint.load(folder, script)
-        if saves > state.get("saves", 0):
-            raise RunError(f"{file} is older than the rest of the run: put back the newer. {FRESH}")
+        if last_save(folder) > state["saves"]:
+            raise RunError(f"{file} is older than the replay: put back the newer. {FRESH}")
         check_same_args(folder, saved, requested, may_change(type(args)))
-    elif saves:
+    elif metrics.exists() and metrics.stat().st_size:
         raise RunError(f"{file} is gone, but not the rest of the run: put it back. {FRESH}")
-    for path in () if state else folder.iterdir():  # args.json stays: it marks a run folder
-        if path.name in LEFTOVERS or (args.fresh and path.name not in ("lock", "args.json")):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     origins, now = (saved.get("origin", []) if state else []), origin()
     requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
     text = json.dumps(requested, indent=2) + "\n"
@@ -258,21 +254,19 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
 
 
 def mark_save(folder: Path, number: int):
-    """Write the number of a save beside what it needs, as soon as its checkpoint.pt is written.
+    """Number a save in the replay, too, so that it shows if checkpoint.pt is an older one.
 
-    So it shows if checkpoint.pt is lost, or is older than the replay that it refers to.
+    It comes after checkpoint.pt: a kill between the two is no fault.
     """
-    for path in filter(Path.is_dir, (folder, folder / "replay")):
-        checkpoint.atomic_write(path / SAVES, lambda file: file.write(str(number).encode()))
+    if (folder / "replay").is_dir():
+        checkpoint.atomic_write(folder / SAVES, lambda file: file.write(str(number).encode()))
 
 
 def last_save(folder: Path) -> int:
-    """The number of the last save, 0 if there was none or its files are damaged."""
-    numbers = [0]
-    for file in (folder / SAVES, folder / "replay" / SAVES):
-        with suppress(ValueError, OSError):
-            numbers.append(int(file.read_text()))
-    return max(numbers)
+    """The number of the last save; 0 if it is damaged, or if there is none."""
+    with suppress(ValueError, OSError):
+        return int((folder / SAVES).read_text())
+    return 0
 
 
 def saved_args(folder: Path) -> dict:
@@ -288,15 +282,19 @@ def saved_args(folder: Path) -> dict:
             return saved
     with suppress(RunError, KeyError):
         state = checkpoint.load(folder)
-        args = json.loads(json.dumps(state["agent"]["args"], default=str))  # as in args.json
         print(f"{folder}/args.json is damaged or gone: its flags are taken from checkpoint.pt")
-        return {"script": state["header"]["script"], **args}
+        return {"script": state["header"]["script"], **as_json(state["agent"]["args"])}
     raise RunError(f"{folder} is neither empty nor a run folder: choose another --run")
 
 
 def args_dict(args) -> dict:
     """Args as a dict, equal to what args.json gives back."""
-    return json.loads(json.dumps(asdict(args), default=str))
+    return as_json(asdict(args))
+
+
+def as_json(values: dict) -> dict:
+    """What JSON gives back: lists for tuples, strings for paths."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRESH):
@@ -358,8 +356,9 @@ class Run:
     """One training in its folder: counters, clocks, checkpoints, log, and requests to stop.
 
     step: environment steps so far; updates: of the networks; owed: updates that come before the
-    next step; reported: the step up to which all is logged; returns: of the episodes under way. It
-    is over when `done` (the steps, unless the script counts something else) reaches `total`.
+    next step; reported: the step up to which all is logged; returns: of the episodes under way;
+    evaluated: the step of the last final evaluation. It is over when `done` (the steps, unless the
+    script counts something else) reaches `total`.
     Leaving the `with` block saves if an environment has failed; any other error leaves the last
     checkpoint as it is.
     """
@@ -367,6 +366,7 @@ class Run:
     def __init__(self, script: str, args, agent, total: int | None = None):
         self.script, self.args, self.agent = script, args, agent
         self.step = self.done = self.updates = self.owed = self.reported = self.saves = 0
+        self.evaluated = -1
         self.returns, self.latent = torch.zeros(()), None
         self.stateful, self.stop = {}, Stop()
         self.folder, self.saved = self.open()
@@ -404,7 +404,7 @@ class Run:
             print(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
-        """Continue from the checkpoint, if there is one; returns the latent to go on from.
+        """Continue from the checkpoint, or write the first; returns the latent to go on from.
 
         stateful: what else to save and load, each with a state_dict. latent: the initial one.
         """
@@ -420,6 +420,9 @@ class Run:
             if latent is not None:
                 latent = latent.copy_(TensorDict(self.saved["latent"], latent.batch_size))
             checkpoint.set_rng_state(self.saved["rng"])
+        self.latent = latent
+        if not self.saved:
+            self.save()  # from now on a history without a checkpoint shows that it was lost
         how = f"resumes at step {self.step:,}" if self.saved else "starts"
         print(f"{self.folder} on {getattr(self.agent, 'device', 'cpu')}: {how}")
         return latent
@@ -510,17 +513,15 @@ class Run:
 
     def finish(self):
         """If the run is complete: evaluate, film, and draw the learning curve, all of it once."""
-        last = [{}, *read_metrics(self.folder / "metrics.jsonl", 2**16)][-1]
-        if self.complete and "eval/return_std" in last and last["step"] == self.step:
+        if self.complete and self.evaluated == self.step:
             print("it was complete, with an evaluation: --eval plays more episodes")
         elif self.complete:
-            log = partial(self.logger.log, self.step)
-            film = evaluate_and_film(self.agent, self.folder, "policy", log)
+            self.logger.log(self.step, last=True, **score(self.agent))
+            self.evaluated = self.step
+            Run.save(self)  # before the film, which could end the process; rank 0 is alone here
+            film(self.agent, self.folder, "policy")
             title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
-            curve = plot_curve(self.folder, title)
-            print(f"learning curve: {curve}")
-            for path in filter(None, (film, curve)):
-                self.logger.upload(path)
+            print(f"learning curve: {plot_curve(self.folder, title)}")
 
 
 def check_finite(metrics: dict[str, Tensor], updates: int):
@@ -569,36 +570,38 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
     return returns, frames
 
 
-def evaluate_and_film(agent, folder: Path, name: str, log: Callable = lambda **_: None):
-    """Play, print and log the scores; then film the first episode: the path, or None."""
-    args, seed = agent.args, agent.args.seed + 1_000_000
-    returns, _ = evaluate(agent, args.eval_episodes, seed)
-    score, std = float(np.mean(returns)), float(np.std(returns))
-    print(f"return {score:.1f} +- {std:.1f} over {len(returns)} episodes")
+def score(agent) -> dict[str, float]:
+    """Play `eval_episodes` episodes; print their returns, and return the mean and the spread."""
+    returns, _ = evaluate(agent, agent.args.eval_episodes, agent.args.seed + 1_000_000)
+    mean, std = float(np.mean(returns)), float(np.std(returns))
+    print(f"return {mean:.1f} +- {std:.1f} over {len(returns)} episodes")
     print("returns", *(f"{x:.1f}" for x in returns), flush=True)
-    log(**{"eval/return": score, "eval/return_std": std})
-    try:  # whatever rendering does, it costs no score
-        _, frames = evaluate(agent, 1, seed, video_size=256)
+    return {"eval/return": mean, "eval/return_std": std}
+
+
+def film(agent, folder: Path, name: str):
+    """Play the first episode of `score` again and write its video; rendering costs no result."""
+    try:
+        _, frames = evaluate(agent, 1, agent.args.seed + 1_000_000, video_size=256)
         if not frames:
-            raise RunError(f"{args.env_id} cannot be rendered")
+            raise RunError(f"{agent.args.env_id} cannot be rendered")
         path = write_video(folder, name, np.stack(frames), getattr(agent, "fps", 30))
         print(f"video of the first episode: {path}")
-        return path
     except (Exception, SystemExit) as error:
         print(f"no video: {error}")
-        return None
 
 
 def evaluate_run(agent, args):
     """--eval: play --eval-episodes episodes with a run's last checkpoint, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
-    evaluate_and_film(agent, output_folder(agent.folder), "eval")
+    score(agent)
+    film(agent, output_folder(agent.folder), "eval")
 
 
 def output_folder(folder: Path) -> Path:
-    """Where to put pictures of a run: its folder or, if that is read-only, runs/ of its name."""
+    """Where to put pictures of a run: its folder or, if that is read-only, one below runs/."""
     if os.access(folder, os.W_OK):
         return folder
-    other = Path("runs", folder.name).absolute()
+    other = Path("runs", "-".join(folder.parts[1:][-3:])).absolute()  # dreamer_v3-Pendulum-v1-seed0
     print(f"{folder} is read-only: what is drawn goes to {other}")
     return other

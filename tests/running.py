@@ -350,7 +350,8 @@ def breaks(monkeypatch):
 def inside(request, monkeypatch, tmp_path):
     """inside(argv...): main() in this process, without the evaluation and pictures at the end."""
     script = sys.modules[request.module.SCRIPT.stem]
-    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *arguments: arguments[-1]())
+    monkeypatch.setattr(common.run, "score", lambda _: {"eval/return_std": 0.0})
+    monkeypatch.setattr(common.run, "film", lambda *_: None)
     monkeypatch.setattr(common.run, "plot_curve", lambda *_: None)
     return lambda *argv: script.main([str(a) for a in ("--run", tmp_path / "run", *argv)])
 
@@ -496,8 +497,15 @@ def replay_rows(folder, argv):
 
 
 def same_runs(a, b, argv):
-    """Bit for bit: metrics, parameters, optimizer, counters, generators, envs, replay."""
-    assert lines_of(a) == lines_of(b)
+    """Bit for bit: metrics, parameters, optimizer, counters, generators, envs, replay.
+
+    The line of an evaluation before the run was extended does not count.
+    """
+    first, second = (
+        [row for row in lines[:-1] if "eval/return_std" not in row] + lines[-1:]
+        for lines in (lines_of(a), lines_of(b))
+    )
+    assert first == second
     first, second = checkpoint.load(a), checkpoint.load(b)
     for state in (first, second):
         state["logger"] = {k: v for k, v in state["logger"].items() if k not in ("wall", "bytes")}

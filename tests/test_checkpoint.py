@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import RunError, Stop, load, rng_state, save, seed_all, set_rng_state
+from common.checkpoint import FORMAT, RunError, Stop, load, rng_state, save, seed_all, set_rng_state
 from dreamer_v3 import Ratio
 
 # Forked processes start fast, since they need not import torch again.
@@ -74,8 +74,8 @@ def test_another_script_or_format_is_refused(tmp_path, monkeypatch):
     assert load(tmp_path, "pilco")["step"] == load(tmp_path)["step"] == 1
     with pytest.raises(RunError, match=r"written by pilco.py, not by dreamer.py"):
         load(tmp_path, "dreamer")
-    monkeypatch.setattr("common.checkpoint.FORMAT", 5)
-    with pytest.raises(RunError, match="has format 4, this code reads format 5"):
+    monkeypatch.setattr("common.checkpoint.FORMAT", FORMAT + 1)
+    with pytest.raises(RunError, match=f"has format {FORMAT}, this code reads format {FORMAT + 1}"):
         load(tmp_path)
 
 

@@ -161,7 +161,8 @@ def test_the_last_trial_of_pilco(tmp_path, monkeypatch, capsys):
 
 def test_a_read_only_run_is_drawn_elsewhere(tmp_path, monkeypatch, capsys, read_only):
     """tools.dreams and --eval write to runs/ below the working directory, and say so."""
-    run, elsewhere = tmp_path / "disk" / "seed7", tmp_path / "runs" / "seed7"
+    run, elsewhere = tmp_path / "seed7", tmp_path / "runs"
+    elsewhere /= "-".join(run.parts[-3:])
     run_of(dreamer_v3, run, "running:Both-v0")
     before = content(run)
     monkeypatch.chdir(tmp_path)

@@ -111,25 +111,6 @@ def test_resume_cuts_what_came_after_the_save(tmp_path, log):
     assert second["time/wall"] >= state["wall"] >= first["time/wall"]
 
 
-def test_resume_keeps_the_final_evaluation(tmp_path, log):
-    """It alone is not logged again; an evaluation under way (no deviation) is."""
-    log.log(10, a=1)
-    save(tmp_path, logger=log)
-    state = load(tmp_path)["logger"]
-    log.log(10, **{"eval/return": 5.0, "eval/return_std": 1.0})
-    kept = (tmp_path / "metrics.jsonl").read_bytes()
-    log.log(20, **{"eval/return": 6.0})
-    log.file.write(b'{"step": 30, "eval/return_std": 1')
-    log.file.flush()
-    for _ in range(2):
-        other = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
-        other.load_state_dict(state)
-        assert (tmp_path / "metrics.jsonl").read_bytes() == kept
-        other.log(20, **{"eval/return": 6.0})
-        other.close()
-    assert [row["step"] for row in rows(tmp_path)] == [10, 10, 20]
-
-
 def test_later_changes_do_not_reach_a_saved_state(log):
     log.add({"a": torch.tensor(1.0)})
     state = log.state_dict()

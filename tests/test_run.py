@@ -44,7 +44,7 @@ from common import checkpoint
 from common.checkpoint import EnvError, RunError
 from common.envs import Envs, Options, make_envs
 from common.replay import Replay, with_previous
-from common.run import check_flags, evaluate, evaluate_and_film
+from common.run import check_flags, evaluate, film, score
 from dreamer_v3 import Agent, parse_args
 from tools.benchmark import benchmark
 from tools.dreams import open_loop
@@ -128,7 +128,7 @@ def test_stopped_within_a_burst(inside, monkeypatch, tmp_path, stop):
     """
     argv = [*TINY, "--env-id", "running:Walk-v0", "--train-ratio", 400, "--steps", 28]
     updates, ended, update = [], [], Agent.update
-    monkeypatch.setattr(common.run, "evaluate_and_film", lambda *_: ended.append(0))
+    monkeypatch.setattr(common.run, "score", lambda _: ended.append(0) or {"eval/return_std": 0.0})
 
     def stopping(agent, batch):
         updates.append(0)
@@ -1046,7 +1046,7 @@ def test_a_resume_joins_no_returns(inside, breaks, tmp_path):
 
 def test_an_evaluation_that_raises(inside, breaks, monkeypatch, tmp_path, capsys):
     """The run is saved, and its command tries the evaluation again; so for --eval."""
-    monkeypatch.setattr(common.run, "evaluate_and_film", evaluate_and_film)
+    monkeypatch.setattr(common.run, "score", score)
     breaks.bad = staticmethod(lambda episode: episode > 2)
     with pytest.raises(EnvError, match="at step 6"):
         inside(*BREAKS, "--steps", 42)
@@ -1080,19 +1080,17 @@ def test_an_environment_that_exits_or_cannot_be_closed(inside, monkeypatch, tmp_
 
 
 def film_of(monkeypatch, tmp_path, frame=Envs.frame, write_video=common.run.write_video):
-    """Evaluate an agent on Both-v0: what was logged before the film was written."""
+    """Evaluate an agent on Both-v0, and film it: whether a video was written, after the score."""
     args = parse_args([*TINY, "--env-id", "running:Both-v0", "--obs", "vector"])
     envs = make_envs(args, num_envs=1)
     envs.close()
-    logged, before = [], []
+    written, agent = [], Agent(envs.spec, args)
     monkeypatch.setattr(Envs, "frame", frame)
-    write = lambda *a: before.extend(logged) or write_video(*a)  # noqa: E731
+    write = lambda *a: written.append(0) or write_video(*a)  # noqa: E731
     monkeypatch.setattr(common.run, "write_video", write)
-    evaluate_and_film(
-        Agent(envs.spec, args), tmp_path, "eval", lambda **scores: logged.append(scores)
-    )
-    assert logged == [{"eval/return": 210.0, "eval/return_std": 0.0}]
-    return before == logged
+    assert score(agent) == {"eval/return": 210.0, "eval/return_std": 0.0}
+    film(agent, tmp_path, "eval")
+    return len(written) == 1
 
 
 def test_frames_that_fail_cost_no_score(monkeypatch, tmp_path, capsys):

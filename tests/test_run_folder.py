@@ -85,16 +85,20 @@ def test_folder_name_first_start_and_resume(tmp_path):
     folder, state = open_run("dreamer", Settings())
     assert folder == tmp_path / "runs" / "dreamer" / "dm_control-walker-walk-v0" / "seed3"
     assert state is None
-    save(folder, step=7, numbers=[1, 2.5, None, "x"])
+    save(folder, saves=0, step=7, numbers=[1, 2.5, None, "x"])
     _, state = open_run("dreamer", Settings())
     assert state["step"] == 7 and state["numbers"] == [1, 2.5, None, "x"]
-    assert state["header"] == {"format": 4, "script": "dreamer", "torch": torch.__version__}
+    assert state["header"] == {
+        "format": checkpoint.FORMAT,
+        "script": "dreamer",
+        "torch": torch.__version__,
+    }
 
 
 def test_run_names_the_folder_and_it_may_move(tmp_path):
     folder, _ = open_run("dreamer", Settings(run=str(tmp_path / "a")))
     assert folder == tmp_path / "a"
-    save(folder, step=1)
+    save(folder, saves=0, step=1)
     folder.rename(tmp_path / "b")
     _, state = open_run("dreamer", Settings(run=str(tmp_path / "b")))
     assert state["step"] == 1
@@ -102,7 +106,7 @@ def test_run_names_the_folder_and_it_may_move(tmp_path):
 
 def test_changed_arguments_are_shown_with_both_ways_out(tmp_path):
     folder, _ = open_run("dreamer", Settings())
-    save(folder, step=1)
+    save(folder, saves=0, step=1)
     with pytest.raises(RunError) as error:
         open_run("dreamer", Settings(lr=3e-4, steps=200))
     text = str(error.value)
@@ -117,14 +121,14 @@ def test_a_field_that_is_new_or_gone_is_a_difference(tmp_path):
     class Newer(Settings):
         momentum: float = 0.9
 
-    save(open_run("dreamer", Settings())[0], step=1)
+    save(open_run("dreamer", Settings())[0], saves=0, step=1)
     with pytest.raises(RunError, match=r"momentum: \(none\) -> 0.9"):
         open_run("dreamer", Newer())
 
 
 def test_fields_that_may_change_resume(tmp_path):
     folder, _ = open_run("dreamer", Settings())
-    save(folder, step=1)
+    save(folder, saves=0, step=1)
     changed = Settings(steps=200, eval="x")
     _, state = open_run("dreamer", changed)
     assert state["step"] == 1
@@ -146,24 +150,24 @@ def test_a_checkpoint_of_an_older_format_names_both_ways_out(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("common.checkpoint.FORMAT", 2)
         folder, _ = open_run("dreamer", Settings())
-        save(folder, step=1)
+        save(folder, saves=0, step=1)
     names = sorted(path.name for path in folder.iterdir())
     for args in (Settings(), Settings(lr=3e-4)):
         with pytest.raises(RunError) as error:
             open_run("dreamer", args)
         text = str(error.value)
-        assert "checkpoint.pt has format 2, this code reads format 4" in text
+        assert "checkpoint.pt has format 2, this code reads format" in text
         assert "use the code that saved it" in text and "--fresh" in text
         assert "lr" not in text and "\n" not in text
     assert sorted(path.name for path in folder.iterdir()) == names
     assert open_run("dreamer", Settings(lr=3e-4, fresh=True))[1] is None
-    save(folder, step=2)
+    save(folder, saves=0, step=2)
     assert open_run("dreamer", Settings(lr=3e-4))[1]["step"] == 2
 
 
 def test_fresh_starts_over_with_new_arguments(tmp_path):
     folder, _ = open_run("dreamer", Settings())
-    save(folder, step=1)
+    save(folder, saves=0, step=1)
     (folder / "replay").mkdir()
     (folder / "replay" / "rows").write_text("x")
     _, state = open_run("dreamer", Settings(lr=1.0, fresh=True))
@@ -182,7 +186,7 @@ def test_a_foreign_folder_is_never_touched(tmp_path, content, fresh):
 
 def test_fresh_does_not_delete_the_run_of_another_script(tmp_path):
     folder, _ = open_run("pilco", Settings(run=str(tmp_path / "a")))
-    save(folder, step=1)
+    save(folder, saves=0, step=1)
     with pytest.raises(RunError, match="run of pilco.py"):
         open_run("dreamer", Settings(run=str(folder), fresh=True))
     assert load(folder)["step"] == 1
@@ -198,13 +202,13 @@ def test_fresh_follows_no_links(tmp_path):
     assert (scratch / "rows").exists() and not (folder / "replay").exists()
 
 
-def test_without_a_checkpoint_leftovers_are_deleted_and_notes_kept(tmp_path):
+def test_a_start_that_wrote_nothing_deletes_nothing(tmp_path):
     folder, _ = open_run("dreamer", Settings())
-    for name in ("metrics.jsonl", "checkpoint.pt.tmp", "notes.txt"):
-        (folder / name).write_text("x")
-    _, state = open_run("dreamer", Settings())
-    assert state is None
-    assert {path.name for path in folder.iterdir()} == {"args.json", "lock", "notes.txt"}
+    (folder / "metrics.jsonl").touch()
+    (folder / "notes.txt").write_text("x")
+    assert open_run("dreamer", Settings())[1] is None
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"args.json", "lock", "metrics.jsonl", "notes.txt"}
 
 
 @pytest.fixture
@@ -243,27 +247,21 @@ def test_an_older_checkpoint_is_refused_beside_a_newer_replay(saved):
     folder, older = saved
     newer = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(older)
-    for restored in ((), ("metrics.jsonl", ".saves")):  # a backup without the replay
-        for name in restored:
-            (folder / name).write_text("1")
-        before = content(folder)
-        with pytest.raises(
-            RunError, match=r"checkpoint.pt is older than the rest of the run.*--fr"
-        ):
-            open_run("dreamer", Clocks())
-        assert content(folder) == before
+    before = content(folder)
+    with pytest.raises(RunError, match=r"checkpoint.pt is older than the replay.*--fresh"):
+        open_run("dreamer", Clocks())
+    assert content(folder) == before
     (folder / "checkpoint.pt").write_bytes(newer)
     assert open_run("dreamer", Clocks())[1]["saves"] == 2
 
 
 def test_a_kill_between_checkpoint_and_counter_is_no_fault(saved):
     folder, _ = saved
-    for path in (folder, folder / "replay"):
-        assert (path / ".saves").read_text() == "2"
-        (path / ".saves").write_text("1")
-    assert open_run("dreamer", Clocks())[1]["saves"] == 2
-    (folder / ".saves").write_text("")  # damaged: the checkpoint decides
-    assert open_run("dreamer", Clocks())[1]["saves"] == 2
+    counter = folder / "replay" / ".saves"
+    assert counter.read_text() == "2"
+    for text in ("1", ""):  # damaged: the checkpoint decides
+        counter.write_text(text)
+        assert open_run("dreamer", Clocks())[1]["saves"] == 2
 
 
 @pytest.mark.parametrize("damage", ["", "{", '["script"]', "3", "{}", '{"script": ', None])
@@ -495,6 +493,7 @@ def make_training_run():
 def test_a_signal_while_a_failed_run_is_saved_costs_nothing(make_training_run, monkeypatch, capfd):
     writes, write = [], checkpoint.atomic_write
     run = make_training_run(step=7)
+    (run.folder / "replay").mkdir()
 
     def interrupted(path, fill):
         writes.append(path.name)
@@ -508,7 +507,7 @@ def test_a_signal_while_a_failed_run_is_saved_costs_nothing(make_training_run, m
     assert writes == ["checkpoint.pt", ".saves"] and load(run.folder)["step"] == 7
     out, err = capfd.readouterr()
     assert "saved; the same command resumes" in out and "will stop soon" in err
-    assert (run.folder / ".saves").read_text() == "1" and load(run.folder)["saves"] == 1
+    assert (run.folder / "replay" / ".saves").read_text() == "1" and load(run.folder)["saves"] == 1
 
 
 def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsys):
@@ -542,7 +541,7 @@ def test_origins_of_a_run(tmp_path):
         sys.argv, before = argv, sys.argv
         folder, _ = open_run("dreamer", Settings())
         sys.argv = before
-        save(folder, step=1)
+        save(folder, saves=0, step=1)
     origins = json.loads((folder / "args.json").read_text())["origin"]
     assert [origin["command"] for origin in origins] == ["python a.py", "python a.py --steps 9"]
     assert all(len(origin["commit"]) >= 7 and origin["hardware"] for origin in origins)

@@ -4,8 +4,8 @@
     python -m tools.dreams runs/pilco/PILCO-CartPole-v0/seed0 --script pilco.py
 
 The run's policy plays a few episodes. The model sees their first quarter and imagines the rest
-from the actions alone. The pictures go to the run folder, or, if that is read-only, to a folder of
-the same name in runs/; the run may still be training:
+from the actions alone. The pictures go to the run folder, or, if that is read-only, to a folder in
+runs/ that is named like it; the run may still be training:
 
     dream.png      rewards and vector observations of the first episode
     dream_KEY.mp4  image observations, if any: truth, model and error, one above the other

@@ -99,10 +99,10 @@ def main(argv: list[str] | None = None):
     options = dict(online=True) if v3 else dict(episodes=True, last_window=args.pcont)
     updates_per_row = v3 and args.train_ratio / (args.batch_size * args.batch_length)
     schedule = {"ratio": script.Ratio(updates_per_row)} if v3 else {}
-    with OfflineRun(source, script.SCRIPT, args, agent) as run:
+    with OfflineRun(str(folder), script.SCRIPT, args, agent) as run:
         replay = make_replay(sized, example, run.folder, **options)
         latent = run.resume(agent.initial(args.num_envs), replay=replay, **schedule)
-        if not run.saved:
+        if not replay.total:
             copy_rows(stored, replay)
 
         while run.training(latent):

@@ -127,7 +127,7 @@ class SilentLogger(Logger):
     def __init__(self, folder, total, *_, **__):
         super().__init__(folder, total, tensorboard=False, quiet=True)
 
-    def log(self, step, **extra):
+    def log(self, step, **_):
         self.sums, self.counts = {}, {}
 
     def load_state_dict(self, state):
