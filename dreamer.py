@@ -70,7 +70,6 @@ class Args:
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
-    wandb: MayChange[bool] = False  # mirror metrics, curve and video to Weights & Biases
     log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
 
@@ -850,10 +849,10 @@ def updates_owed(args: Args, run: Run, replay) -> int:
     ready = gather_ranks(torch.tensor([float(replay.ready)]))
     all_too_short = replay.finished and not ready.any() and not run.updates  # `sample` raises
     if not ready.all() and not all_too_short:
-        run.logger.note("no update before an episode of --batch-length rows has ended", once=True)
+        run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0
     if not run.updates:
-        run.logger.note(f"{args.pretrain} updates before the next step (--pretrain)", once=True)
+        run.logger.note(f"{args.pretrain} updates before the next step (--pretrain)")
     first = args.train_steps if run.updates else args.pretrain
     return first + (multiples - 1) * args.train_steps
 
@@ -886,8 +885,7 @@ def main(argv: list[str] | None = None):
                 replay.append(agent.stored_rows(rows, latent))
                 run.count(rows)
                 if rows["is_terminal"].any() and not args.pcont:
-                    text = "an episode terminated: dreams do so only with --pcont"
-                    run.logger.note(text, once=True)
+                    run.logger.note("an episode terminated: dreams do so only with --pcont")
                 run.owe(updates_owed(args, run, replay))
             for batch in run.batches(replay):
                 run.add(agent.update(batch))

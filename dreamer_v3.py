@@ -74,7 +74,6 @@ class Args:
     compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
-    wandb: MayChange[bool] = False  # mirror metrics, curve and video to Weights & Biases
     log_every: MayChange[Natural] = 2_000  # environment steps between lines in metrics.jsonl
     save_every: Count = 10_000  # environment steps between checkpoints
 

@@ -81,7 +81,6 @@ class Args:
     benchmark: bool = False  # time the expected cost and its gradient
     threads: MayChange[Threads] = 1  # for torch and numpy: more do not help; 0: their default
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
-    wandb: MayChange[bool] = False  # mirror metrics, curve and video to Weights & Biases
 
     # environment
 

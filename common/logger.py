@@ -1,10 +1,8 @@
-"""What a run shows: metrics.jsonl, progress bar, TensorBoard, videos, pictures, learning curve."""
+"""What a run shows: metrics.jsonl, printed lines, TensorBoard, videos, pictures, learning curve."""
 
 import json
 import math
 import os
-import secrets
-import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -12,34 +10,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from common.checkpoint import RunError, atomic_write
 
 PNG = {"format": "png", "dpi": 150}
-LOSSES = ("model", "actor", "value")  # the progress bar shows the sums of train/loss_<each>*
+PRINTED = ("updates", "episode/return", "eval/return", "eval/return_std")
+LOSSES = ("model", "actor", "value")  # of each, a printed line has the sum of train/loss_<each>*
 
 
 class Logger:
     """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
-    Save and load it with the checkpoint: loading cuts off the lines written after the save, which
-    come again. wandb: arguments of `wandb.init`, to mirror the run to
-    Weights & Biases.
+    With `total_steps`, `log` also prints a line, at most one a second, except that evaluations and
+    the last step are always printed. Save and load it with the checkpoint: loading cuts off the
+    lines written after the save, which come again.
     """
 
-    def __init__(self, folder, total_steps, tensorboard=True, quiet=False, wandb=None):
-        self.folder, self.total, self.quiet = Path(folder), total_steps, quiet
+    def __init__(self, folder, total_steps=None, tensorboard=True):
+        self.folder, self.total = Path(folder), total_steps
         self.file = (self.folder / "metrics.jsonl").open("ab")
-        self.sums, self.counts, self.shown, self.notes = {}, {}, {}, set()
+        self.sums, self.counts, self.notes = {}, {}, set()
         self.step = self.first = 0  # now, and where this process took over
         self.process_start = self.run_start = time.monotonic()
-        self.tensorboard, self.board, self.bar, self.bar_time = tensorboard, None, None, 0.0
-        self.wandb = wandb and start_wandb(self.folder, wandb)
-        self.first_update = None  # of this process: time, number, step
+        self.tensorboard, self.board = tensorboard, None
+        self.updates, self.first_update = 0, None  # of this process: number; time and step
+        self.printed = -math.inf  # when the last line was
 
-    def add(self, metrics):
-        """Add to the means of the next line; a 0-dim tensor stays on its device until then."""
+    def add(self, step, metrics):
+        """Add an update's metrics to the next line's means; 0-dim tensors stay on their device."""
+        self.step, self.updates = step, self.updates + 1
+        self.first_update = self.first_update or (time.monotonic(), step)
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor):
                 assert value.ndim == 0, f"{name} has shape {tuple(value.shape)}, not ()"
@@ -53,6 +53,7 @@ class Logger:
         The means go on after the last line of a run, because more --steps may extend it.
         """
         means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.step = step
         if not last:
             self.sums, self.counts = {}, {}
         row = {"step": step, **means, **extra, "time/wall": time.monotonic() - self.run_start}
@@ -61,51 +62,14 @@ class Logger:
         self.file.flush()
         if self.tensorboard:
             self._to_tensorboard(row)
-        if self.wandb:
-            self.wandb.log(row, step=step)  # ignores a step that comes again after a kill
-        for label in LOSSES:
-            losses = [x for name, x in means.items() if name.startswith(f"train/loss_{label}")]
-            if losses:
-                self.shown[label] = _plain(sum(losses))
-        if self.first_update and self.shown["updates"] > self.first_update[1]:
-            seconds = time.monotonic() - self.first_update[0]
-            self.shown["updates/s"] = (self.shown["updates"] - self.first_update[1]) / seconds
-        self.advance(step)
-        if not self.quiet and not sys.stderr.isatty():
+        if self.total:
             self._print(row)
 
-    def advance(self, step, **postfix):
-        """Move the progress bar, at most 5 times a second, and show `postfix` (numbers) on it.
-
-        It also shows the losses of the last line of metrics.jsonl and the updates/s until then.
-        """
-        self.step, now = step, time.monotonic()
-        self.shown |= {name: _plain(value) for name, value in postfix.items()}
-        if self.first_update is None and "updates" in postfix:
-            self.first_update = now, postfix["updates"], step
-            if self.bar is not None:
-                self.bar.start_t = self.bar.last_print_t = time.time()
-                self.bar.initial = step
-        if self.quiet or now - self.bar_time < 0.2 or not sys.stderr.isatty():
-            return
-        if self.bar is None:
-            self.bar = tqdm(total=self.total, initial=self.first, unit=" steps", smoothing=0)
-        self.bar_time, self.bar.n = now, step
-        self.bar.set_postfix(self.shown)
-
-    def note(self, text, once=False):
-        """Print a line above the progress bar; with `once`, not again in this process."""
-        if not self.quiet and not (once and text in self.notes):
-            tqdm.write(text, file=sys.stderr)
+    def note(self, text):
+        """Print a line, but not again in this process."""
+        if text not in self.notes:
+            print(text, flush=True)
         self.notes.add(text)
-
-    def upload(self, path):
-        """Show a picture or video at Weights & Biases, too, if the run is mirrored there."""
-        if self.wandb:
-            from wandb import Image, Video
-
-            kind = Image if path.suffix == ".png" else Video
-            self.wandb.log({path.stem: kind(str(path))}, step=self.step)
 
     def state_dict(self) -> dict:
         """The means so far, the clock, and how long metrics.jsonl is."""
@@ -126,14 +90,10 @@ class Logger:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
     def close(self):
-        """Close the file, the bar and TensorBoard."""
-        if self.bar is not None:
-            self.bar.n = self.step
-        for part in (self.file, self.bar, self.board):
-            if part is not None:
-                part.close()
-        if self.wandb:
-            self.wandb.finish()
+        """Close the file and TensorBoard."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
 
     def _to_tensorboard(self, row):
         """Log the numbers of a row to TensorBoard, if it is installed."""
@@ -142,7 +102,7 @@ class Logger:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 self.tensorboard = False
-                return self.note("no TensorBoard files (pip install tensorboard)")
+                return print("no TensorBoard files (pip install tensorboard)")
             # What a killed process logged after its last save comes again: hide its first copy.
             self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.first + 1)
         for name, value in row.items():
@@ -150,31 +110,27 @@ class Logger:
                 self.board.add_scalar(name, value, row["step"])
 
     def _print(self, row):
-        """A line for a log file: progress, what the bar would show, and the returns."""
-        values = self.shown | {k: v for k, v in row.items() if k.startswith(("episode/", "eval/"))}
-        if "episode/return" in values:
-            values.pop("return", None)  # of the episode before
-        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
-        form = "step {n:,} of {total:,} ({percentage:.0f} %), {rate_fmt}, {remaining} left{postfix}"
-        # Steps before the first update cost next to nothing: no rate is known until then.
-        begun, _, first = self.first_update or (time.monotonic(), 0, self.step)
-        options = dict(initial=first, unit=" steps", bar_format=form, postfix=", ".join(words))
-        seconds = time.monotonic() - begun
-        self.note(tqdm.format_meter(min(self.step, self.total), self.total, seconds, **options))
-
-
-def start_wandb(folder: Path, options: dict):
-    """A run at Weights & Biases. Its id lies in the run folder: a resumed run goes on there."""
-    import wandb
-
-    file = folder / "wandb" / "id"
-    name = file.read_text() if file.exists() else secrets.token_hex(4)
-    try:
-        run = wandb.init(id=name, resume="allow", dir=folder, allow_val_change=True, **options)
-    except wandb.Error as error:
-        raise RunError(f"--wandb: {error} WANDB_MODE=offline needs no account") from error
-    atomic_write(file, lambda file: file.write(name.encode()))
-    return run
+        """Print progress, time left, speed, and of a row the updates, losses and returns."""
+        now, step = time.monotonic(), min(row["step"], self.total)
+        if now < self.printed + 1 and step < self.total and "eval/return" not in row:
+            return
+        words = [f"step {step:,} of {self.total:,} ({step / self.total:.0%})"]
+        begun, first = self.first_update or (now, step)
+        if self.updates > 1 and step > first:  # steps before the first update cost next to nothing
+            seconds = now - begun
+            left = round(seconds * (self.total - step) / (step - first))
+            words.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            words.append(f"{(step - first) / seconds:.4g} steps/s")
+            words.append(f"{(self.updates - 1) / seconds:.4g} updates/s")
+        shown = {name: row[name] for name in PRINTED if name in row}
+        for label in LOSSES:
+            losses = [x for name, x in row.items() if name.startswith(f"train/loss_{label}")]
+            if losses and None not in losses:
+                shown[label] = sum(losses)
+        words += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
+        self.printed = now
+        with suppress(BrokenPipeError):  # Ctrl-C ends `| tee`, too; the run has yet to be saved
+            print(", ".join(words), flush=True)
 
 
 def _plain(value):

@@ -163,11 +163,6 @@ def prepare(script: str, args) -> torch.device:
         threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
-    if getattr(args, "wandb", False):  # before the run folder is touched
-        try:
-            from wandb import init  # noqa: F401  a mere folder named wandb has none
-        except ImportError as error:
-            raise RunError("--wandb needs a package: pip install wandb") from error
     return pick_device(getattr(args, "device", "cpu"))
 
 
@@ -375,9 +370,8 @@ class Run:
         if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
-        wandb = dict(project=script, name=str(self.folder), config=args_dict(args))
-        options = dict(quiet=not hasattr(args, "steps"), wandb=args.wandb and wandb)
-        self.logger = Logger(self.folder, total, args.tensorboard, **options)
+        steps = getattr(args, "steps", None)  # pilco.py prints its own lines
+        self.logger = Logger(self.folder, steps, args.tensorboard)
 
     def open(self) -> tuple[Path, dict | None]:
         """The run folder and its checkpoint, if there is one."""
@@ -477,7 +471,6 @@ class Run:
         self.returns = self.returns * ~rows["is_first"] + rows["reward"]
         for value in self.ended(rows):
             self.logger.log(self.step, **{"episode/return": value, "updates": self.updates})
-            self.logger.advance(self.step, **{"return": value})
 
     def ended(self, rows: TensorDict) -> list[float]:
         """The returns of the episodes that end in these rows."""
@@ -496,8 +489,7 @@ class Run:
         """Count an update and log its metrics; RunError where one of them is not finite."""
         check_finite(metrics, self.updates + 1)  # before a save could replace the last good one
         self.updates, self.owed = self.updates + 1, self.owed - 1
-        self.logger.add(metrics)
-        self.logger.advance(self.step, updates=self.updates)
+        self.logger.add(self.step, metrics)
 
     def save(self):
         """Write the checkpoint."""

@@ -402,7 +402,7 @@ def test_a_run_without_updates_says_so(start, tmp_path):
 def test_episodes_that_terminate_without_pcont(inside, capsys, env_id, flags, times):
     argv = [*SMALL, "--prefill", 10, "--steps", 30, "--batch-length", 4, *flags.split()]
     inside(*argv, "--env-id", f"dummy_envs:{env_id}-v0")
-    assert capsys.readouterr().err.count("terminated: dreams do so only with --pcont") == times
+    assert capsys.readouterr().out.count("terminated: dreams do so only with --pcont") == times
 
 
 def test_two_ranks_resume_exactly(two, tmp_path):

@@ -2,8 +2,9 @@
 
 import json
 import math
+import os
 import sys
-import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common.logger import Logger, plot_curve, write_picture, write_video
 
 @pytest.fixture
 def log(tmp_path):
-    logger = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
+    logger = Logger(tmp_path, tensorboard=False)
     yield logger
     logger.close()
 
@@ -25,26 +26,18 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-class Terminal:
-    """A stderr that says it is a terminal."""
-
-    def __init__(self):
-        self.text = ""
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
-
-    def isatty(self):
-        return True
+@pytest.fixture
+def clock(monkeypatch):
+    """[seconds]: what time.monotonic() says."""
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
 
 
 def test_means_extras_and_wall_clock(tmp_path, log):
-    log.add({"loss": 1.0, "norm": torch.tensor(2.0, requires_grad=True)})
-    log.add({"loss": 2.0, "norm": torch.tensor(5, dtype=torch.int32)})
-    log.add({"loss": 6.0, "flag": torch.tensor(True)})
+    log.add(0, {"loss": 1.0, "norm": torch.tensor(2.0, requires_grad=True)})
+    log.add(0, {"loss": 2.0, "norm": torch.tensor(5, dtype=torch.int32)})
+    log.add(0, {"loss": 6.0, "flag": torch.tensor(True)})
     log.log(16, **{"episode/return": np.float32(0.5), "note": "x", "n": torch.tensor(3)})
     log.log(32)
     first, second = rows(tmp_path)
@@ -56,9 +49,9 @@ def test_means_extras_and_wall_clock(tmp_path, log):
 
 def test_a_tensor_overwritten_after_add_does_not_change_the_mean(tmp_path, log):
     buffer = torch.tensor(1.0)  # like the output of a captured CUDA graph
-    log.add({"loss": buffer})
+    log.add(0, {"loss": buffer})
     buffer.fill_(100.0)
-    log.add({"loss": buffer})
+    log.add(0, {"loss": buffer})
     buffer.fill_(7.0)
     log.log(1)
     assert rows(tmp_path)[0]["loss"] == 50.5
@@ -66,18 +59,18 @@ def test_a_tensor_overwritten_after_add_does_not_change_the_mean(tmp_path, log):
 
 def test_low_precision_tensors_are_summed_in_float32(tmp_path, log):
     for _ in range(1000):
-        log.add({"loss": torch.tensor(1.0, dtype=torch.bfloat16)})
+        log.add(0, {"loss": torch.tensor(1.0, dtype=torch.bfloat16)})
     log.log(1)
     assert rows(tmp_path)[0]["loss"] == 1.0
 
 
 def test_a_nonscalar_is_refused(log):
     with pytest.raises(AssertionError, match=r"loss has shape \(2,\)"):
-        log.add({"loss": torch.zeros(2)})
+        log.add(0, {"loss": torch.zeros(2)})
 
 
 def test_nan_and_inf_become_null(tmp_path, log):
-    log.add({"a": float("nan"), "b": torch.tensor(math.inf), "c": 1.0})
+    log.add(0, {"a": float("nan"), "b": torch.tensor(math.inf), "c": 1.0})
     log.log(1, d=np.float32("nan"))
     row = rows(tmp_path)[0]
     assert [row[name] for name in "abcd"] == [None, None, 1.0, None]
@@ -92,17 +85,17 @@ def test_every_write_is_in_the_file_at_once(tmp_path, log):
 
 def test_resume_cuts_what_came_after_the_save(tmp_path, log):
     log.log(10, a=1)
-    log.add({"loss": torch.tensor(1.0), "plain": 1.0})
+    log.add(0, {"loss": torch.tensor(1.0), "plain": 1.0})
     save(tmp_path, logger=log)
-    log.add({"loss": torch.tensor(100.0)})
+    log.add(0, {"loss": torch.tensor(100.0)})
     log.log(20, a=2)
     log.file.write(b'{"step": 30, "a"')  # killed in the middle of a line
     log.file.flush()
 
-    resumed = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
+    resumed = Logger(tmp_path, tensorboard=False)
     state = load(tmp_path)["logger"]
     resumed.load_state_dict(state)
-    resumed.add({"loss": torch.tensor(3.0), "plain": 3.0})
+    resumed.add(0, {"loss": torch.tensor(3.0), "plain": 3.0})
     resumed.log(20, a=3)
     resumed.close()
     first, second = rows(tmp_path)
@@ -112,9 +105,9 @@ def test_resume_cuts_what_came_after_the_save(tmp_path, log):
 
 
 def test_later_changes_do_not_reach_a_saved_state(log):
-    log.add({"a": torch.tensor(1.0)})
+    log.add(0, {"a": torch.tensor(1.0)})
     state = log.state_dict()
-    log.add({"a": torch.tensor(1.0), "b": 2.0})
+    log.add(0, {"a": torch.tensor(1.0), "b": 2.0})
     assert state["sums"] == {"a": torch.tensor(1.0)} and state["counts"] == {"a": 1}
 
 
@@ -130,99 +123,122 @@ def test_a_shortened_metrics_file_is_reported_and_kept(tmp_path, log):
     state = log.state_dict()
     text = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(text[:30])
-    other = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
+    other = Logger(tmp_path, tensorboard=False)
     with pytest.raises(RunError, match=f"has 30 bytes, but {len(text)} when"):
         other.load_state_dict(state)
     other.close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == text[:30]
 
 
-def test_without_a_terminal_each_write_is_one_plain_line(tmp_path, capsys):
+def test_a_line_has_progress_updates_returns_and_sums_of_losses(tmp_path, clock, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False)
-    log.advance(100, loss=torch.tensor(0.123456), fps=math.inf)
-    log.log(250, **{"episode/return": 12.5, "model/kl": 3.0})
-    log.note("hello")
-    log.log(2000)
-    log.close()
-    out, err = capsys.readouterr()
-    lines = err.splitlines()
-    assert out == "" and len(lines) == 3 and "\r" not in err
-    assert lines[0].startswith("step 250 of 1,000 (25 %), ")
-    assert lines[0].endswith(" left, loss 0.1235, fps None, episode/return 12.5")
-    assert "%), ? steps/s, ? left" in lines[0]  # no update so far
-    assert lines[1] == "hello"
-
-
-def test_progress_shows_losses_and_rates(tmp_path, capsys, monkeypatch):
-    log, now = Logger(tmp_path, 1000, tensorboard=False), time.monotonic()
     losses = {"train/loss_model_kl": 1.0, "train/loss_model_reco": 2.5, "train/loss_actor": -4.0}
-    log.add(losses | {"train/loss_value": 0.5, "train/loss_replay_value": 9.0})
-    log.add(losses | {"train/loss_value": 1.5, "train/loss_replay_value": 9.0})
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    log.advance(100, updates=50)
-    monkeypatch.setattr(time, "monotonic", lambda: now + 4)
-    log.advance(110, updates=60)
-    log.log(110)
+    log.log(10, updates=0)
+    log.add(100, losses | {"train/loss_value": 0.5, "train/loss_replay_value": 9.0})
+    clock[0] += 4
+    for _ in range(10):
+        log.add(100, losses | {"train/loss_value": 1.5, "train/grad_norm": 7.0})
+    log.log(110, **{"updates": 60, "episode/return": 12.34567})
+    clock[0] += 1
+    log.log(120, updates=61)
     log.close()
-    line = capsys.readouterr().err
-    assert line.endswith("updates 60, model 3.5, actor -4, value 1, updates/s 2.5\n")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "step 10 of 1,000 (1%), updates 0"  # no rate before an update
+    speeds = "0:05:56 left, 2.5 steps/s, 2.5 updates/s"
+    values = "updates 60, episode/return 12.35, model 3.5, actor -4, value 1.409"
+    assert second == f"step 110 of 1,000 (11%), {speeds}, {values}"
+    speeds = "0:03:40 left, 4 steps/s, 2 updates/s"
+    assert third == f"step 120 of 1,000 (12%), {speeds}, updates 61"  # no loss since the last line
 
 
-def test_speed_is_that_of_this_process_since_its_first_update(tmp_path, capsys, monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+def test_a_metric_that_is_not_finite_is_printed_as_in_the_file(tmp_path, capsys):
+    log = Logger(tmp_path, 1000, tensorboard=False)
+    log.add(10, {"train/loss_model_kl": 1.0, "train/loss_model_reco": math.nan})
+    log.log(10, **{"episode/return": math.inf})
+    log.close()
+    assert capsys.readouterr().out == "step 10 of 1,000 (1%), episode/return None\n"
+
+
+def test_at_most_one_line_a_second_but_every_evaluation_and_the_last(tmp_path, clock, capsys):
+    log = Logger(tmp_path, 1000, tensorboard=False)
+    for step in range(0, 1000, 50):  # two seconds
+        log.log(step, **{"episode/return": 1.0})
+        clock[0] += 0.1
+    log.log(999, **{"eval/return": 2.0})
+    log.log(999, updates=5)
+    log.log(1002, updates=6)  # the environments step together
+    log.log(1002, **{"eval/return": 3.0, "eval/return_std": 1.0})
+    log.close()
+    assert len(rows(tmp_path)) == 24
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0 of 1,000 (0%), episode/return 1",
+        "step 500 of 1,000 (50%), episode/return 1",
+        "step 999 of 1,000 (100%), eval/return 2",
+        "step 1,000 of 1,000 (100%), updates 6",
+        "step 1,000 of 1,000 (100%), eval/return 3, eval/return_std 1",
+    ]
+
+
+def test_speed_is_that_of_this_process_since_its_first_update(tmp_path, clock, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.load_state_dict({"step": 500, "wall": 9e6, "bytes": 0, "sums": {}, "counts": {}})
-    now[0] += 1
-    log.advance(550)  # random steps take no time
-    log.log(550)
-    assert "(55 %), ? steps/s, ? left" in capsys.readouterr().err
-    log.advance(550, updates=7)
-    now[0] += 30
+    clock[0] += 1
+    log.log(550)  # random steps take no time
+    assert capsys.readouterr().out == "step 550 of 1,000 (55%)\n"
+    log.add(550, {})
+    clock[0] += 30
+    log.add(600, {})
     log.log(600)
-    assert "(60 %),  1.67 steps/s, 04:00 left" in capsys.readouterr().err
+    text = "step 600 of 1,000 (60%), 0:04:00 left, 1.667 steps/s, 0.03333 updates/s\n"
+    assert capsys.readouterr().out == text
     log.close()
 
 
-def test_the_bar_on_a_terminal(tmp_path, monkeypatch):
-    screen = Terminal()
-    monkeypatch.setattr(sys, "stderr", screen)
+def test_a_long_time_left(tmp_path, clock, capsys):
+    log = Logger(tmp_path, 10**18, tensorboard=False)
+    for step in (0, 1):
+        log.add(step, {})
+        clock[0] += 0.5
+    log.log(1)
+    log.close()
+    assert "(0%), 277777777777777:46:40 left, 1 steps/s, 1 updates/s" in capsys.readouterr().out
+
+
+def test_a_closed_pipe_does_not_end_the_run(tmp_path, monkeypatch):
+    """Ctrl-C also ends the `tee` that reads what is printed."""
     log = Logger(tmp_path, 1000, tensorboard=False)
-    log.load_state_dict({"step": 400, "wall": 0.0, "bytes": 0, "sums": {}, "counts": {}})
-    log.advance(410, loss=torch.tensor(0.25))
-    log.note("a note")
-    text = screen.text
-    assert "410/1000" in text and "41%" in text and "loss=0.25" in text and "a note\n" in text
-    for _ in range(1000):
-        log.advance(411)  # a long burst of updates
-    assert screen.text.count("411/1000") <= 1 and log.bar.n == 410
-    log.advance(412, updates=1)
-    assert log.bar.initial == 412  # its rate is that since the first update
-    log.log(500, **{"episode/return": 1.0})
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        log.log(10, updates=1)
+        log.log(1000, updates=2)
     log.close()
-    assert "step 500 of" not in screen.text
-    assert "500/1000" in screen.text.splitlines()[-1]
+    assert [row["updates"] for row in rows(tmp_path)] == [1, 2]
 
 
-def test_quiet_prints_nothing(tmp_path, capsys):
-    log = Logger(tmp_path, 1000, tensorboard=False, quiet=True)
-    log.advance(1, loss=1.0)
-    log.note("hello")
-    log.log(2)
-    log.close()
+def test_without_a_number_of_steps_nothing_is_printed(log, capsys):
+    log.add(1, {"train/loss_actor": 1.0})
+    log.log(2, **{"eval/return": 1.0})
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_note_is_printed_once(log, capsys):
+    for text in ("hello", "hello", "world"):
+        log.note(text)
+    assert capsys.readouterr() == ("hello\nworld\n", "")
 
 
 def test_tensorboard_mirrors_and_hides_what_a_killed_run_left(tmp_path):
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
-    log = Logger(tmp_path, 1000, quiet=True)
+    log = Logger(tmp_path)
     log.log(10, loss=1.0, note="x", bad=math.nan)
     state = log.state_dict()
     log.log(20, loss=2.0)
     log.close()
-    log = Logger(tmp_path, 1000, quiet=True)
+    log = Logger(tmp_path)
     log.load_state_dict(state)
     log.log(20, loss=3.0)
     log.close()
@@ -237,27 +253,8 @@ def test_missing_tensorboard_is_noted_once(tmp_path, capsys, monkeypatch):
     log.log(10, loss=1.0)
     log.log(20, loss=1.0)
     log.close()
-    assert capsys.readouterr().err.count("pip install tensorboard") == 1
+    assert capsys.readouterr().out.count("pip install tensorboard") == 1
     assert len(rows(tmp_path)) == 2
-
-
-def test_weights_and_biases_offline(tmp_path, monkeypatch):
-    """With the real package: rows, video and curve, and both processes belong to one run."""
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for step in (10, 20):
-        log = Logger(tmp_path, 1000, False, True, wandb=dict(project="dreamer", config={"lr": 1}))
-        log.log(step, **{"episode/return": step + 0.25, "eval/return": math.nan})
-        log.video("policy", clip())
-        log.upload(plot_curve(tmp_path))
-        log.close()
-    wandb.teardown()  # at the end of a process: writes all
-    name = (tmp_path / "wandb" / "id").read_text()
-    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
-    for folder, value in (first, b"10.25"), (second, b"20.25"):
-        assert value in (folder / f"run-{name}.wandb").read_bytes()
-        media = {path.name.rsplit("_", 2)[0] for path in folder.glob("files/media/*/*")}
-        assert media == {"policy", "learning_curve"}
 
 
 def clip(length=7, height=33, width=50):

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,7 +10,7 @@ import sys
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,7 +57,6 @@ class Clocks(Settings):
     log_every: int = 10
     save_every: int = 0
     tensorboard: bool = False
-    wandb: bool = False
 
 
 def open_run(script, args):
@@ -372,75 +370,6 @@ def make_run():
             return run
 
         yield make
-
-
-@pytest.fixture
-def wandb(monkeypatch):
-    """A package that only notes its calls: [(function, arguments)...]."""
-    calls, module = [], ModuleType("wandb")
-
-    def init(**options):
-        calls.append(("init", options))
-        log = lambda row, step: calls.append(("log", {"step": step, **row}))  # noqa: E731
-        return SimpleNamespace(log=log, finish=lambda: calls.append(("finish", {})))
-
-    module.init, module.Error = init, type("Error", (Exception,), {})
-    module.Image, module.Video = str.upper, str.lower
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    return calls
-
-
-def test_a_resumed_run_goes_on_in_its_wandb_run(make_run, wandb, tmp_path):
-    ids = []
-    for fresh in (True, False, True):
-        run = make_run(wandb=True, fresh=fresh)
-        run.logger.log(10, **{"episode/return": 0.5, "eval/return": math.nan})
-        run.logger.upload(tmp_path / "policy.mp4")
-        run.logger.upload(tmp_path / "learning_curve.png")
-        save(run.folder, agent={"spec": {}}, step=0)
-        run.logger.close()
-        (_, options), (_, row), video, curve, finish = wandb[:5]
-        del wandb[:]
-        ids.append(options.pop("id"))
-        config = options.pop("config")
-        assert options == dict(
-            project="dreamer", name=str(run.folder), dir=run.folder, resume="allow",
-            allow_val_change=True,
-        )  # fmt: skip
-        assert (config["lr"], config["wandb"]) == (4e-5, True)
-        assert row.pop("time/wall") > 0
-        assert row == {"step": 10, "episode/return": 0.5, "eval/return": None}
-        video_path = str(tmp_path / "policy.mp4").lower()
-        assert video == ("log", {"step": 10, "policy": video_path})
-        picture_path = str(tmp_path / "learning_curve.png").upper()
-        assert curve == ("log", {"step": 10, "learning_curve": picture_path})
-        assert finish == ("finish", {})
-    assert ids[0] == ids[1] != ids[2]
-
-
-def test_without_a_login_wandb_ends_in_one_line(make_run, wandb, monkeypatch):
-    module = sys.modules["wandb"]
-
-    def fail(**_):
-        raise module.Error("No API key configured.")
-
-    monkeypatch.setattr(module, "init", fail)
-    with pytest.raises(RunError, match="--wandb: No API key.*WANDB_MODE=offline needs no account"):
-        make_run(wandb=True)
-
-
-@pytest.mark.parametrize("script", [dreamer_v3, dreamer, pilco])
-def test_a_missing_wandb_is_named_before_the_folder_is_touched(script, monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RunError, match="--wandb needs a package: pip install wandb"):
-        script.main(["--preset", "debug", "--wandb", "--run", str(tmp_path / "run")])
-    (tmp_path / "wandb").mkdir()  # a folder of that name is no package
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "wandb")
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(RunError, match="--wandb needs a package: pip install wandb"):
-        script.main(["--preset", "debug", "--wandb", "--run", str(tmp_path / "run")])
-    assert not (tmp_path / "run").exists()
 
 
 def passed_at(run, name, steps):

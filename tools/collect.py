@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 # stand for other flags (preset, size).
 BOOKKEEPING = ("script", "origin", "run", "fresh", "eval")  # in args.json, not hyperparameters
 MAY_DIFFER = (*BOOKKEEPING, "seed", "preset", "size", "steps", "trials", "benchmark", "device",
-        "threads", "compile", "env_workers", "tensorboard", "wandb", "log_every", "save_every",
+        "threads", "compile", "env_workers", "tensorboard", "log_every", "save_every",
         "eval_every", "dream_every", "eval_episodes")  # fmt: skip
 PILCO = ("trial", "episode/cost", "episode/final_cost", "search/cost", "search/evaluations")
 RETURNS = {  # what the returns of a script measure: (in training, in evaluation)

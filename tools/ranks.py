@@ -124,8 +124,8 @@ def agree(number, op=dist.ReduceOp.MIN) -> int:
 class SilentLogger(Logger):
     """Writes and prints nothing: rank 0 does."""
 
-    def __init__(self, folder, total, *_, **__):
-        super().__init__(folder, total, tensorboard=False, quiet=True)
+    def __init__(self, folder, *_):
+        super().__init__(folder, tensorboard=False)
 
     def log(self, step, **_):
         self.sums, self.counts = {}, {}
