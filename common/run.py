@@ -21,7 +21,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from math import inf
 from pathlib import Path
@@ -536,10 +536,10 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
         envs = make_envs(agent.args, **options)
     except RunError as error:  # costs nothing that was learned
         raise EnvError(f"no environment for the evaluation: {error}") from error
-    check_same_spec(agent.args.env_id, agent.spec, envs.spec)
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
-    with torch.random.fork_rng():
+    with closing(envs), torch.random.fork_rng():
+        check_same_spec(agent.args.env_id, agent.spec, envs.spec)
         torch.manual_seed(seed)
         while len(returns) < episodes:
             rows = envs.step(None if latent is None else latent["action"])
@@ -558,7 +558,6 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
             if cut or rows["is_last"].item():
                 returns.append(total)
                 total, length = 0.0, 0
-    envs.close()
     return returns, frames
 
 

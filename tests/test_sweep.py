@@ -172,6 +172,7 @@ def test_no_ray_at_the_address(tmp_path, monkeypatch):
         raise ConnectionError("Could not find any running Ray instance")
 
     monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(RunError, match="no Ray answers at --address auto: Could not find"):
         sweep.main([str(COUNTING), "--address", "auto"])
 
@@ -186,8 +187,9 @@ def test_an_address_that_is_silent_or_senseless(tmp_path, monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        for name in (address, f"ray://{address}"):
-            with pytest.raises(RunError, match=f"{name}: nothing came within 1 seconds"):
+        monkeypatch.setenv("RAY_ADDRESS", address)  # which `auto` means
+        for name in (address, f"ray://{address}", "auto"):
+            with pytest.raises(RunError, match=f"{address}: nothing came within 1 seconds"):
                 sweep.main([str(COUNTING), "--address", name])
     with pytest.raises(RunError, match="--address nonsense: Invalid address format"):
         sweep.main([str(COUNTING), "--address", "nonsense"])

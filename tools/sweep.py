@@ -167,15 +167,16 @@ def run_on_ray(args: Args, jobs: list[Job]) -> bool:
     except ImportError:
         raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
     local = dict(address="local", include_dashboard=False)  # by default it joins a running Ray
-    where = dict(address=args.address) if args.address else local
+    address = os.environ.get("RAY_ADDRESS", "auto") if args.address == "auto" else args.address
+    where = dict(address=address) if address else local
     try:
-        if ":" in args.address and "RAY_USE_TLS" not in os.environ:  # ray.init waits for minutes
-            with grpc.insecure_channel(args.address.removeprefix("ray://")) as channel:
+        if ":" in address and "RAY_USE_TLS" not in os.environ:  # ray.init waits for minutes
+            with grpc.insecure_channel(address.removeprefix("ray://")) as channel:
                 grpc.channel_ready_future(channel).result(ANSWER_TIME)
         ray.init(log_to_driver=False, logging_level="error", **where)
     except (ConnectionError, ValueError, grpc.FutureTimeoutError) as error:
         why = str(error) or f"nothing came within {ANSWER_TIME} seconds"
-        raise RunError(f"no Ray answers at --address {args.address}: {why}") from None
+        raise RunError(f"no Ray answers at --address {address}: {why}") from None
     try:
         check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         options = dict(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=args.retries)
