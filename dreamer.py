@@ -37,8 +37,8 @@ from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
 from common.replay import check_room, make_replay
 from common.run import (
-    Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
-    Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks,
+    Camera, Compile, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive,
+    Rule, Run, Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks,
     mean_over_ranks_, parse_flags, prepare, run_folder,
 )  # fmt: skip
 
@@ -67,7 +67,7 @@ class Args:
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Threads] = 0  # of torch and numpy on the CPU; 0: their choice
-    compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
+    compile: MayChange[Compile] = "auto"  # torch.compile; auto: on a CPU, where it saves time
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 1_000  # environment steps between lines in metrics.jsonl
@@ -493,7 +493,7 @@ class WorldModel(nn.Module):
         self.encoder = ObsEncoder(shapes, args.depth, args.units, categories)
         self.prior = RSSMPrior(action_spec, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
-        self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
+        self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile == "yes")
         self.decoder = ObsDecoder(shapes, self.feat_size, args.depth, args.units, categories)
         self.reward = mlp(self.feat_size, args.units, 2, 1)
         self.cont = mlp(self.feat_size, args.units, 3, 1) if args.pcont else None
@@ -733,9 +733,11 @@ class Agent:
             adam = dict(lr=lr, eps=1e-7, foreach=True, capturable=self.device.type == "cuda")
             self.optimizers[name] = torch.optim.Adam(module.parameters(), **adam)
             self.stateful[f"{name}_optimizer"] = self.optimizers[name]
-        if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
+        if (
+            args.compile == "yes"
+        ):  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
-        if args.compile and self.device.type == "cuda":
+        if args.compile == "yes" and self.device.type == "cuda":
             self.update = CudaGraphModule(self.update, warmup=3)  # possible: update never syncs
 
     def initial(self, num_envs: int) -> TensorDict:
@@ -859,11 +861,11 @@ def updates_owed(args: Args, run: Run, replay) -> int:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = prepare(SCRIPT, args)
+    updates_per_row = args.train_steps * args.action_repeat / args.train_every
+    device = prepare(SCRIPT, args, args.steps / args.action_repeat * updates_per_row)
     if args.benchmark:
         from tools.benchmark import benchmark  # only --benchmark needs it
 
-        updates_per_row = args.train_steps * args.action_repeat / args.train_every
         return benchmark(Agent, args, device, updates_per_row)
     if args.eval:
         return evaluate_run(load(args.eval, device), args)

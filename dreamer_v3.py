@@ -38,9 +38,9 @@ from common.envs import action_width, example_rows, make_envs
 from common.imagination import ModelBasedEnvBase
 from common.replay import check_room, make_replay
 from common.run import (
-    Camera, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive, Rule, Run,
-    Threads, autocast, evaluate_run, gather_ranks, launch, load_agent, mean_over_ranks_,
-    parse_flags, prepare, run_folder,
+    Camera, Compile, Count, EnvId, Fraction, MayChange, Natural, NotNegative, NumEnvs, Positive,
+    Rule, Run, Threads, autocast, evaluate_run, gather_ranks, launch, load_agent,
+    mean_over_ranks_, parse_flags, prepare, run_folder,
 )  # fmt: skip
 
 SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork has folders of its own
@@ -71,7 +71,7 @@ class Args:
     benchmark: bool = False  # time updates with these settings instead of training
     device: MayChange[str] = ""  # empty: cuda if there is one, else cpu
     threads: MayChange[Threads] = 0  # on the CPU; 0: the libraries' choice. Small networks: use 1
-    compile: MayChange[bool] = False  # torch.compile: faster after a minute or two
+    compile: MayChange[Compile] = "auto"  # torch.compile; auto: on a CPU, where it saves time
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; auto: bf16 on CUDA
     tensorboard: MayChange[bool] = True  # mirror the metrics to TensorBoard
     log_every: MayChange[Natural] = 2_000  # environment steps between lines in metrics.jsonl
@@ -221,7 +221,8 @@ def one_hots(x: Tensor, sizes: list[int]) -> Tensor:
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     """Class probabilities (..., C) with a share `unimix` of the uniform distribution mixed in."""
-    return (1 - unimix) * logits.softmax(-1) + unimix / logits.shape[-1]
+    probs = logits.movedim(-1, 0).softmax(0).movedim(0, -1).contiguous()  # 10 x softmax(-1) if C=4
+    return (1 - unimix) * probs + unimix / logits.shape[-1]
 
 
 def exponential_noise(*shape: int, device: torch.device | str = "cpu") -> Tensor:
@@ -613,7 +614,7 @@ class WorldModel(nn.Module):
         self.encoder = ObsEncoder(shapes, args.depth, args.units, categories)
         self.prior = RSSMPrior(action_spec, blocks=args.blocks, **sizes)
         self.posterior = RSSMPosterior(obs_dim=self.encoder.encoded_size, **sizes)
-        self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile)
+        self.rollout = RSSMRollout(self.prior, self.posterior, compile_step=args.compile == "yes")
         rest = args.depth, args.units, args.blocks, categories
         self.decoder = ObsDecoder(shapes, *self.prior.latent_sizes, *rest)
         self.feat_size = sum(self.prior.latent_sizes)
@@ -960,9 +961,11 @@ class Agent:
         params = [p for module in self.modules.values() for p in module.parameters()]
         self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
         self.stateful = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
-        if args.compile:  # replaced for the whole process; RSSMRollout compiles its own step
+        if (
+            args.compile == "yes"
+        ):  # replaced for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
-        if args.compile and self.device.type == "cuda":
+        if args.compile == "yes" and self.device.type == "cuda":
             self.update = CudaGraphModule(self.update, warmup=3)  # possible: update never syncs
 
     def initial(self, num_envs: int) -> TensorDict:
@@ -1048,8 +1051,8 @@ def load(run: str | Path, device: torch.device | str = "cpu") -> Agent:
 
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
-    device = prepare(SCRIPT, args)
     updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
+    device = prepare(SCRIPT, args, args.steps / args.action_repeat * updates_per_row)
     if args.benchmark:
         from tools.benchmark import benchmark  # only --benchmark needs it
 

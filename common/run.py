@@ -20,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
@@ -89,6 +90,7 @@ NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0
 Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
 Threads = Annotated[int, Rule("between 0 and 1,024", lambda x: 0 <= x <= 1024)]
 NumEnvs = Annotated[int, Rule("between 1 and 10,000", lambda x: 1 <= x <= 10_000)]
+Compile = Literal["auto", "yes", "no"]
 Camera = Annotated[int, Rule("the number of a camera, or -1", lambda x: x >= -1)]
 EnvId = Annotated[str, Rule("like CartPole-v1, dm_control/walker-walk-v0 or my_module:MyEnv-v0",
                             re.compile(r"(\w[\w.-]*:)?\w[^:]*").fullmatch)]  # fmt: skip
@@ -152,10 +154,11 @@ def may_change(args_type: type) -> list[str]:
     return [name for name, marks in annotations(args_type).items() if mark in marks]
 
 
-def prepare(script: str, args) -> torch.device:
+def prepare(script: str, args, updates: float = 0) -> torch.device:
     """Set seeds and threads (0: the libraries' choice) of this process; return the run's device.
 
-    The run folder gets its absolute path, since environments may change the working directory.
+    The run folder gets its absolute path, since environments may change the working directory, and
+    --compile auto becomes yes or no, given about how many updates the run takes.
     """
     args.run = str(run_folder(script, args))
     if args.threads:
@@ -163,7 +166,20 @@ def prepare(script: str, args) -> torch.device:
         threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
-    return pick_device(getattr(args, "device", "cpu"))
+    device = pick_device(getattr(args, "device", "cpu"))
+    if getattr(args, "compile", "") == "auto":
+        resumes = os.path.isdir(args.run) and not args.fresh
+        saved = saved_args(Path(args.run)) if resumes else {}
+        args.compile = saved.get("compile") or ("yes" if compiling_pays(device, updates) else "no")
+        print(f"--compile {args.compile} (auto, about {updates:,.0f} updates on {device})")
+    return device
+
+
+def compiling_pays(device: torch.device, updates: float) -> bool:
+    """Whether torch.compile can make C++ code for this CPU, and saves more time than it takes."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return device.type == "cpu" and updates >= 10_000 and bool(compiler) and headers.exists()
 
 
 def pick_device(name="") -> torch.device:
@@ -334,7 +350,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device: 
     try:
         args = args_type(**state["args"])
         if hasattr(args, "compile"):
-            args.compile = False
+            args.compile = "no"
         agent = agent_type(state["spec"], args, *map(pick_device, device))
         agent.load_state_dict(state)
         agent.folder = Path(folder).absolute()

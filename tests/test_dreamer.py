@@ -894,7 +894,7 @@ def test_compiled_update_is_the_same(spec, monkeypatch):
         lambda f, **kw: compiled.append(f) or compile_(f, backend="aot_eager", **kw),
     )  # fmt: skip
     results = []
-    for options in ({}, {"compile": True}):  # in this order: the functions stay compiled
+    for options in ({}, {"compile": "yes"}):  # in this order: the functions stay compiled
         assert not compiled
         agent = make_agent(spec, **options)
         results.append([])

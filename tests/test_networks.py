@@ -1064,7 +1064,7 @@ def test_compiled_update_is_the_same(spec, monkeypatch):
     for function in dreamer_v3.COMPILED:  # --compile replaces them; monkeypatch restores them
         monkeypatch.setattr(dreamer_v3, function.__name__, function)
     results = []
-    for compile in (False, True):
+    for compile in ("no", "yes"):
         monkeypatch.setattr(torch, "compile", compiler)
         agent = v3_agent(spec, compile=compile, lr=1e-3, warmup=0)
         for _ in range(2):

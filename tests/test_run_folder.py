@@ -79,6 +79,52 @@ def test_threads_apply_to_torch_and_numpy():
     assert pools["blas"] == 1 and pools.get("openmp", 1) == 1
 
 
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with a C++ compiler and Python's headers: {path of each}."""
+    paths = dict(compiler=tmp_path / "bin" / "g++", headers=tmp_path / "include" / "Python.h")
+    for path in paths.values():
+        path.parent.mkdir()
+        path.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(common.run.sysconfig, "get_path", lambda _: tmp_path / "include")
+    return paths
+
+
+@pytest.mark.parametrize("missing", [None, "compiler", "headers"])
+def test_long_runs_compile_where_there_is_a_compiler(machine, missing, capsys):
+    if missing:
+        machine[missing].unlink()
+    for updates, device in ((9_999, "cpu"), (1e5, "cpu"), (1e5, "cuda")):
+        pays = common.run.compiling_pays(torch.device(device), updates)
+        assert pays == (missing is None and updates == 1e5 and device == "cpu")
+    args = SimpleNamespace(seed=0, threads=0, env_id="", run="here", compile="auto", fresh=False)
+    prepare("dreamer", args, 12345)
+    assert args.compile == ("no" if missing else "yes")
+    assert (
+        f"--compile {args.compile} (auto, about 12,345 updates on cpu)" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("saved", ["yes", "no"])
+def test_a_resumed_run_compiles_as_before(machine, saved, tmp_path):
+    """Also where the machine, or the number of updates, is another one."""
+    (tmp_path / "args.json").write_text(json.dumps({"script": "dreamer", "compile": saved}))
+    args = SimpleNamespace(seed=0, threads=0, env_id="", run=str(tmp_path), fresh=False)
+    for updates in (0, 1e6):
+        args.compile = "auto"
+        prepare("dreamer", args, updates)
+        assert args.compile == saved
+    for chosen in ("yes", "no"):
+        args.compile = chosen
+        prepare("dreamer", args, 0)
+        assert args.compile == chosen
+    args.fresh, args.compile = True, "auto"
+    prepare("dreamer", args, 1e6)
+    assert args.compile == "yes"
+
+
 def test_folder_name_first_start_and_resume(tmp_path):
     folder, state = open_run("dreamer", Settings())
     assert folder == tmp_path / "runs" / "dreamer" / "dm_control-walker-walk-v0" / "seed3"

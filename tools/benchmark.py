@@ -26,7 +26,7 @@ def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     """
     seconds = {"environment": [], "policy": [], "update": []}
     envs, rows, latent = make_envs(args), [], None
-    agent = make_agent(envs.spec, dataclasses.replace(args, compile=False), device)
+    agent = make_agent(envs.spec, dataclasses.replace(args, compile="no"), device)
     for _ in range(args.batch_length + 101):
         start = time.perf_counter()
         row = envs.step(None if latent is None else latent["action"])
@@ -40,7 +40,7 @@ def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     batch = window[torch.arange(args.batch_size) % args.num_envs].to(device)
     with FlopCounterMode(display=False) as flops:  # cannot count in compiled functions
         agent.update(batch)
-    if args.compile:
+    if args.compile == "yes":
         del agent  # frees its memory first
         agent = make_agent(envs.spec, args, device)
     for _ in range(13):
