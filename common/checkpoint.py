@@ -71,7 +71,7 @@ def save(folder, name="checkpoint.pt", /, **contents):
         if refused := torch.serialization.get_unsafe_globals_in_checkpoint(file.name):
             raise TypeError(f"a checkpoint cannot hold {', '.join(refused)}")
 
-    Stop.saving = True  # a second Ctrl-C waits for the file
+    Stop.saving = True  # a second Ctrl-C has no effect now
     try:
         atomic_write(Path(folder, name), write)
     finally:

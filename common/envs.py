@@ -94,7 +94,7 @@ class Envs:
     """`num_envs` environments stepped together; every episode has its own seed.
 
     `action_dim` is the width of an action: float32, continuous in [-1, 1] (clipped, then scaled
-    to two bounds below UNLIMITED) or one-hots of `action_classes` choices. `spec` is what the
+    to its bounds, if it has both) or one-hots of `action_classes` choices. `spec` is what the
     networks need to know, `notes` say what each observation is taken for, `options` are the fields
     of Options. RunError: unknown id, missing package, unsupported space, or no rendering. EnvError:
     an environment raised, or returned NaN, infinity or what it has not declared.
@@ -126,7 +126,7 @@ class Envs:
         self.notes = self._vector.get_attr("notes")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
-        self._episodes = [0] * num_envs  # those of _row, in case a worker dies
+        self._episodes = [0] * num_envs  # of _row; here, as a worker may die
         self._actions = [bytearray() for _ in makers]  # float32, since the episode began
         self._row = None
 
@@ -191,7 +191,7 @@ class Envs:
         self.end_episodes()
         self._play([[None, *actions] for actions in past])  # None begins the episode
         other = torch.tensor(self._episodes) != torch.tensor(state["episodes"])  # ended earlier
-        over = self._row["is_last"] | state["row"]["is_last"] | other  # if not deterministic
+        over = self._row["is_last"] | state["row"]["is_last"] | other  # then begin a new one
         self._vector.set_attr("done", over.tolist())
         self._actions = [bytearray(actions.tobytes()) for actions in past]
         for i, row in enumerate(self._row):
@@ -246,7 +246,7 @@ class _Rows(gymnasium.Wrapper):
         self.row_spec = dict(shapes=shapes, categories=categories)
         self.row_spec |= dict(action_dim=width, classes=list(classes))
         self.notes += [f"{key}: text, left out" for key in texts] + unlimited
-        self.observation_space = self.action_space = spaces.Discrete(1)  # unused: see `play`
+        self.observation_space = self.action_space = spaces.Discrete(1)  # not used by `play`
         needed, renders = RENDERED in chosen, self.env.render_mode is not None
         if needed and not renders:
             raise RunError(f"{env_id} cannot be rendered: it has no render_mode rgb_array")

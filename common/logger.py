@@ -33,7 +33,7 @@ class Logger:
         self.step = self.first = 0  # now, and where this process took over
         self.process_start = self.run_start = time.monotonic()
         self.tensorboard, self.board = tensorboard, None
-        self.updates, self.first_update = 0, None  # of this process: number; time and step
+        self.updates, self.first_update = 0, None  # this process: count; (time, step)
         self.printed = -math.inf  # when the last line was
 
     def add(self, step, metrics):

@@ -47,7 +47,7 @@ def with_previous(rows: TensorDict) -> TensorDict:
 
 
 def replay_rows(args) -> tuple[int, int]:
-    """Capacity, at most what `steps` can fill, and if it is less than that, slack: see Replay.
+    """(capacity, slack), see Replay: at most what `steps` can fill; 0 if that fits.
 
     RunError if a window does not fit.
     """
@@ -224,7 +224,7 @@ class Replay:
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
         """Draw an episode, then length - 1 rows of it, as Dreamer (2020) does: [B, length].
 
-        Row 0 is the one before these; if they begin an episode, it is another's, or empty.
+        Row 0, the one before these, is another episode's, or empty, if these begin theirs.
         RunError if no episode is long enough.
         """
         episodes = self.long_episodes()

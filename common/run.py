@@ -248,7 +248,7 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     if args.fresh:
         file.unlink(missing_ok=True)  # first: it refers to the others
         for path in folder.iterdir():
-            if path.name not in ("lock", "args.json"):  # which marks a run folder
+            if path.name not in ("lock", "args.json"):  # args.json marks a run
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif file.exists():
         state = checkpoint.load(folder, script)
@@ -265,9 +265,9 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
 
 
 def mark_save(folder: Path, number: int):
-    """Number a save in the replay, too, so that it shows if checkpoint.pt is an older one.
+    """Write the number of a save to the replay, too: an older checkpoint.pt is noticed.
 
-    It comes after checkpoint.pt: a kill between the two is no fault.
+    After checkpoint.pt, so that a kill between the two is no fault.
     """
     if (folder / "replay").is_dir():
         checkpoint.atomic_write(folder / SAVES, lambda file: file.write(str(number).encode()))
@@ -309,7 +309,7 @@ def as_json(values: dict) -> dict:
 
 
 def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRESH):
-    """RunError that names the arguments in which a saved run differs from `requested`."""
+    """RunError naming what differs in saved and requested arguments, except `free`."""
     lines = [
         f"  {name}: {saved.get(name, '(none)')} -> {requested.get(name, '(none)')} (saved -> now)"
         for name in {**saved, **requested}
@@ -368,7 +368,7 @@ class Run:
 
     step: environment steps so far; updates: of the networks; owed: updates that come before the
     next step; reported: the step up to which all is logged; returns: of the episodes under way;
-    evaluated: the step of the last final evaluation. It is over when `done` (the steps, unless the
+    evaluated: the step of the last final evaluation. A run is over when `done` (steps, unless the
     script counts something else) reaches `total`.
     Leaving the `with` block saves if an environment has failed; any other error leaves the last
     checkpoint as it is.
@@ -398,9 +398,9 @@ class Run:
         return self
 
     def __exit__(self, kind, error, _):
-        savable = self.latent is not None and (error is None or isinstance(error, EnvError))
+        savable, failed = self.latent is not None, isinstance(error, EnvError)
         try:
-            if savable and error:
+            if savable and failed:
                 self.save()
         finally:
             self.stop.__exit__()
@@ -409,8 +409,8 @@ class Run:
                 self.stateful["envs"].close()
         if error is None and self.complete:
             print(f"everything is in {self.folder}")
-        elif error is None or isinstance(error, EnvError):
-            again = ", and tries again what failed" if error else ""
+        elif error is None or failed:
+            again = ", and tries again what failed" if failed else ""
             print(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
@@ -418,7 +418,7 @@ class Run:
 
         stateful: what else to save and load, each with a state_dict. latent: the initial one.
         """
-        # The logger comes last: it cuts its file off, which another's error should prevent.
+        # The logger comes last: if another part fails to load, its file is not cut off.
         self.stateful = {"agent": self.agent, **stateful, "logger": self.logger}
         for name, module in getattr(self.agent, "modules", {}).items():
             print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
@@ -513,7 +513,7 @@ class Run:
         mark_save(self.folder, self.saves)
 
     def state(self) -> dict:
-        """What the checkpoint of the next save holds."""
+        """Count a save; what its checkpoint holds."""
         self.saves += 1
         latent = {} if self.latent is None else self.latent.to_dict()
         counters = {name: getattr(self, name) for name in COUNTERS}

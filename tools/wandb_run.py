@@ -26,7 +26,7 @@ def parse_args(argv: list[str]) -> tuple:
 
 
 def main(argv: list[str] | None = None):
-    sys.argv = argv = sys.argv[1:] if argv is None else argv  # the command for args.json
+    sys.argv = argv = sys.argv[1:] if argv is None else argv  # so args.json has SCRIPT
     script, args = parse_args(argv)
     folder = run_folder(script.SCRIPT, args)
     file, saved = folder / "wandb_id", (folder / "checkpoint.pt").exists() and not args.fresh
