@@ -733,9 +733,7 @@ class Agent:
             adam = dict(lr=lr, eps=1e-7, foreach=True, capturable=self.device.type == "cuda")
             self.optimizers[name] = torch.optim.Adam(module.parameters(), **adam)
             self.stateful[f"{name}_optimizer"] = self.optimizers[name]
-        if (
-            args.compile == "yes"
-        ):  # replaced for the whole process; RSSMRollout compiles its own step
+        if args.compile == "yes":  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})
         if args.compile == "yes" and self.device.type == "cuda":
             self.update = CudaGraphModule(self.update, warmup=3)  # possible: update never syncs

@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import zipfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +155,16 @@ def set_rng_state(state: dict):
     torch.set_rng_state(state["torch"])
     for device, value in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(value, device)
+
+
+@contextmanager
+def kept_rng():
+    """Afterwards the generators are as before; also a decorator."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(state)
 
 
 class Stop:

@@ -68,7 +68,7 @@ class Logger:
     def note(self, text):
         """Print a line, but not again in this process."""
         if text not in self.notes:
-            print(text, flush=True)
+            _say(text)
         self.notes.add(text)
 
     def state_dict(self) -> dict:
@@ -129,8 +129,13 @@ class Logger:
                 shown[label] = sum(losses)
         words += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
         self.printed = now
-        with suppress(BrokenPipeError):  # Ctrl-C ends `| tee`, too; the run has yet to be saved
-            print(", ".join(words), flush=True)
+        _say(", ".join(words))
+
+
+def _say(text):
+    """Print a line. Ctrl-C ends `| tee`, too, when the run has yet to be saved."""
+    with suppress(BrokenPipeError):
+        print(text, flush=True)
 
 
 def _plain(value):

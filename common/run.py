@@ -167,19 +167,20 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
     device = pick_device(getattr(args, "device", "cpu"))
-    if getattr(args, "compile", "") == "auto":
+    if getattr(args, "compile", "") == "auto" and not args.eval:
         resumes = os.path.isdir(args.run) and not args.fresh
-        saved = saved_args(Path(args.run)) if resumes else {}
-        args.compile = saved.get("compile") or ("yes" if compiling_pays(device, updates) else "no")
+        saved = saved_args(Path(args.run)).get("compile") if resumes else None
+        pays = "yes" if updates >= 10_000 else "no"
+        args.compile = (saved or pays) if can_compile(device) else "no"
         print(f"--compile {args.compile} (auto, about {updates:,.0f} updates on {device})")
     return device
 
 
-def compiling_pays(device: torch.device, updates: float) -> bool:
-    """Whether torch.compile can make C++ code for this CPU, and saves more time than it takes."""
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile finds what it needs to make C++ code for a CPU."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    return device.type == "cpu" and updates >= 10_000 and bool(compiler) and headers.exists()
+    return device.type == "cpu" and bool(compiler) and headers.exists()
 
 
 def pick_device(name="") -> torch.device:
@@ -255,8 +256,10 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
         if last_save(folder) > state["saves"]:
             raise RunError(f"{file} is older than the replay: put back the newer. {FRESH}")
         check_same_args(folder, saved, requested, may_change(type(args)))
-    elif metrics.exists() and metrics.stat().st_size:
+    elif last_save(folder) or (metrics.exists() and metrics.stat().st_size):
         raise RunError(f"{file} is gone, but not the rest of the run: put it back. {FRESH}")
+    else:  # a start that was killed before its first save
+        shutil.rmtree(folder / "replay", ignore_errors=True)
     origins, now = (saved.get("origin", []) if state else []), origin()
     requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
     text = json.dumps(requested, indent=2) + "\n"
@@ -520,16 +523,18 @@ class Run:
         return {**self.stateful, **counters, "latent": latent, "rng": checkpoint.rng_state()}
 
     def finish(self):
-        """If the run is complete: evaluate, film, and draw the learning curve, all of it once."""
-        if self.complete and self.evaluated == self.step:
+        """If the run is complete: evaluate and film it once, and draw the learning curve."""
+        if not self.complete:
+            return
+        if self.evaluated == self.step:
             print("it was complete, with an evaluation: --eval plays more episodes")
-        elif self.complete:
+        else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
             Run.save(self)  # before the film, which could end the process; rank 0 is alone here
             film(self.agent, self.folder, "policy")
-            title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
-            print(f"learning curve: {plot_curve(self.folder, title)}")
+        title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
+        print(f"learning curve: {plot_curve(self.folder, title)}")
 
 
 def check_finite(metrics: dict[str, Tensor], updates: int):
@@ -545,6 +550,7 @@ def check_finite(metrics: dict[str, Tensor], updates: int):
 # --- evaluation ---------------------------------------------------------------------------------
 
 
+@checkpoint.kept_rng()
 def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
     """Returns of episodes (cut after MAX_STEPS); with a video_size, frames [size, size, 3], too."""
     options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
@@ -554,7 +560,7 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
         raise EnvError(f"no environment for the evaluation: {error}") from error
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
-    with closing(envs), torch.random.fork_rng():
+    with closing(envs):
         check_same_spec(agent.args.env_id, agent.spec, envs.spec)
         torch.manual_seed(seed)
         while len(returns) < episodes:

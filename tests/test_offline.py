@@ -130,6 +130,7 @@ def test_the_other_run_must_fit(train, tmp_path):
         assert not run.exists()
     with pytest.raises(RunError, match="these rows are too few"):
         train(source, SCRIPT, *argv, "--batch-size", 20, "--steps", 200)
+    assert not (run / "checkpoint.pt").exists()
     shutil.rmtree(source / "replay")
     with pytest.raises(RunError, match=f"there is no replay in {source}"):
         train(source, SCRIPT, *argv)

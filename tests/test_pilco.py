@@ -634,6 +634,18 @@ def test_what_always_changes_by_the_same_amount_is_not_fitted(capsys):
     assert error(again.hyper[1][2], new.hyper[1][2]) < 1e-3
 
 
+def test_a_fit_starts_from_the_last_one(monkeypatch):
+    """Also where that had more signal than the penalty wants: 1,463 times the noise."""
+    model, td = GPWorldModel(2, 1).fit(transitions()), transitions()
+    lengthscale, signal, _ = model.hyper
+    noise = signal - torch.tensor([1463.0, 495.0]).double().log()
+    model.hyper = lengthscale, signal, noise
+    expected = [value.clone() for value in model.hyper]
+    monkeypatch.setattr(pilco, "fit_gpytorch_mll", lambda *_, **__: None)
+    model.fit(td)
+    assert all(error(*pair) < 1e-12 for pair in zip(model.hyper, expected, strict=True))
+
+
 def test_data_that_cannot_be_fitted():
     def changed(field, value):
         td = transitions(20)

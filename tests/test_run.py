@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import typing
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -654,6 +655,26 @@ def test_evaluation_passes_the_constructor_its_arguments(script):
     act = lambda *_: TensorDict(action=torch.zeros(1, 2))  # noqa: E731
     agent = SimpleNamespace(args=args, spec=envs.spec, act=act)
     assert evaluate(agent, 2, seed=5)[0] == [28.0] * 2  # 1 + ... + 7, not to 20
+
+
+def test_evaluation_leaves_the_generators_of_training(breaks):
+    """Those of Python and numpy, too, which an environment may use; also where it raises."""
+    args = parse_args([*TINY, "--env-id", "running:Breaks-v0"])
+    envs = make_envs(args, num_envs=1)
+    envs.close()
+
+    def act(*_):
+        random.random(), np.random.rand()
+        return TensorDict(action=torch.rand(1, envs.action_dim))
+
+    agent, before = SimpleNamespace(args=args, spec=envs.spec, act=act), checkpoint.rng_state()
+    for bad in (False, True):
+        breaks.bad = staticmethod(lambda episode, bad=bad: bad)
+        with pytest.raises(EnvError) if bad else nullcontext():
+            evaluate(agent, 1, seed=5)
+        after = checkpoint.rng_state()
+        assert all(after[name] == before[name] for name in ("python", "numpy"))
+        assert torch.equal(after["torch"], before["torch"])
 
 
 def test_evaluation_needs_the_spaces_of_the_training():

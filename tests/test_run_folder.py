@@ -96,12 +96,12 @@ def machine(monkeypatch, tmp_path):
 def test_long_runs_compile_where_there_is_a_compiler(machine, missing, capsys):
     if missing:
         machine[missing].unlink()
-    for updates, device in ((9_999, "cpu"), (1e5, "cpu"), (1e5, "cuda")):
-        pays = common.run.compiling_pays(torch.device(device), updates)
-        assert pays == (missing is None and updates == 1e5 and device == "cpu")
-    args = SimpleNamespace(seed=0, threads=0, env_id="", run="here", compile="auto", fresh=False)
-    prepare("dreamer", args, 12345)
-    assert args.compile == ("no" if missing else "yes")
+    assert not common.run.can_compile(torch.device("cuda"))
+    args = SimpleNamespace(seed=0, threads=0, env_id="", run="here", fresh=False, eval="")
+    for updates in (9_999, 12_345):
+        args.compile = "auto"
+        prepare("dreamer", args, updates)
+        assert args.compile == ("yes" if updates > 10_000 and not missing else "no")
     assert (
         f"--compile {args.compile} (auto, about 12,345 updates on cpu)" in capsys.readouterr().out
     )
@@ -109,9 +109,9 @@ def test_long_runs_compile_where_there_is_a_compiler(machine, missing, capsys):
 
 @pytest.mark.parametrize("saved", ["yes", "no"])
 def test_a_resumed_run_compiles_as_before(machine, saved, tmp_path):
-    """Also where the machine, or the number of updates, is another one."""
+    """Also with another number of updates, but not without a compiler."""
     (tmp_path / "args.json").write_text(json.dumps({"script": "dreamer", "compile": saved}))
-    args = SimpleNamespace(seed=0, threads=0, env_id="", run=str(tmp_path), fresh=False)
+    args = SimpleNamespace(seed=0, threads=0, env_id="", run=str(tmp_path), fresh=False, eval="")
     for updates in (0, 1e6):
         args.compile = "auto"
         prepare("dreamer", args, updates)
@@ -123,6 +123,18 @@ def test_a_resumed_run_compiles_as_before(machine, saved, tmp_path):
     args.fresh, args.compile = True, "auto"
     prepare("dreamer", args, 1e6)
     assert args.compile == "yes"
+    machine["compiler"].unlink()
+    args.fresh, args.compile = False, "auto"
+    prepare("dreamer", args, 1e6)
+    assert args.compile == "no"
+
+
+def test_eval_ignores_the_folder_that_training_would_use(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    args = SimpleNamespace(seed=0, threads=0, env_id="", run=str(tmp_path), fresh=False, eval="run")
+    args.compile = "auto"
+    prepare("dreamer", args, 1e6)
+    assert args.compile == "auto"
 
 
 def test_folder_name_first_start_and_resume(tmp_path):
@@ -250,6 +262,7 @@ def test_a_start_that_wrote_nothing_deletes_nothing(tmp_path):
     folder, _ = open_run("dreamer", Settings())
     (folder / "metrics.jsonl").touch()
     (folder / "notes.txt").write_text("x")
+    (folder / "replay").mkdir()  # allocated before the first save, perhaps for more --steps
     assert open_run("dreamer", Settings())[1] is None
     names = {path.name for path in folder.iterdir()}
     assert names == {"args.json", "lock", "metrics.jsonl", "notes.txt"}
@@ -275,13 +288,15 @@ def test_a_lost_checkpoint_deletes_no_history(saved):
     """Neither with its replay nor without; --fresh does."""
     folder, _ = saved
     (folder / "checkpoint.pt").unlink()
-    for gone in (None, folder / "replay"):
+    metrics = (folder / "metrics.jsonl").read_bytes()
+    for gone in (None, folder / "metrics.jsonl", folder / "replay"):
+        (folder / "metrics.jsonl").write_bytes(metrics)
         if gone:
-            shutil.rmtree(gone)
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
         before = content(folder)
         with pytest.raises(RunError, match=r"checkpoint.pt is gone, but not the rest.*--fresh"):
             open_run("dreamer", Clocks())
-        assert content(folder) == before and folder / "metrics.jsonl" in before
+        assert content(folder) == before
     assert open_run("dreamer", Clocks(fresh=True))[1] is None
     assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
     assert open_run("dreamer", Clocks())[1] is None
@@ -499,6 +514,22 @@ def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsy
                 raise error
         assert capsys.readouterr().out.startswith(words) and run.logger.file.closed
         assert (run.folder / "checkpoint.pt").exists() == isinstance(error, EnvError)
+
+
+def test_a_complete_run_is_evaluated_once_and_always_drawn(make_training_run, monkeypatch, capsys):
+    scores, drawn = [], []
+    monkeypatch.setattr(common.run, "score", lambda _: scores.append(0) or {"eval/return": 1.0})
+    monkeypatch.setattr(common.run, "film", lambda *_: drawn.append("film"))
+    monkeypatch.setattr(common.run, "plot_curve", lambda *_: drawn.append("curve"))
+    run = make_training_run(step=100)
+    run.finish()
+    assert not drawn, "it is not complete"
+    run.done = run.total
+    for _ in range(2):
+        run.finish()
+    assert len(scores) == 1 and drawn == ["film", "curve", "curve"]
+    assert load(run.folder)["evaluated"] == 100
+    assert "it was complete, with an evaluation" in capsys.readouterr().out
 
 
 def test_metrics_that_are_not_finite_are_named():

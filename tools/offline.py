@@ -84,7 +84,12 @@ def main(argv: list[str] | None = None):
     source, script, args = parse_args(argv)
     sys.argv = ["-m", "tools.offline", *argv]  # the command that args.json records
     folder = Path(source).absolute()  # since environments may change the working directory
-    device = prepare(script.SCRIPT, args)
+    v3 = hasattr(script, "Ratio")  # else it is dreamer.py; what follows is as in their main
+    if v3:
+        updates_per_row = args.train_ratio / (args.batch_size * args.batch_length)
+    else:
+        updates_per_row = args.train_steps * args.action_repeat / args.train_every
+    device = prepare(script.SCRIPT, args, args.steps / args.action_repeat * updates_per_row)
     state = checkpoint.load(folder)
     envs = make_envs(args, num_envs=1, env_workers=False)  # only for their spec
     envs.close()
@@ -95,15 +100,13 @@ def main(argv: list[str] | None = None):
     stored.total = state["replay"]["total"]
     sized = replace(args, steps=stored.rows * args.action_repeat)  # for a replay of these rows
     check_room(sized, example, Path(args.run))
-    v3 = hasattr(script, "Ratio")  # else it is dreamer.py; what follows is as in their main
     options = dict(online=True) if v3 else dict(episodes=True, last_window=args.pcont)
-    updates_per_row = v3 and args.train_ratio / (args.batch_size * args.batch_length)
     schedule = {"ratio": script.Ratio(updates_per_row)} if v3 else {}
     with OfflineRun(str(folder), script.SCRIPT, args, agent) as run:
         replay = make_replay(sized, example, run.folder, **options)
-        latent = run.resume(agent.initial(args.num_envs), replay=replay, **schedule)
-        if not replay.total:
+        if not run.saved:  # before the first save: if the rows are too few, no run is left
             copy_rows(stored, replay)
+        latent = run.resume(agent.initial(args.num_envs), replay=replay, **schedule)
 
         while run.training(latent):
             if not run.owed:  # resumed runs first do owed updates

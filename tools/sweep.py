@@ -167,7 +167,7 @@ def run_on_ray(args: Args, jobs: list[Job]) -> bool:
     except ImportError:
         raise RunError("a sweep needs Ray: pip install -r requirements-extra.txt") from None
     local = dict(address="local", include_dashboard=False)  # by default it joins a running Ray
-    address = os.environ.get("RAY_ADDRESS", "auto") if args.address == "auto" else args.address
+    address = os.environ.get("RAY_ADDRESS") or "auto" if args.address == "auto" else args.address
     where = dict(address=address) if address else local
     try:
         if ":" in address and "RAY_USE_TLS" not in os.environ:  # ray.init waits for minutes

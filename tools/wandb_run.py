@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None):
     script, args = parse_args(argv)
     folder = run_folder(script.SCRIPT, args)
     file, saved = folder / "wandb_id", (folder / "checkpoint.pt").exists() and not args.fresh
-    options = {"id": file.read_text() if saved and file.exists() else None, "resume": "allow"}
+    options = {"id": (saved and file.exists() and file.read_text()) or None, "resume": "allow"}
     options |= {"project": script.SCRIPT, "name": str(folder), "sync_tensorboard": True}
     try:  # before script.main, since --fresh deletes a run
         from wandb import Error, Image, Video, init  # a mere folder named wandb has none of them
