@@ -21,9 +21,9 @@ LOSSES = ("model", "actor", "value")  # of each, a printed line has the sum of t
 class Logger:
     """Write the metrics of a run to `folder`, one JSON line per `log`. Steps are environment steps.
 
-    With `total_steps`, `log` also prints a line, at most one a second, except that evaluations and
-    the last step are always printed. Save and load it with the checkpoint: loading cuts off the
-    lines written after the save, which come again.
+    With `total_steps` it prints a line for each, at most one a second (but evaluations and the last
+    step always), and one every 30 seconds in long bursts of updates. Save and load it with the
+    checkpoint: loading cuts off the lines written after the save, which come again.
     """
 
     def __init__(self, folder, total_steps=None, tensorboard=True):
@@ -34,7 +34,7 @@ class Logger:
         self.process_start = self.run_start = time.monotonic()
         self.tensorboard, self.board = tensorboard, None
         self.updates, self.first_update = 0, None  # this process: count; (time, step)
-        self.printed = -math.inf  # when the last line was
+        self.printed = self.process_start - 1  # when the last line was
 
     def add(self, step, metrics):
         """Add an update's metrics to the next line's means; 0-dim tensors stay on their device."""
@@ -46,6 +46,8 @@ class Logger:
                 value = value.detach().float()
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
+        if self.total and time.monotonic() > self.printed + 30:  # many updates are not a hang
+            self._print({"step": step} | {name: _plain(value) for name, value in metrics.items()})
 
     def log(self, step, last=False, **extra):
         """Append step, means, extra and "time/wall" to metrics.jsonl; nan and inf become null.
@@ -116,11 +118,12 @@ class Logger:
             return
         words = [f"step {step:,} of {self.total:,} ({step / self.total:.0%})"]
         begun, first = self.first_update or (now, step)
+        seconds = now - begun
         if self.updates > 1 and step > first:  # steps before the first update cost next to nothing
-            seconds = now - begun
             left = round(seconds * (self.total - step) / (step - first))
             words.append(f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
             words.append(f"{(step - first) / seconds:.4g} steps/s")
+        if self.updates > 1:
             words.append(f"{(self.updates - 1) / seconds:.4g} updates/s")
         shown = {name: row[name] for name in PRINTED if name in row}
         for label in LOSSES:

@@ -179,6 +179,20 @@ def test_at_most_one_line_a_second_but_every_evaluation_and_the_last(tmp_path, c
     ]
 
 
+def test_a_long_burst_of_updates_prints_a_line_every_30_seconds(tmp_path, clock, capsys):
+    log = Logger(tmp_path, 1000, tensorboard=False)
+    log.log(100, **{"episode/return": 1.0})
+    for update in range(65):
+        clock[0] += 1
+        log.add(100, {"train/loss_model_reco": torch.tensor(update / 4), "train/grad_norm": 1.0})
+    log.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "step 100 of 1,000 (10%), episode/return 1",
+        "step 100 of 1,000 (10%), 1 updates/s, model 7.5",
+        "step 100 of 1,000 (10%), 1 updates/s, model 15.25",
+    ]
+
+
 def test_speed_is_that_of_this_process_since_its_first_update(tmp_path, clock, capsys):
     log = Logger(tmp_path, 1000, tensorboard=False)
     log.load_state_dict({"step": 500, "wall": 9e6, "bytes": 0, "sums": {}, "counts": {}})
