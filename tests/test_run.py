@@ -177,7 +177,7 @@ def test_changed_arguments_need_fresh(start, tmp_path):
     start(*argv).done()
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     message = start(*argv, "--lr", 0.5, "--horizon", 10, "--log-every", 7).error()
-    assert "lr: 0.001 -> 0.5" in message and "horizon: 333 -> 10" in message
+    assert "lr: 0.001 -> 0.5" in message and "horizon: 100 -> 10" in message
     assert "log_every" not in message and "units" not in message and "--fresh" in message
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     text = start(*argv, "--lr", 0.5, "--fresh").done()
