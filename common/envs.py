@@ -126,7 +126,7 @@ class Envs:
         self.notes = self._vector.get_attr("notes")[0]
         self.can_render = self._vector.get_attr("can_render")[0]
         self.action_dim, self.action_classes = self.spec["action_dim"], tuple(self.spec["classes"])
-        self._episodes = [0] * num_envs  # of _row; here, as a worker may die
+        self._episodes = [0] * num_envs  # of _row, kept as a worker may die
         self._actions = [bytearray() for _ in makers]  # float32, since the episode began
         self._row = None
 
@@ -476,10 +476,8 @@ def _observed(space, obs, env_id):
 
 
 def _is_image(space):
-    shape = space.shape if isinstance(space, spaces.Box) else ()
-    if space.dtype != np.uint8 or len(shape) not in (2, 3):
-        return False
-    return min(shape[:2]) >= 16 and 1 <= (*shape, 1)[2] <= 4
+    shape = space.shape if isinstance(space, spaces.Box) and space.dtype == np.uint8 else ()
+    return len(shape) in (2, 3) and min(shape[:2]) >= 16 and all(1 <= c <= 4 for c in shape[2:])
 
 
 def _categories(space, what):
@@ -496,9 +494,9 @@ def _categories(space, what):
 
 
 def _storage(space, size, what):
-    """Shape in the row, sizes of its categories, a function to what the row holds, and a note.
+    """Shape in the row, sizes of its categories, a function from value to row, and a note.
 
-    The function gives None where storing would change a value. So another dtype, or numbers
+    The function gives None if a number is no byte or category. Another dtype, or numbers
     outside the bounds of a vector, are no fault (environments of gymnasium have both).
     """
     if _is_image(space):
@@ -545,7 +543,7 @@ def _resize(image, size):
 
 
 def action_width(spec) -> int:
-    """The width of an action: of a space, of anything whose shape ends in it, or the int itself."""
+    """The width of an action, given a space, anything whose shape ends in it, or the width."""
     if isinstance(spec, spaces.Space):
         return _action_decoder(spec, "the environment")[0]
     return spec if isinstance(spec, int) else spec.shape[-1]

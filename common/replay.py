@@ -47,7 +47,7 @@ def with_previous(rows: TensorDict) -> TensorDict:
 
 
 def replay_rows(args) -> tuple[int, int]:
-    """(capacity, slack), see Replay: at most what `steps` can fill; 0 if that fits.
+    """(capacity, slack), see Replay: room for `steps` at most; slack 0 if all fit.
 
     RunError if a window does not fit.
     """
@@ -97,9 +97,9 @@ class Replay:
 
     Row r of environment e, counted from 0, lies at (r % allocated) * N + e, so a resumed run may
     enlarge the ring until it first wraps around. A process killed at any moment resumes exactly at
-    its checkpoint. For that, the files keep `slack` more rows of each environment than can be drawn
-    (save when `exhausted`; slack=0: exact only until the ring is full), and `write_back`
-    fills, of a row's two slots, the one no checkpoint uses. Nothing is flushed: a power
+    its checkpoint. For that, the files keep `slack` more rows of each environment than can be
+    drawn, and `write_back` fills, of a row's two slots, the one no checkpoint uses. Save when
+    `exhausted`; slack=0: exact only until the ring is full. Nothing is flushed: a power
     failure can lose what the system had not written to the disk.
 
     example: one row without a batch dimension, with `is_first`, `is_last` and all other keys.
@@ -153,9 +153,9 @@ class Replay:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the next append would overwrite a row of the last checkpoint."""
-        protected = self.saved_total > 0 and self.allocated > self.capacity
-        return protected and self.total - self.allocated >= max(0, self.saved_total - self.capacity)
+        """Whether the next append overwrites a row of the last checkpoint."""
+        lost, kept = self.total - self.allocated, max(0, self.saved_total - self.capacity)
+        return self.saved_total > 0 and self.allocated > self.capacity and lost >= kept
 
     def __len__(self) -> int:
         """Number of windows that can be drawn."""
@@ -224,7 +224,7 @@ class Replay:
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
         """Draw an episode, then length - 1 rows of it, as Dreamer (2020) does: [B, length].
 
-        Row 0, the one before these, is another episode's, or empty, if these begin theirs.
+        Row 0 is the row before them: if they begin an episode, another one's, or empty.
         RunError if no episode is long enough.
         """
         episodes = self.long_episodes()

@@ -389,7 +389,7 @@ class Run:
         if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
-        steps = getattr(args, "steps", None)  # pilco.py prints its own lines
+        steps = getattr(args, "steps", None)  # None in pilco.py: no progress
         self.logger = Logger(self.folder, steps, args.tensorboard)
 
     def open(self) -> tuple[Path, dict | None]:
@@ -421,7 +421,7 @@ class Run:
 
         stateful: what else to save and load, each with a state_dict. latent: the initial one.
         """
-        # The logger comes last: if another part fails to load, its file is not cut off.
+        # The logger last: if another part fails to load, metrics.jsonl is not cut off.
         self.stateful = {"agent": self.agent, **stateful, "logger": self.logger}
         for name, module in getattr(self.agent, "modules", {}).items():
             print(f"{sum(p.numel() for p in module.parameters()):14,} parameters in {name}")
@@ -435,7 +435,7 @@ class Run:
             checkpoint.set_rng_state(self.saved["rng"])
         self.latent = latent
         if not self.saved:
-            self.save()  # from now on a history without a checkpoint shows that it was lost
+            self.save()  # from now on metrics or a replay without checkpoint.pt mean a loss
         how = f"resumes at step {self.step:,}" if self.saved else "starts"
         print(f"{self.folder} on {getattr(self.agent, 'device', 'cpu')}: {how}")
         return latent
@@ -531,7 +531,7 @@ class Run:
         else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
-            Run.save(self)  # before the film, which could end the process; rank 0 is alone here
+            Run.save(self)  # not self.save(): rank 0 is alone here; the film could end the run
             film(self.agent, self.folder, "policy")
         title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
         print(f"learning curve: {plot_curve(self.folder, title)}")
