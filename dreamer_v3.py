@@ -132,7 +132,7 @@ PRESETS = {
     "default": dict(  # learns in a few minutes on one core; not the authors' recipe
         env_id="Pendulum-v1", action_repeat=2, steps=5_000, batch_length=8, train_ratio=128.0,
         deter=256, horizon=100, entropy_bonus=1e-3, lr=4e-4, warmup=200,
-        log_every=1000, save_every=2000, eval_episodes=10, threads=1),
+        log_every=1000, save_every=2000, eval_episodes=30, threads=1),
     "dmc_proprio": dict(obs="vector", num_envs=16, log_every=250, save_every=1000),
     "dmc_vision": dict(obs="pixels", num_envs=16, size="200m", train_ratio=256.0),
     "atari100k": dict(

@@ -47,7 +47,8 @@ class Logger:
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
         if self.total and time.monotonic() > self.printed + 30:  # many updates are not a hang
-            self._print({"step": step} | {name: _plain(value) for name, value in metrics.items()})
+            means = {name: _plain(self.sums[name] / self.counts[name]) for name in metrics}
+            self._print({"step": step, **means})
 
     def log(self, step, last=False, **extra):
         """Append step, means, extra and "time/wall" to metrics.jsonl; nan and inf become null.
@@ -192,8 +193,9 @@ def plot_curve(folder, title: str) -> Path:
     if episodes.size:
         n = max(1, min(50, episodes.shape[1] // 20))
         mean = [episodes[1, max(0, i - n) : i].mean() for i in range(1, episodes.shape[1] + 1)]
-        axes.plot(*episodes, ".", color="#9dbfe0", ms=4, mew=0, label="training")
-        axes.plot(episodes[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
+        axes.plot(*episodes, ".", color="#9dbfe0", ms=4 if n > 1 else 8, mew=0, label="training")
+        if n > 1:
+            axes.plot(episodes[0], mean, color="#0b3c6f", lw=2, label=f"mean of the last {n}")
     if evaluations.size:
         axes.plot(*evaluations, "D-", color="#c8641a", lw=1, ms=5, label="evaluation")
     axes.set(xlabel="environment steps", ylabel="return (sum of rewards per episode)")

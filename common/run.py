@@ -104,7 +104,7 @@ def parse_flags(args_type: type[T], argv, doc: str, defaults: Callable[[T], dict
     """
     argv = sys.argv[1:] if argv is None else argv
     flags = [word for word in argv if word not in ("-h", "--help")]
-    chosen = tyro.cli(args_type, args=flags)  # for its preset
+    chosen, _ = tyro.cli(args_type, args=flags, return_unknown_args=True)  # for its preset
     args = tyro.cli(args_type, args=flags, default=args_type(**defaults(chosen)))
     if len(flags) < len(argv):
         print_help(args, doc)
@@ -172,7 +172,7 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
         saved = saved_args(Path(args.run)).get("compile") if resumes else None
         pays = "yes" if updates >= 10_000 else "no"
         args.compile = (saved or pays) if can_compile(device) else "no"
-        print(f"--compile {args.compile} (auto, about {updates:,.0f} updates on {device})")
+        print(f"torch.compile: {args.compile} (auto: about {updates:,.0f} updates on {device})")
     return device
 
 
@@ -349,14 +349,15 @@ def origin() -> dict:
 
 def load_agent(folder, script: str, args_type: type, agent_type: type, *device: str):
     """The agent that a run saved, agent_type(spec, args[, device]); RunError if that fails."""
-    state = checkpoint.load(folder, script)["agent"]
+    saved = checkpoint.load(folder, script)
+    state = saved["agent"]
     try:
         args = args_type(**state["args"])
         if hasattr(args, "compile"):
             args.compile = "no"
         agent = agent_type(state["spec"], args, *map(pick_device, device))
         agent.load_state_dict(state)
-        agent.folder = Path(folder).absolute()
+        agent.folder, agent.step = Path(folder).absolute(), saved["step"]
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         text = f"the checkpoint in {folder} does not fit this code"
         raise RunError(f"{text}: {type(error).__name__}, {error}") from error
@@ -607,6 +608,7 @@ def film(agent, folder: Path, name: str):
 def evaluate_run(agent, args):
     """--eval: play --eval-episodes episodes with a run's last checkpoint, and film the first."""
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
+    print(f"the policy at step {agent.step:,}")
     score(agent)
     film(agent, output_folder(agent.folder), "eval")
 

@@ -188,8 +188,8 @@ def test_a_long_burst_of_updates_prints_a_line_every_30_seconds(tmp_path, clock,
     log.close()
     assert capsys.readouterr().out.splitlines() == [
         "step 100 of 1,000 (10%), episode/return 1",
-        "step 100 of 1,000 (10%), 1 updates/s, model 7.5",
-        "step 100 of 1,000 (10%), 1 updates/s, model 15.25",
+        "step 100 of 1,000 (10%), 1 updates/s, model 3.75",  # the mean so far
+        "step 100 of 1,000 (10%), 1 updates/s, model 7.625",
     ]
 
 

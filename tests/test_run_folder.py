@@ -103,7 +103,8 @@ def test_long_runs_compile_where_there_is_a_compiler(machine, missing, capsys):
         prepare("dreamer", args, updates)
         assert args.compile == ("yes" if updates > 10_000 and not missing else "no")
     assert (
-        f"--compile {args.compile} (auto, about 12,345 updates on cpu)" in capsys.readouterr().out
+        f"torch.compile: {args.compile} (auto: about 12,345 updates on cpu)"
+        in capsys.readouterr().out
     )
 
 
