@@ -171,7 +171,8 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
         resumes = os.path.isdir(args.run) and not args.fresh
         saved = saved_args(Path(args.run)).get("compile") if resumes else None
         pays = "yes" if updates >= 10_000 else "no"
-        args.compile = (saved or pays) if can_compile(device) else "no"
+        able = can_compile(device) and args.precision != "bfloat16"  # torch 2.13: invalid C++
+        args.compile = (saved or pays) if able else "no"
         print(f"torch.compile: {args.compile} (auto: about {updates:,.0f} updates on {device})")
     return device
 

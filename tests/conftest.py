@@ -3,6 +3,8 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch are imported
+if not os.environ.get("SLOW"):
+    os.environ["CXX"] = "no-compiler"  # else --compile auto takes minutes where --steps are many
 
 import pytest
 import torch

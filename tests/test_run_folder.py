@@ -98,6 +98,10 @@ def test_long_runs_compile_where_there_is_a_compiler(machine, missing, capsys):
         machine[missing].unlink()
     assert not common.run.can_compile(torch.device("cuda"))
     args = SimpleNamespace(seed=0, threads=0, env_id="", run="here", fresh=False, eval="")
+    args.precision, args.compile = "bfloat16", "auto"
+    prepare("dreamer", args, 12_345)
+    assert args.compile == "no", "torch cannot compile it on a CPU"
+    args.precision = "auto"
     for updates in (9_999, 12_345):
         args.compile = "auto"
         prepare("dreamer", args, updates)
@@ -113,6 +117,7 @@ def test_a_resumed_run_compiles_as_before(machine, saved, tmp_path):
     """Also with another number of updates, but not without a compiler."""
     (tmp_path / "args.json").write_text(json.dumps({"script": "dreamer", "compile": saved}))
     args = SimpleNamespace(seed=0, threads=0, env_id="", run=str(tmp_path), fresh=False, eval="")
+    args.precision = "float32"
     for updates in (0, 1e6):
         args.compile = "auto"
         prepare("dreamer", args, updates)
