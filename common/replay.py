@@ -154,8 +154,8 @@ class Replay:
     @property
     def exhausted(self) -> bool:
         """Whether the next append overwrites a row of the last checkpoint."""
-        lost, kept = self.total - self.allocated, max(0, self.saved_total - self.capacity)
-        return self.saved_total > 0 and self.allocated > self.capacity and lost >= kept
+        row, first = self.total - self.allocated, max(0, self.saved_total - self.capacity)
+        return self.saved_total > 0 and self.allocated > self.capacity and row >= first
 
     def __len__(self) -> int:
         """Number of windows that can be drawn."""
@@ -224,7 +224,7 @@ class Replay:
     def draw_in_episodes(self, batch_size: int) -> TensorDict:
         """Draw an episode, then length - 1 rows of it, as Dreamer (2020) does: [B, length].
 
-        Row 0 is the row before them: if they begin an episode, another one's, or empty.
+        Row 0 is the row before them: of another episode, or empty, if they begin one.
         RunError if no episode is long enough.
         """
         episodes = self.long_episodes()

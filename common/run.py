@@ -157,7 +157,7 @@ def may_change(args_type: type) -> list[str]:
 def prepare(script: str, args, updates: float = 0) -> torch.device:
     """Set seeds and threads (0: the libraries' choice) of this process; return the run's device.
 
-    The run folder gets its absolute path, since environments may change the working directory, and
+    `args.run` becomes an absolute path, as environments may change the working directory, and
     --compile auto becomes yes or no, given about how many updates the run takes.
     """
     args.run = str(run_folder(script, args))
@@ -373,7 +373,7 @@ class Run:
 
     step: environment steps so far; updates: of the networks; owed: updates that come before the
     next step; reported: the step up to which all is logged; returns: of the episodes under way;
-    evaluated: the step of the last final evaluation. A run is over when `done` (steps, unless the
+    evaluated: the step at which `finish` evaluated. A run is over when `done` (steps, unless the
     script counts something else) reaches `total`.
     Leaving the `with` block saves if an environment has failed; any other error leaves the last
     checkpoint as it is.
@@ -445,8 +445,7 @@ class Run:
     def training(self, latent: TensorDict | None = None) -> bool:
         """Evaluate, log and save if it is time; False when the run is complete or has to stop.
 
-        latent: what the agent goes on from. A script without one is saved only where it calls
-        `save` itself.
+        latent: what the agent goes on from; without one, the end or a stop saves nothing.
         """
         self.latent = latent
         if not self.owed:  # else a resumed run finishes its updates first
@@ -533,7 +532,7 @@ class Run:
         else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
-            Run.save(self)  # not self.save(): rank 0 is alone here; the film could end the run
+            Run.save(self)  # not self.save(): rank 0 is alone here; first, as film() may crash
             film(self.agent, self.folder, "policy")
         title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
         print(f"learning curve: {plot_curve(self.folder, title)}")
@@ -558,7 +557,7 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
     options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     try:
         envs = make_envs(agent.args, **options)
-    except RunError as error:  # costs nothing that was learned
+    except RunError as error:  # EnvError: then the run saves
         raise EnvError(f"no environment for the evaluation: {error}") from error
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0
@@ -595,7 +594,7 @@ def score(agent) -> dict[str, float]:
 
 
 def film(agent, folder: Path, name: str):
-    """Play the first episode of `score` again and write its video; rendering costs no result."""
+    """Play the first episode of `score` again and write its video, or print why not."""
     try:
         _, frames = evaluate(agent, 1, agent.args.seed + 1_000_000, video_size=256)
         if not frames:
