@@ -158,7 +158,7 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
     """Set seeds and threads (0: the libraries' choice) of this process; return the run's device.
 
     `args.run` becomes an absolute path, as environments may change the working directory, and
-    --compile auto becomes yes or no, given about how many updates the run takes.
+    --compile auto becomes yes or no; `updates`: about how many the run takes.
     """
     args.run = str(run_folder(script, args))
     if args.threads:
@@ -269,9 +269,9 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
 
 
 def mark_save(folder: Path, number: int):
-    """Write the number of a save to the replay, too: an older checkpoint.pt is noticed.
+    """Write the number of a save to the replay, too: this exposes an old checkpoint.pt.
 
-    After checkpoint.pt, so that a kill between the two is no fault.
+    After checkpoint.pt, so a kill between the two does no harm.
     """
     if (folder / "replay").is_dir():
         checkpoint.atomic_write(folder / SAVES, lambda file: file.write(str(number).encode()))
@@ -369,7 +369,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device: 
 
 
 class Run:
-    """One training in its folder: counters, clocks, checkpoints, log, and requests to stop.
+    """One training in its folder: counters, checkpoints, log, and requests to stop.
 
     step: environment steps so far; updates: of the networks; owed: updates that come before the
     next step; reported: the step up to which all is logged; returns: of the episodes under way;
@@ -391,7 +391,7 @@ class Run:
         if total is None:  # a smaller --steps must not shrink the replay of a longer run
             total = args.steps = max(args.steps, self.saved["step"] if self.saved else 0)
         self.total = total
-        steps = getattr(args, "steps", None)  # None in pilco.py: no progress
+        steps = getattr(args, "steps", None)  # pilco.py: no progress lines
         self.logger = Logger(self.folder, steps, args.tensorboard)
 
     def open(self) -> tuple[Path, dict | None]:
@@ -437,7 +437,7 @@ class Run:
             checkpoint.set_rng_state(self.saved["rng"])
         self.latent = latent
         if not self.saved:
-            self.save()  # from now on metrics or a replay without checkpoint.pt mean a loss
+            self.save()  # from now on metrics or replay without checkpoint.pt: it was lost
         how = f"resumes at step {self.step:,}" if self.saved else "starts"
         print(f"{self.folder} on {getattr(self.agent, 'device', 'cpu')}: {how}")
         return latent
@@ -467,7 +467,7 @@ class Run:
         return self.stop.requested
 
     def report(self):
-        """Evaluate, log and save, where a multiple of --..._every was passed."""
+        """Evaluate, log and save, where a multiple of --...-every was passed."""
         if self.interval_passed("eval") and self.updates:
             seed = self.args.seed + 2_000_000 + self.step
             returns, _ = evaluate(self.agent, 1, seed)
@@ -517,7 +517,7 @@ class Run:
         mark_save(self.folder, self.saves)
 
     def state(self) -> dict:
-        """Count a save; what its checkpoint holds."""
+        """Count a save and return what it holds."""
         self.saves += 1
         latent = {} if self.latent is None else self.latent.to_dict()
         counters = {name: getattr(self, name) for name in COUNTERS}
@@ -532,7 +532,7 @@ class Run:
         else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
-            Run.save(self)  # not self.save(): rank 0 is alone here; first, as film() may crash
+            Run.save(self)  # not self.save(): rank 0 is alone; before film(), which may crash
             film(self.agent, self.folder, "policy")
         title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
         print(f"learning curve: {plot_curve(self.folder, title)}")
