@@ -536,6 +536,7 @@ class GPWorldModel(nn.Module):
         flat = still * math.log(100)  # what is not fitted: smoother, with less noise
         hyper = std.log() + flat[:, None], signal, signal - math.log(10) - flat
         if self.hyper is not None:  # start from the last fit, unless there was none of a variable
+            # A variable without a fit has a signal of 10 * 100 times its noise, see above.
             again = ~still & ((self.hyper[1] - self.hyper[2] - math.log(1000)).abs() > 1e-6)
             for new, last in zip(hyper, self.hyper, strict=True):
                 new[again] = last[again]
