@@ -71,7 +71,7 @@ class Logger:
     def note(self, text):
         """Print a line, but not again in this process."""
         if text not in self.notes:
-            _say(text)
+            say(text)
         self.notes.add(text)
 
     def state_dict(self) -> dict:
@@ -133,10 +133,10 @@ class Logger:
                 shown[label] = sum(losses)
         words += [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()]
         self.printed = now
-        _say(", ".join(words))
+        say(", ".join(words))
 
 
-def _say(text):
+def say(text):
     """Print a line. Ctrl-C ends `| tee`, too, when the run has yet to be saved."""
     with suppress(BrokenPipeError):
         print(text, flush=True)

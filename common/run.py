@@ -7,8 +7,8 @@
             ...
         run.finish()
 
-An agent has `spec`, `args`, `act(rows, latent)` and a state_dict; optional are `device`, `modules`
-{name: network} and `fps`, the frames per second of its videos.
+An agent has `act(rows, latent)` and, in its state_dict too, `spec` and `args`; optional: `modules`
+{name: network}, `fps` of its videos, `device` (for `batches`).
 """
 
 import inspect
@@ -38,10 +38,10 @@ from torch import Tensor
 from common import checkpoint
 from common.checkpoint import DISK_FULL, NO_ACCESS, EnvError, RunError, Stop
 from common.envs import make_envs
-from common.logger import Logger, plot_curve, write_video
+from common.logger import Logger, plot_curve, say, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
-SAVES = "replay/.saves"  # see mark_save; no observation can have this name
+SAVES = "replay/.saves"  # see mark_save; never the name of a replay key
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves", "evaluated")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
 FRESH = "Add --fresh to delete that run and start over, or --run OTHER_FOLDER to keep it."
@@ -208,7 +208,7 @@ def autocast(agent) -> torch.autocast:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of x over all ranks, where a loss needs one over the whole batch."""
+    """The mean of x over all ranks, for losses that need the whole batch's mean."""
     return x
 
 
@@ -262,7 +262,7 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     else:  # a start that was killed before its first save
         shutil.rmtree(folder / "replay", ignore_errors=True)
     origins, now = (saved.get("origin", []) if state else []), origin()
-    requested["origin"] = origins if now in origins else [*origins, now]  # each start that differs
+    requested["origin"] = origins if now in origins else [*origins, now]  # all distinct origins
     text = json.dumps(requested, indent=2) + "\n"
     checkpoint.atomic_write(folder / "args.json", lambda file: file.write(text.encode()))
     return folder, state
@@ -312,7 +312,7 @@ def as_json(values: dict) -> dict:
     return json.loads(json.dumps(values, default=str))
 
 
-def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRESH):
+def check_same_args(folder, saved: dict, requested: dict, free, hint: str = FRESH):
     """RunError naming what differs in saved and requested arguments, except `free`."""
     lines = [
         f"  {name}: {saved.get(name, '(none)')} -> {requested.get(name, '(none)')} (saved -> now)"
@@ -320,7 +320,7 @@ def check_same_args(folder, saved: dict, requested: dict, free, ways: str = FRES
         if name not in ("origin", *free) and saved.get(name, {}) != requested.get(name, {})
     ]
     if lines:
-        raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, ways]))
+        raise RunError("\n".join([f"{folder} holds a run with other arguments:", *lines, hint]))
 
 
 def check_same_spec(env_id: str, saved: dict, now: dict):
@@ -348,7 +348,7 @@ def origin() -> dict:
     }
 
 
-def load_agent(folder, script: str, args_type: type, agent_type: type, *device: str):
+def load_agent(folder, script: str, args_type: type, agent_type: type, *device):
     """The agent that a run saved, agent_type(spec, args[, device]); RunError if that fails."""
     saved = checkpoint.load(folder, script)
     state = saved["agent"]
@@ -413,10 +413,10 @@ class Run:
             if "envs" in self.stateful:
                 self.stateful["envs"].close()
         if error is None and self.complete:
-            print(f"everything is in {self.folder}")
+            say(f"everything is in {self.folder}")
         elif error is None or failed:
             again = ", and tries again what failed" if failed else ""
-            print(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
+            say(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
         """Continue from the checkpoint, or write the first; returns the latent to go on from.
@@ -437,7 +437,7 @@ class Run:
             checkpoint.set_rng_state(self.saved["rng"])
         self.latent = latent
         if not self.saved:
-            self.save()  # from now on metrics or replay without checkpoint.pt: it was lost
+            self.save()  # so metrics or replay without checkpoint.pt mean it was lost
         how = f"resumes at step {self.step:,}" if self.saved else "starts"
         print(f"{self.folder} on {getattr(self.agent, 'device', 'cpu')}: {how}")
         return latent
@@ -448,7 +448,7 @@ class Run:
         latent: what the agent goes on from; without one, the end or a stop saves nothing.
         """
         self.latent = latent
-        if not self.owed:  # else a resumed run finishes its updates first
+        if not self.owed:  # else later, after the updates still owed
             self.report()
         if not self.complete and not self.stopping():
             return True
@@ -477,7 +477,7 @@ class Run:
         save = self.interval_passed("save")
         self.reported = self.step  # before save(), which stores it
         if save or ("replay" in self.stateful and self.stateful["replay"].exhausted):
-            self.save()
+            self.save()  # else the next rows could overwrite some that the checkpoint needs
 
     def interval_passed(self, name: str) -> bool:
         """Whether a multiple of --{name}-every was passed since the last report (0: never)."""
@@ -528,11 +528,11 @@ class Run:
         if not self.complete:
             return
         if self.evaluated == self.step:
-            print("it was complete, with an evaluation: --eval plays more episodes")
+            print("already complete and evaluated: --eval plays more episodes")
         else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
-            Run.save(self)  # not self.save(): rank 0 is alone; before film(), which may crash
+            Run.save(self)  # self.save() would wait for other ranks; film() may crash
             film(self.agent, self.folder, "policy")
         title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
         print(f"learning curve: {plot_curve(self.folder, title)}")
@@ -557,7 +557,7 @@ def evaluate(agent, episodes: int, seed: int, video_size: int = 0):
     options = dict(num_envs=1, seed=seed, env_workers=False, video_size=video_size)
     try:
         envs = make_envs(agent.args, **options)
-    except RunError as error:  # EnvError: then the run saves
+    except RunError as error:  # an EnvError makes Run save
         raise EnvError(f"no environment for the evaluation: {error}") from error
     returns, frames, filming = [], [], video_size > 0 and envs.can_render
     latent, total, length = None, 0.0, 0

@@ -535,7 +535,7 @@ def test_a_complete_run_is_evaluated_once_and_always_drawn(make_training_run, mo
         run.finish()
     assert len(scores) == 1 and drawn == ["film", "curve", "curve"]
     assert load(run.folder)["evaluated"] == 100
-    assert "it was complete, with an evaluation" in capsys.readouterr().out
+    assert "already complete and evaluated" in capsys.readouterr().out
 
 
 def test_metrics_that_are_not_finite_are_named():
