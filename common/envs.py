@@ -453,7 +453,7 @@ def _leaves(space, path=()):
 def _observed(space, obs, env_id):
     """The (name, path, space) that rows hold, sorted, and the keys of text, which they do not."""
     leaves = [*_leaves(space)]
-    texts = [leaf for leaf in leaves if np.dtype(leaf[2].dtype).kind == "U"]
+    texts = [leaf for leaf in leaves if np.dtype(getattr(leaf[2], "dtype", None)).kind == "U"]
     numbers = [leaf for leaf in leaves if leaf not in texts]
     images = [leaf for leaf in numbers if _is_image(leaf[2])]
     chosen = {
@@ -507,8 +507,7 @@ def _storage(space, size, what):
             return _resize(value.astype(np.uint8), size) if fits else None
 
         return shape, [], store, f"picture {' x '.join(map(str, shape))}"
-    if isinstance(space, spaces.Box):
-        count = int(np.prod(space.shape))
+    if isinstance(space, spaces.Box) and (count := int(np.prod(space.shape))):
         wide = "; warning: many for an MLP. A picture would be uint8, its channels (1 to 4) last"
         note = f"vector of {count:,}{wide * (count > 1024)}"
         return [count], [], lambda value: value.astype(np.float32).ravel(), note
@@ -551,7 +550,7 @@ def action_width(spec) -> int:
 
 def _action_decoder(space, env_id):
     """Width of an action, sizes of its one-hots, a function to the environment's action, notes."""
-    if isinstance(space, spaces.Box):
+    if isinstance(space, spaces.Box) and space.low.size:
         low, high = space.low.astype(float).ravel(), space.high.astype(float).ravel()
         limited = (abs(low) < UNLIMITED) & (abs(high) < UNLIMITED)
         numbers = ", ".join(map(str, np.flatnonzero(~limited)))

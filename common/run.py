@@ -85,7 +85,7 @@ T = TypeVar("T")
 MayChange = Annotated[T, "may change when a run is resumed"]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Rule("a whole number, not negative", lambda x: x >= 0)]
-Positive = Annotated[float, Rule("a positive number", lambda x: 0 < x < inf)]
+Positive = Annotated[float, Rule("a positive number", lambda x: 1e-300 < x < inf)]
 NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0 <= x < inf)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
 Threads = Annotated[int, Rule("between 0 and 1,024", lambda x: 0 <= x <= 1024)]
@@ -477,7 +477,7 @@ class Run:
         save = self.interval_passed("save")
         self.reported = self.step  # before save(), which stores it
         if save or ("replay" in self.stateful and self.stateful["replay"].exhausted):
-            self.save()  # else the next rows could overwrite some that the checkpoint needs
+            self.save()  # exhausted: the next rows could overwrite what the checkpoint needs
 
     def interval_passed(self, name: str) -> bool:
         """Whether a multiple of --{name}-every was passed since the last report (0: never)."""
@@ -532,7 +532,7 @@ class Run:
         else:
             self.logger.log(self.step, last=True, **score(self.agent))
             self.evaluated = self.step
-            Run.save(self)  # self.save() would wait for other ranks; film() may crash
+            Run.save(self)  # as film() may crash; self.save() waits for other ranks
             film(self.agent, self.folder, "policy")
         title = f"{self.script}  {self.args.env_id}  seed {self.args.seed}"
         print(f"learning curve: {plot_curve(self.folder, title)}")

@@ -325,6 +325,14 @@ def test_unused_observations_may_be_anything():
     assert envs.step(None)["walker.joints"].shape == (1, 2)
 
 
+@pytest.mark.parametrize("name", ["observation_space", "action_space"])
+@pytest.mark.parametrize("space", [None, spaces.Box(-1, 1, (0,))])
+def test_missing_and_empty_spaces_are_refused(name, space):
+    kind = type("Odd", (dummy_envs.Base,), {name: space})
+    with pytest.raises(RunError, match=f"^{name[:6]}.* of Made-v0, {re.escape(str(space))}, is not"):
+        made(kind)
+
+
 @pytest.mark.parametrize(
     "key", [*RESERVED, ".saves", "../../../x", "a//b", "a\\b", "x" * 201, "é" * 101]
 )
