@@ -203,11 +203,11 @@ def test_python_blocks_run(trained):
     dream, gym = python_blocks("docs/running.md")
     assert sum(len(python_blocks(name)) for name in NAMES) == 4
     act, gym = (block.replace(RUN, str(trained)) for block in (act, gym))
-    assert len(act.strip().splitlines()) == 8, "six lines, an import and a blank one"
+    assert len(act.strip().splitlines()) <= 10, "loading and playing takes a few lines"
     assert "class Reach" in own_environment, "the run was trained on it"
     names = {}
     exec(act, names)
-    assert names["rows"]["is_last"].all()
+    assert names["rows"]["is_last"].all() and names["total"] != 0
     *lines, reward_and_picture = dream.strip().splitlines()
     exec("\n".join(lines), names)
     reward, observation = eval(reward_and_picture, names)

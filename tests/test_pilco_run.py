@@ -176,7 +176,7 @@ def test_presets_begin(inside, tmp_path, capsys, flags):
     tiny = ["--trials", 2, "--horizon", 6, "--evaluations", 3, "--no-tensorboard"]
     inside(*flags.split(), *tiny)
     text = capsys.readouterr().out
-    assert "predicted" in text and "SNR" in text
+    assert "predicted" in text and "signal-to-noise" in text
     rows = [row for row in lines_of(tmp_path / "run") if "search/cost" in row]
     assert rows[0]["search/evaluations"] == 3 and 0 <= rows[0]["episode/cost"] <= 1
 

@@ -690,7 +690,7 @@ def test_evaluation_needs_the_spaces_of_the_training():
 
 
 def test_eval_load_and_act(start, tmp_path):
-    """One run with vectors and images, then --eval, then the six lines of the README."""
+    """One run with vectors and images, then --eval, then the lines of the README."""
     folder = tmp_path / "run"
     argv = [*TINY, "--env-id", "running:Both-v0", "--steps", 84]
     start(*argv, "--run", folder, prepare="all_pictures").done()
