@@ -167,6 +167,9 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
     checkpoint.seed_all(args.seed)
     device = pick_device(getattr(args, "device", "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the only one that a CUDA graph records
+        torch.backends.cudnn.allow_tf32 = False  # --precision float32 is float32
     if getattr(args, "compile", "") == "auto" and not args.eval:
         resumes = os.path.isdir(args.run) and not args.fresh
         saved = saved_args(Path(args.run)).get("compile") if resumes else None

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import DEVICE, replayed_update
 from tensordict import TensorDict
 from torch import nn
 
@@ -101,8 +102,9 @@ def parameters(agent):
 
 def authors_agent(reference):
     """The authors' small model with their parameters."""
-    args = Args(deter=64, hidden=16, stoch=8, classes=4, units=16, lr=1e-3, warmup=0)
-    agent = Agent(SPEC, args)
+    sizes = dict(deter=64, hidden=16, stoch=8, classes=4, units=16)
+    args = Args(**sizes, lr=1e-3, warmup=0, precision="float32")
+    agent = Agent(SPEC, args, DEVICE)
     ours = parameters(agent)
     theirs = {k[8:] for k in reference if k.startswith("params0/")}
     assert theirs - set(ours) == {"slowval_count/value"} and set(ours) <= theirs
@@ -118,18 +120,19 @@ def make_batch(reference):
     td = {k: torch.from_numpy(reference[f"batch/{k}"]) for k in OBSERVED}
     td["belief"] = torch.from_numpy(reference["batch/dyn/deter"])
     td["state"] = torch.from_numpy(reference["batch/dyn/stoch"]).flatten(-2)
-    return with_previous(TensorDict(td, [4, 10]).clone())
+    return with_previous(TensorDict(td, [4, 10]).clone()).to(DEVICE)
 
 
 def make_noise():
     action = torch.tensor([0.5, -0.5]).expand(36, 15, 2)
     dream = TensorDict(action=action, state=torch.ones(36, 15, 8, 4), batch_size=[36, 15])
-    return {"posterior": torch.ones(4, 9, 8, 4), "dream": dream}
+    return {"posterior": torch.ones(4, 9, 8, 4, device=DEVICE), "dream": dream.to(DEVICE)}
 
 
 def close(name, actual, expected, rtol=1e-5):
     """Agreement relative to the largest entry: |actual - expected| <= rtol max |expected|."""
-    actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).double()
+    actual = torch.as_tensor(actual).detach().cpu().double()
+    expected = torch.as_tensor(expected).double()
     assert actual.shape == expected.shape, name
     error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
     assert error <= rtol * size, f"{name}: off by {error:.2e} of {size:.2e}"
@@ -161,7 +164,7 @@ def test_latents(reference, forward):
     for ours, theirs in (("posterior_logits", "post_logit"), ("prior_logits", "prior_logit")):
         close(ours, td[ours], reference[f"out/{theirs}"])
     close("belief", td["belief"], reference["out/deter"])
-    state = td["state"].detach().unflatten(-1, (8, 4))
+    state = td["state"].detach().cpu().unflatten(-1, (8, 4))
     assert np.array_equal(state.numpy(), reference["out/stoch"])
 
 
@@ -257,12 +260,20 @@ def test_42_total_loss(reference, forward):
     close("total", sum(losses.values()), reference["out/loss"], 1e-6)
 
 
+def denormals_are_flushed():
+    return not torch.full((), 1e-30, device=DEVICE).mul(1e-10).item()
+
+
 def borderline(agent):
-    """Entries of the two last layers whose gradient's square may round to a denormal number."""
-    masks = {}
+    """Entries of the two last layers whose gradient's square may round to a denormal number.
+
+    Where that is not flushed, such a bin moves otherwise than the authors', which changes its next
+    gradients; so the limit is wider.
+    """
+    masks, limit = {}, 1e-16 if denormals_are_flushed() else 1e-14
     for name, layer in (("rew", agent.world_model.reward[-1]), ("val", agent.value[-1])):
         for key, grad in (("kernel", layer.weight.grad.T), ("bias", layer.bias.grad)):
-            masks[f"{name}/head/logits/{key}"] = (grad.abs() > 0) & (grad.abs() < 1e-16)
+            masks[f"{name}/head/logits/{key}"] = ((grad != 0) & (grad.abs() < limit)).cpu()
     return masks | {f"slow{k}": v for k, v in masks.items() if k.startswith("val")}
 
 
@@ -271,16 +282,19 @@ def compare_parameters(agent, reference, step, border):
 
     Bins with probabilities of about 1e-20 have gradients whose squares border on denormal numbers;
     LaProp divides by the root of these plus 1e-20, so rounding decides how far such bins move.
+    Where denormal numbers are not flushed, as on a GPU, such bins are left out, 42 % of all.
     The slow critic's biases, which reach 200, may be off by two roundings an update.
     """
     for name, x in parameters(agent).items():
         expected = torch.from_numpy(reference[f"params{step}/{name}"])
-        error = (x - expected).abs()
+        error = (x.cpu() - expected).abs()
         if name.startswith("slowval/head"):
             error = (error - 2.4e-7 * step * expected.abs()).clamp(min=0)
         if name in border:
-            assert error[border[name]].max() < (2e-5 if name.startswith("slow") else 5e-4), name
-            assert (error > 1e-5).float().mean() < 0.01, name
+            if denormals_are_flushed():
+                assert error[border[name]].max() < (2e-5 if name.startswith("slow") else 5e-4), name
+                assert (error > 1e-5).float().mean() < 0.01, name
+            assert border[name].float().mean() < 0.43
             error = error[~border[name]]
         assert error.max() < 1e-5, f"{name} after {step} updates: {error.max():.2e}"
         if name.startswith("slowval/mlp"):  # its error is far below its own movement
@@ -288,11 +302,18 @@ def compare_parameters(agent, reference, step, border):
             assert error.max() < 0.05 * moved, name
 
 
-def test_three_updates(reference):
+@pytest.mark.filterwarnings("ignore:This module is instantiated on a machine without CUDA")
+@pytest.mark.parametrize(
+    "update, flush",
+    [(Agent.update, True), (replayed_update, True), (Agent.update, False)],
+    ids=["eager", "graph", "denormal"],  # denormal: as on a GPU
+)
+def test_three_updates(reference, update, flush):
     """Each update's loss and gradient norm; parameters and return bounds after one and three."""
+    torch.set_flush_denormal(flush)
     agent, border = authors_agent(reference), {}
     for step in (1, 2, 3):
-        metrics, latents = agent.update(make_batch(reference), make_noise())
+        metrics, latents = update(agent, make_batch(reference), make_noise())
         total = sum(v for k, v in metrics.items() if k.startswith("train/loss"))
         close(f"loss {step}", total, reference[f"step{step}/opt/loss"], 2e-6)
         grads = [p.grad for m in agent.modules.values() for p in m.parameters()]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import near
+from helpers import DEVICE, near, replayed_update
 from tensordict import TensorDict
 from torch import nn
 
@@ -88,9 +88,10 @@ def params_at(reference, step):
 
 def authors_agent(reference):
     args = Args(
-        deter=16, hidden=16, stoch=6, units=20, depth=2, imagination_horizon=H, free_nats=0.5
-    )
-    agent = Agent(SPEC, args)
+        deter=16, hidden=16, stoch=6, units=20, depth=2, imagination_horizon=H, free_nats=0.5,
+        precision="float32",
+    )  # fmt: skip
+    agent = Agent(SPEC, args, DEVICE)
     pairs = parameters(agent, params_at(reference, 0))
     assert {name for name, *_ in pairs} == set(params_at(reference, 0))
     ours = {id(p) for module in agent.modules.values() for p in module.parameters()}
@@ -112,11 +113,11 @@ def make_batch(reference):
     td["action"] = torch.cat([action, action[:, :1] * np.nan], 1)
     for key in ("is_first", "is_last", "is_terminal"):
         td[key] = torch.zeros(B, T + 1, dtype=torch.bool)
-    return with_previous(td)
+    return with_previous(td).to(DEVICE)
 
 
 def alternating(scale, *shape):
-    sign = torch.ones(shape)
+    sign = torch.ones(shape, device=DEVICE)
     sign[..., 1::2] = -1
     return scale * sign
 
@@ -185,12 +186,14 @@ def test_losses(reference, forward):
     near(losses["loss_value"], reference["step1/value_loss"])
 
 
-def test_three_updates(reference):
+@pytest.mark.filterwarnings("ignore:This module is instantiated on a machine without CUDA")
+@pytest.mark.parametrize("update", [Agent.update, replayed_update], ids=["eager", "graph"])
+def test_three_updates(reference, update):
     agent, batch, noise = authors_agent(reference), make_batch(reference), make_noise()
     for step in (1, 2, 3):
         for optimizer in agent.optimizers.values():  # TensorFlow adds eps before correcting
             optimizer.param_groups[0]["eps"] = 1e-7 / (1 - 0.999**step) ** 0.5
-        metrics = agent.update(batch.clone(), noise)
+        metrics = update(agent, batch.clone(), noise)
         model = sum(value for name, value in metrics.items() if "loss_model" in name)
         losses = {
             "model": model,

@@ -22,38 +22,38 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints when 
 def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
     """Print steps per second, time per update and per operation, the run's hours, and memory.
 
-    make_agent(spec, args, device) builds the agent.
+    make_agent(spec, args, device) builds the agent. If it compiles, also print its losses beside
+    those of an agent that does not.
     """
-    seconds = {"environment": [], "policy": [], "update": []}
+    seconds = {"environment": [], "policy": []}
     envs, rows, latent = make_envs(args), [], None
-    agent = make_agent(envs.spec, dataclasses.replace(args, compile="no"), device)
+    eager = dataclasses.replace(args, compile="no")
+    agent = make_agent(envs.spec, eager, device)
     for _ in range(args.batch_length + 101):
-        start = time.perf_counter()
+        start = now(device)
         row = envs.step(None if latent is None else latent["action"])
-        middle = time.perf_counter()
+        middle = now(device)
         latent = agent.act(row, latent)
         seconds["environment"].append(middle - start)
-        seconds["policy"].append(time.perf_counter() - middle)
+        seconds["policy"].append(now(device) - middle)
         rows.append(agent.stored_rows(row, latent))
     envs.close()
     window = with_previous(torch.stack(rows[-args.batch_length - 1 :], 1))
     batch = window[torch.arange(args.batch_size) % args.num_envs].to(device)
     with FlopCounterMode(display=False) as flops:  # cannot count in compiled functions
         agent.update(batch)
-    if args.compile == "yes":
-        del agent  # frees its memory first
-        agent = make_agent(envs.spec, args, device)
-    for _ in range(13):
-        start = time.perf_counter()
-        agent.update(batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds["update"].append(time.perf_counter() - start)
+    del agent  # frees its memory
+    if args.compile == "yes":  # last: it compiles functions for the whole process
+        eager_losses = first_updates(make_agent, envs.spec, eager, device, batch, 6)[-1]
+    updates = first_updates(make_agent, envs.spec, args, device, batch, 13)
+    agent, seconds["update"], losses = updates
     environment, policy, update = (statistics.median(values[3:]) for values in seconds.values())
     first = seconds["update"][0]
     print(f"{args.num_envs * args.action_repeat / environment:10.0f} /s      environment steps")
     print(f"{args.num_envs / policy:10.0f} /s      policy steps")
     print(f"{1e3 * update:10.1f} ms      update (median of 10; the first took {first:.1f} s)")
+    if args.compile == "yes":
+        print_losses(losses[:6], eager_losses)
     print_operations(agent, batch, device)
     with autocast(agent):
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
@@ -68,6 +68,37 @@ def benchmark(make_agent, args, device: torch.device, updates_per_row: float):
         print(f"{torch.cuda.max_memory_allocated() / 1e9:10.2f} GB      memory of the GPU")
     print(f"{hours:10.2f} h       {args.steps:,} environment steps without evaluations,")
     print(f"{'':18}{updates_per_row:.3g} updates per row")
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def first_updates(make_agent, spec: dict, args, device: torch.device, batch, count: int):
+    """A new agent, seconds [count] and losses [count, K] of its first updates, all on `batch`.
+
+    The same seed gives the same weights and random numbers.
+    """
+    torch.manual_seed(args.seed)
+    agent, seconds, losses = make_agent(spec, args, device), [], []
+    for _ in range(count):
+        start = now(device)
+        metrics = agent.update(batch)
+        seconds.append(now(device) - start)
+        metrics = metrics if isinstance(metrics, dict) else metrics[0]
+        losses.append(torch.stack([x for k, x in metrics.items() if k.startswith("train/loss")]))
+    return agent, seconds, torch.stack(losses)
+
+
+def print_losses(compiled: torch.Tensor, eager: torch.Tensor):
+    """Print how far the losses [count, K] of compiled updates are from eager ones."""
+    apart = ((compiled - eager).abs() / eager.abs().clamp(min=1)).max()
+    print(f"{apart:10.1e}         largest difference of a loss from eager, relative if above 1")
+    for name, losses in (("compiled", compiled), ("eager", eager)):
+        print(f"{'':18}{name} sums:", *(f"{x:.6g}" for x in losses.sum(1)))
 
 
 def print_operations(agent, batch, device: torch.device, count: int = 8):
