@@ -1028,7 +1028,8 @@ def report(metrics: dict, horizon: int):
     if metrics["trial"]:
         ratios = " ".join(f"{value:.0f}" for key, value in metrics.items() if "snr" in key)
         used = metrics["search/evaluations"]
-        text += f"; predicted {metrics['search/cost']:.3f} ({used} evaluations), signal-to-noise {ratios}"
+        text += f"; predicted {metrics['search/cost']:.3f} ({used} evaluations)"
+        text += f", signal-to-noise {ratios}"
         text += f", fit {metrics['time/fit']:.1f} s, search {metrics['time/search']:.1f} s"
         if used == 1:
             text += "; NO GRADIENT: the cost is flat where the policies begin, try larger --widths"

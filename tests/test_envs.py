@@ -329,7 +329,8 @@ def test_unused_observations_may_be_anything():
 @pytest.mark.parametrize("space", [None, spaces.Box(-1, 1, (0,))])
 def test_missing_and_empty_spaces_are_refused(name, space):
     kind = type("Odd", (dummy_envs.Base,), {name: space})
-    with pytest.raises(RunError, match=f"^{name[:6]}.* of Made-v0, {re.escape(str(space))}, is not"):
+    text = f"^{name[:6]}.* of Made-v0, {re.escape(str(space))}, is not supported"
+    with pytest.raises(RunError, match=text):
         made(kind)
 
 
