@@ -136,7 +136,8 @@ class Replay:
         self.saved = self.current.clone()  # slot that the last checkpoint refers to
         self.total = self.saved_total = 0  # rows of each environment: now, at the last save
         self.queue = deque()  # (environment, first row) of the new windows, oldest first
-        self.finished = deque()  # (environment, first row, rows) of the finished episodes
+        self.listed = torch.empty(0, 3, dtype=torch.int64)  # what `finished` returned last
+        self.ended = []  # (environment, first row, rows) of the episodes finished since then
         self.begun = [0] * num_envs  # first row of the episodes under way
         self.long_known_at = None  # `total` when `long_episodes` was computed
         self.generator = torch.Generator().manual_seed(seed)
@@ -183,10 +184,8 @@ class Replay:
         for env in row["is_first"].nonzero()[:, 0].tolist():
             self.begun[env] = self.total
         for env in row["is_last"].nonzero()[:, 0].tolist():
-            self.finished.append((env, self.begun[env], self.total + 1 - self.begun[env]))
+            self.ended.append((env, self.begun[env], self.total + 1 - self.begun[env]))
         self.total += 1
-        while self.finished and sum(self.finished[0][1:]) <= self.oldest:  # first + rows: its end
-            self.finished.popleft()
         while self.queue and self.queue[0][1] < self.oldest:
             self.queue.popleft()
 
@@ -212,10 +211,18 @@ class Replay:
         starts = torch.cat([torch.tensor(fresh, dtype=torch.int64).view(-1, 2), drawn])  # [B, 2]
         return self.windows(starts)
 
+    def finished(self) -> Tensor:
+        """(environment, first row, rows) [K, 3] of the finished episodes in the ring."""
+        ended = torch.tensor(self.ended, dtype=torch.int64).view(-1, 3)
+        episodes, self.ended = torch.cat([self.listed, ended]), []
+        _, first, rows = episodes.unbind(-1)
+        self.listed = episodes[first + rows > self.oldest]
+        return self.listed
+
     def long_episodes(self) -> Tensor:
-        """(environment, first row, rows) [K, 3] of the finished episodes that hold a window."""
+        """Those of the `finished` episodes that hold a window."""
         if self.long_known_at != self.total:
-            episodes = torch.tensor(self.finished, dtype=torch.int64).view(-1, 3)
+            episodes = self.finished()
             _, first, rows = episodes.unbind(-1)
             self.long = episodes[(first >= self.oldest) & (rows >= self.length - self.last_window)]
             self.long_known_at = self.total
@@ -285,7 +292,7 @@ class Replay:
             "layout": self.layout,
             "total": self.total,
             "queue": torch.tensor(self.queue, dtype=torch.int64).view(-1, 2),
-            "finished": torch.tensor(self.finished, dtype=torch.int64).view(-1, 3),
+            "finished": self.finished(),
             "begun": list(self.begun),
             "current": self.current[: self.total * self.num_envs].clone(),
             "generator": self.generator.get_state(),
@@ -310,7 +317,7 @@ class Replay:
             raise lost_error(lost)
         self.total = self.saved_total = state["total"]
         self.queue = deque(map(tuple, state["queue"].tolist() if self.online else ()))
-        self.finished = deque(map(tuple, state["finished"].tolist()))
+        self.listed, self.ended = state["finished"], []
         self.begun, self.long_known_at = list(state["begun"]), None
         self.current[: len(state["current"])] = state["current"]
         self.saved.copy_(self.current)

@@ -320,6 +320,27 @@ def test_shortest_episodes_and_abandoned_ones(tmp_path):
     assert set(starts.tolist()) == {8, 9, 10, 11}
 
 
+def test_finished_episodes_do_not_depend_on_when_they_are_listed(tmp_path):
+    """All that end in the ring, in the order of their ends, whoever asks and however often."""
+    lengths = [[3, 9, 5, 4, 6, 12, 2], [20, 4, 5, 7, 16]]
+    flags = [[(t == 0, t == n - 1) for n in line for t in range(n)] for line in lengths]
+    replays = [Replay(PLAIN, 40, 2, 5, tmp_path / str(k)) for k in range(3)]
+    for number, flag in enumerate(zip(*flags, strict=False)):
+        row = make_row(number, 2).select(*PLAIN.keys())
+        row["is_first"], row["is_last"] = torch.tensor(flag).unbind(-1)
+        for replay in replays:
+            replay.append(row)
+        replays[1].finished()
+        if number == 25:  # a resume
+            state = replays[2].state_dict()
+            replays[2] = Replay(PLAIN, 40, 2, 5, tmp_path / "2")
+            replays[2].load_state_dict(state)
+    expected = [[1, 20, 4], [0, 21, 6], [1, 24, 5], [1, 29, 7], [0, 27, 12], [0, 39, 2]]
+    for replay in replays:
+        assert replay.oldest == 21 and replay.finished().tolist() == expected
+        assert replay.state_dict()["finished"].tolist() == expected
+
+
 def test_no_episode_to_draw(tmp_path):
     replay = Replay(PLAIN, 80, 2, 5, tmp_path, online=False)
     append_episodes([[4, 4, 4, 4], [40]], replay)  # no episode of five rows is over
