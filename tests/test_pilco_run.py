@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import shutil
 import signal
 
@@ -15,6 +16,7 @@ import pilco
 from common import checkpoint
 from common.envs import make_envs
 from tools import benchmark
+from tools.peers.table import LINE, POLICY
 
 SCRIPT = REPO / "pilco.py"  # what `start` and `inside` run here
 DEBUG = ["--preset", "debug", "--no-tensorboard"]
@@ -208,7 +210,8 @@ def test_benchmark(inside, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "benchmark_policy", short)
     inside("--benchmark")
     text = capsys.readouterr().out
-    assert "100 points" in text and "300 points" in text and "GB" in text
+    works = {work: notes for _, work, notes in re.findall(LINE, text)}  # as the table reads it
+    assert works.keys() == {*POLICY} and all("GB" in notes for notes in works.values())
 
 
 def test_a_longer_run_equals_one_in_one_go(inside, tmp_path):

@@ -49,6 +49,7 @@ from common.run import check_flags, evaluate, film, score
 from dreamer_v3 import Agent, parse_args
 from tools.benchmark import benchmark
 from tools.dreams import open_loop
+from tools.peers.table import LINE
 
 SCRIPT = REPO / "dreamer_v3.py"  # what `start` and `inside` run here
 TUPLES = tuple[int, ...], tuple[float, ...]
@@ -765,7 +766,9 @@ def test_benchmark_of_a_known_update(compiled, capsys):
         assert "2.5e-01         largest difference" in text, "0.5 of 2"
         assert f"compiled sums:{6 * ' 2.5'}\n" in text and f"eager sums:{6 * ' 2'}\n" in text
     seconds = 1 / number("/s +environment steps") + 1 / number("/s +policy steps")
-    seconds += number("ms +update") / 1e3 * 0.125  # updates per row
+    [(ms, work, notes)] = re.findall(LINE, text)  # as the table of peers reads it
+    assert float(ms) == number("ms +update") and work == "update" and "took" in notes
+    seconds += float(ms) / 1e3 * 0.125  # updates per row
     assert number("h ") == pytest.approx(1e8 * seconds / 3600, rel=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Seconds per update of the authors' JAX code, for the comparison in the README.
+"""Time of one update of the authors' JAX code: a row of tools/peers/table.py.
 
     git clone https://github.com/danijar/dreamerv3 && git -C dreamerv3 checkout e3f0224
     pip install jax==0.4.33 "numpy<2" ruamel.yaml ninjax elements einops optax chex jaxtyping
@@ -9,13 +9,14 @@ The setting is that of `python dreamer_v3.py --preset dmc_proprio --benchmark`: 
 numbers, 6 actions, batch 16 x 64, horizon 15, float32, on the CPU; the batch is already in memory.
 """
 
+import itertools
 import pathlib
-import statistics
 import sys
-import time
+
+from timing import report
 
 
-def main(repository: str, updates: str = "15"):
+def main(repository: str, updates: str = "10"):
     sys.path.insert(0, repository)
     import elements
     import jax
@@ -48,14 +49,16 @@ def main(repository: str, updates: str = "15"):
 
     _, carry = ninjax.pure(agent.init_train)({}, 16, seed=0)
     params = jax.jit(ninjax.init(agent.train))({}, carry, batch, seed=0)
-    train = jax.jit(ninjax.pure(agent.train), donate_argnums=(0,))
-    seconds = []
-    for seed in range(int(updates) + 3):
-        start = time.perf_counter()
-        params, (carry, *_) = jax.block_until_ready(train(params, carry, batch, seed=seed))
-        seconds.append(time.perf_counter() - start)
-    median, fastest = statistics.median(seconds[3:]), min(seconds[3:])
-    print(f"{median:.3f} s per update (median of {updates}; fastest {fastest:.3f} s)")
+    train, seeds = jax.jit(ninjax.pure(agent.train), donate_argnums=(0,)), itertools.count()
+
+    def update():
+        nonlocal params, carry
+        result = train(params, carry, batch, seed=next(seeds))
+        params, (carry, *_) = jax.block_until_ready(result)
+
+    weights = (x for key, x in params.items() if x.ndim and not key.startswith(("opt", "slow")))
+    count = sum(x.size for x in weights)
+    report("update", update, updates, f"{count:,} parameters, jax {jax.__version__}")
 
 
 if __name__ == "__main__":
