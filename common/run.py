@@ -11,6 +11,7 @@ An agent has `act(rows, latent)` and, in its state_dict too, `spec` and `args`; 
 {name: network}, `fps` of its videos, `device` (for `batches`).
 """
 
+import ctypes
 import inspect
 import json
 import os
@@ -165,6 +166,10 @@ def prepare(script: str, args, updates: float = 0) -> torch.device:
         torch.set_num_threads(args.threads)
         threadpool_limits(args.threads)  # numpy's, too: threads stall each other on busy cores
     torch.set_flush_denormal(True)  # as XLA does; numbers below 1e-38 are slow on a CPU
+    with suppress(AttributeError, TypeError):  # glibc only: keep freed memory for the next tensors
+        mallopt = ctypes.CDLL(None).mallopt  # else page faults take a quarter of a pixel update
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD, in bytes
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     checkpoint.seed_all(args.seed)
     device = pick_device(getattr(args, "device", "cpu"))
     if device.type == "cuda":

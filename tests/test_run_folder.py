@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -577,3 +578,22 @@ def test_a_full_disk_and_other_errors_of_a_run():
         assert "\n" not in str(stop.value)
     with pytest.raises(ConnectionError):
         launch(lambda: (_ for _ in ()).throw(ConnectionError(errno.ECONNREFUSED, "no")))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again():
+    """So large tensors cost page faults only at first."""
+    code = """
+import resource, torch, dreamer_v3
+from common.run import prepare
+prepare("dreamer_v3", dreamer_v3.parse_args(["--preset", "debug"]))
+faults = []
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[0], sum(faults[5:]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    first, others = map(int, done.stdout.split()[-2:])
+    assert others < 100 < first, done.stderr
