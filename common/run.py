@@ -156,7 +156,7 @@ def may_change(args_type: type) -> list[str]:
 
 
 def prepare(script: str, args, updates: float = 0) -> torch.device:
-    """Set seeds and threads (0: the libraries' choice) of this process; return the run's device.
+    """Set seeds, threads (0: the libraries' choice) and allocator; return the run's device.
 
     `args.run` becomes an absolute path, as environments may change the working directory, and
     --compile auto becomes yes or no; `updates`: about how many the run takes.

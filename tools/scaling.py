@@ -77,6 +77,7 @@ def noise(example: TensorDict, *shape: int) -> TensorDict:
 
 
 def measure_update(kind: str, args, updates: int) -> tuple:
+    """The columns of UPDATE."""
     agent, example = make_agent(kind, args)
     batch = with_previous(noise(example, args.batch_size, args.batch_length + 1))
     agent.update(batch)

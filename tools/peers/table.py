@@ -102,6 +102,7 @@ def measure(row: Row, program: str, folder: str, args: Args) -> dict[str, tuple[
 
 
 def commit(folder: str) -> str:
+    """The commit of a repository, with -dirty if it has changes."""
     git = ["git", "-C", folder, "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
