@@ -122,7 +122,9 @@ def accept(command: str):
         script, *flags = options.training_script_args
         return parse(script, flags)
     if argv[0] != "-m":
-        return parse(argv[0], argv[1:])
+        beside = str((REPO / argv[0]).parent)  # where Python looks first
+        with patch.object(sys, "path", [beside, *sys.path]):
+            return parse(argv[0], argv[1:])
     if argv[1] in NOT_OURS:
         return None
     assert argv[1].startswith("tools."), f"{argv[1]} is not a program of this repository"
