@@ -425,6 +425,8 @@ class Run:
         elif error is None or failed:
             again = ", and tries again what failed" if failed else ""
             say(f"{'saved' if savable else 'stopped'}; the same command resumes{again}")
+        elif self.stop.requested and kind.__name__ == "InductorError":
+            raise KeyboardInterrupt  # Ctrl-C has killed torch.compile's C++ compiler, too
 
     def resume(self, latent: TensorDict | None = None, **stateful) -> TensorDict | None:
         """Continue from the checkpoint, or write the first; returns the latent to go on from.

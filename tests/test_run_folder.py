@@ -19,6 +19,7 @@ import torch
 from running import content
 from tensordict import TensorDict
 from threadpoolctl import threadpool_info, threadpool_limits
+from torch._inductor.exc import InductorError
 
 import common.run
 import dreamer
@@ -521,6 +522,16 @@ def test_only_a_run_without_an_error_is_called_complete(make_training_run, capsy
                 raise error
         assert capsys.readouterr().out.startswith(words) and run.logger.file.closed
         assert (run.folder / "checkpoint.pt").exists() == isinstance(error, EnvError)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_ctrl_c_while_torch_compiles_is_no_error(make_training_run, stopped):
+    """It kills the C++ compiler, too, as the terminal sends it to all processes."""
+    run = make_training_run()
+    with pytest.raises(KeyboardInterrupt if stopped else InductorError), run:
+        run.stop.requested = stopped
+        raise InductorError(RuntimeError("g++ was killed"), None)
+    assert run.logger.file.closed
 
 
 def test_a_complete_run_is_evaluated_once_and_always_drawn(make_training_run, monkeypatch, capsys):
