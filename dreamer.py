@@ -847,7 +847,7 @@ def updates_owed(args: Args, run: Run, replay) -> int:
     if run.step < args.prefill or not multiples:
         return 0
     ready = gather_ranks(torch.tensor([float(replay.ready)]))
-    too_short = len(replay.finished()) and not ready.any() and not run.updates  # `sample` raises
+    too_short = not run.updates and not ready.any() and len(replay.finished())  # `sample` raises
     if not ready.all() and not too_short:
         run.logger.note("no update before an episode of --batch-length rows has ended")
         return 0

@@ -60,10 +60,15 @@ def replay_rows(args) -> tuple[int, int]:
     return capacity, ceil(args.save_every / per_row) + 1 if capacity < needed else 0
 
 
+def row_bytes(example: TensorDict) -> int:
+    """The size of a row in the files, which have two slots for each latent."""
+    return sum(leaf.nbytes * (1 + (key in LATENTS)) for key, leaf in example.items())
+
+
 def check_room(args, example: TensorDict, folder: Path):
     """RunError if the disk cannot hold the replay, or the memory a batch; touches no folder."""
     capacity, slack = replay_rows(args)
-    row = sum(leaf.nbytes * (1 + (key in LATENTS)) for key, leaf in example.items())
+    row = row_bytes(example)
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if isdir(path))
     found = folder.rglob("replay/*") if isdir(folder) else ()
     need = row * (capacity + args.num_envs * slack) - sum(path.stat().st_size for path in found)

@@ -86,7 +86,7 @@ T = TypeVar("T")
 MayChange = Annotated[T, "may change when a run is resumed"]
 Count = Annotated[int, Rule("at least 1", lambda x: x >= 1)]
 Natural = Annotated[int, Rule("a whole number, not negative", lambda x: x >= 0)]
-Positive = Annotated[float, Rule("a positive number", lambda x: 1e-300 < x < inf)]
+Positive = Annotated[float, Rule("a positive number", lambda x: 1e-300 < x < inf)]  # 1 / x, too
 NotNegative = Annotated[float, Rule("a number that is not negative", lambda x: 0 <= x < inf)]
 Fraction = Annotated[float, Rule("between 0 and 1", lambda x: 0 <= x <= 1)]
 Threads = Annotated[int, Rule("between 0 and 1,024", lambda x: 0 <= x <= 1024)]

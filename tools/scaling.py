@@ -28,7 +28,7 @@ from tensordict import TensorDict
 import dreamer_v3
 from common.checkpoint import RunError
 from common.envs import LATENTS, example_rows
-from common.replay import Replay, with_previous
+from common.replay import Replay, row_bytes, with_previous
 from common.run import launch, origin, prepare
 
 SHAPES = {  # of observations: those of walker-walk, and an image
@@ -89,7 +89,7 @@ def measure_update(kind: str, args, updates: int) -> tuple:
 def open_replay(kind: str, args, rows: int, folder: Path) -> tuple[Replay, TensorDict]:
     """A replay and one of its rows."""
     example, path = make_agent(kind, args)[1], folder / "replay"
-    need = rows * sum(x.nbytes * (1 + (key in LATENTS)) for key, x in example.items()) / 1e9
+    need = rows * row_bytes(example) / 1e9
     if need > (free := disk_usage(folder).free / 1e9) and not path.exists():
         raise RunError(f"needs {need:.1f} GB of disk, {free:.1f} are free")
     options = dict(batch_size=args.batch_size, online=True)
