@@ -774,10 +774,13 @@ def test_benchmark_of_a_known_update(compiled, capsys):
 
 def test_benchmark(start):
     argv = [*TINY, "--env-id", "running:Long-v0", "--benchmark", "--action-repeat", 2]
+    argv += ["--units", 512]  # so that products are among the slowest operations
     text = start(*argv).done()
     assert "0.25 updates per row" in text and "float32 product" in text
-    times = [float(time) for time in re.findall(r"([\d.]+) ms      .+, while profiled", text)]
+    operations = re.findall(r"([\d.]+) ms      (.+), while profiled", text)
+    times = [float(time) for time, _ in operations]
     assert len(times) == 8 and times == sorted(times, reverse=True) and times[0] > 0
+    assert "aten::mm" in dict(map(reversed, operations))
 
 
 def make_batch(spec, args, size=2, seed=0):
