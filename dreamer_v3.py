@@ -111,6 +111,7 @@ class Args:
     # behavior
 
     imagination_horizon: Count = 15  # imagined steps
+    imag_last: Natural = 0  # dreams start from this many last rows of a window; 0: from all
     horizon: Count = 333  # discount 1 - 1/horizon per action
     lam: Fraction = 0.95  # lambda of the returns
     entropy_bonus: float = 3e-4  # per nat of the policy's entropy
@@ -997,10 +998,11 @@ class Agent:
         noise = noise or {}  # with it, tests replace the random numbers
         with autocast(self):
             losses, td = self.model_loss(batch.copy(), noise.get("posterior"))
-            actor_losses, dream = self.actor_loss(td, noise.get("dream"))  # starts at every row
+            starts = td[:, -self.args.imag_last :]
+            actor_losses, dream = self.actor_loss(starts, noise.get("dream"))
             value_losses, _ = self.value_loss(dream)
-            boot = dream["lambda_target"][:, 0].unflatten(0, td.shape)
-            replay_losses, _ = self.value_loss.replay(td, boot)
+            boot = dream["lambda_target"][:, 0].unflatten(0, starts.shape)
+            replay_losses, _ = self.value_loss.replay(starts, boot)
         losses.update(actor_losses).update(value_losses).update(replay_losses)
         self.optimizer.zero_grad()
         sum(losses.values()).backward()

@@ -215,6 +215,22 @@ def test_policy_and_replay_losses_per_row(reference, forward):
     close("repval", replay, reference["out/losses/repval"].mean(1))
 
 
+def test_dreams_from_the_last_rows(reference, forward):
+    """With imag_last the losses of dreams and replayed returns are those of a window's last rows.
+
+    The return bounds depend on all starts, so they are frozen.
+    """
+    agent, bounds, noise = authors_agent(reference), forward[0].actor_loss, make_noise()
+    agent.args.imag_last, noise["dream"] = 3, noise["dream"][:12]
+    agent.actor_loss.eval()
+    agent.actor_loss.low.copy_(bounds.low), agent.actor_loss.high.copy_(bounds.high)
+    metrics, _ = agent.update(make_batch(reference), noise)
+    rows = {name: reference[f"out/losses/{name}"] for name in ("policy", "value", "repval")}
+    close("policy", metrics["train/loss_actor"], rows["policy"][:, -3:].mean(), 2e-5)
+    close("value", metrics["train/loss_value"], rows["value"][:, -3:].mean())
+    close("repval", metrics["train/loss_replay_value"], 0.3 * rows["repval"][:, -2:].mean())
+
+
 def test_imagination_statistics(reference, forward):
     agent, _, dream, _ = forward
     low, scale = agent.actor_loss.low, agent.actor_loss.high - agent.actor_loss.low
