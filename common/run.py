@@ -42,6 +42,7 @@ from common.envs import make_envs
 from common.logger import Logger, plot_curve, say, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
+NOT_EXPORTED = "optimizer", "slow_value"  # what an agent has for training only
 SAVES = "replay/.saves"  # see mark_save; never the name of a replay key
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves", "evaluated")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
@@ -262,6 +263,8 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif file.exists():
         state = checkpoint.load(folder, script)
+        if "exported" in state:
+            raise RunError(f"{folder} is an exported agent, which only plays: --eval {folder}")
         if last_save(folder) > state["saves"]:
             raise RunError(f"{file} is older than the replay: put back the newer. {FRESH}")
         check_same_args(folder, saved, requested, may_change(type(args)))
@@ -365,8 +368,10 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device):
         if hasattr(args, "compile"):
             args.compile = "no"
         agent = agent_type(state["spec"], args, *map(pick_device, device))
+        if exported := saved.get("exported", False):
+            state = {k: x for k, x in agent.state_dict().items() if k in NOT_EXPORTED} | state
         agent.load_state_dict(state)
-        agent.folder, agent.step = Path(folder).absolute(), saved["step"]
+        agent.folder, agent.step, agent.exported = Path(folder).absolute(), saved["step"], exported
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         text = f"the checkpoint in {folder} does not fit this code"
         raise RunError(f"{text}: {type(error).__name__}, {error}") from error
@@ -620,13 +625,15 @@ def evaluate_run(agent, args):
     agent.args = replace(agent.args, eval_episodes=args.eval_episodes)
     print(f"the policy at step {agent.step:,}")
     score(agent)
-    film(agent, output_folder(agent.folder), "eval")
+    film(agent, output_folder(agent), "eval")
 
 
-def output_folder(folder: Path) -> Path:
-    """Where to put pictures of a run: its folder or, if that is read-only, one below runs/."""
-    if os.access(folder, os.W_OK):
+def output_folder(agent) -> Path:
+    """Where to put pictures of a run: its folder or, if that must stay as it is, one in runs/."""
+    folder, writable = agent.folder, os.access(agent.folder, os.W_OK)
+    if writable and not agent.exported:
         return folder
     other = Path("runs", "-".join(folder.parts[1:][-3:])).absolute()  # dreamer_v3-Pendulum-v1-seed0
-    print(f"{folder} is read-only: what is drawn goes to {other}")
+    why = "an exported agent" if writable else "read-only"
+    print(f"{folder} is {why}: what is drawn goes to {other}")
     return other

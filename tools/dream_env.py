@@ -54,9 +54,9 @@ def dream_env(agent, num_envs: int = 1, *, horizon: int = 0, latent: bool = Fals
 def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     """draw(seed) -> posterior latents [K] of replayed rows, except those that end an episode."""
     folder, example = agent.folder, agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
-    state = checkpoint.load(folder)["replay"]
     if not Path(folder, "replay").is_dir():
         raise RunError(f"{folder}/replay is gone: restore it")
+    state = checkpoint.load(folder)["replay"]
     replay = saved_replay(folder, state["layout"], example)
     replay.load_state_dict(state)
     if not len(replay):

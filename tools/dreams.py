@@ -183,7 +183,7 @@ def main():
     args = tyro.cli(Args, prog="python -m tools.dreams", description=__doc__)
     check_flags(args)
     agent = load_run(args.run, args.script)
-    folder = output_folder(agent.folder)
+    folder = output_folder(agent)
     if hasattr(agent, "actor"):
         batch = play(agent, args.episodes, args.rows, args.seed)
         context = batch.shape[1] // 4

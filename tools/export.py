@@ -1,0 +1,47 @@
+"""Export a trained agent: a folder of a few MB that `load` and --eval accept, to share or commit.
+
+    python -m tools.export runs/dreamer_v3/Pendulum-v1/seed0 results/agents/pendulum
+
+It holds args.json and checkpoint.pt with the weights as float16, but neither optimizer nor replay,
+so it cannot be trained further. Of pilco.py it holds all data, as float64: the policy needs them.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.checkpoint import RunError
+from common.run import NOT_EXPORTED, launch
+
+
+def halved(value):
+    """The same, with every float32 tensor as float16."""
+    if isinstance(value, dict):
+        return {key: halved(x) for key, x in value.items()}
+    single = isinstance(value, torch.Tensor) and value.dtype == torch.float32
+    return value.half() if single else value
+
+
+def main(argv: list[str] | None = None):
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) != 2:
+        sys.exit(__doc__)
+    run, out = map(Path, argv)
+    state = checkpoint.load(run)
+    if out.exists():
+        raise RunError(f"{out} exists: remove it, or choose another folder")
+    agent = {key: x for key, x in state["agent"].items() if key not in NOT_EXPORTED}
+    out.mkdir(parents=True)
+    shutil.copy(run / "args.json", out)
+    checkpoint.save(out, agent=halved(agent), step=state["step"], exported=True)
+    script = json.loads((out / "args.json").read_text())["script"]
+    size = (out / "checkpoint.pt").stat().st_size / 1e6
+    print(f"{size:.1f} MB: python {script}.py --eval {out}")
+
+
+if __name__ == "__main__":
+    launch(main)
