@@ -820,7 +820,18 @@ def test_the_columns_of_pilco(tmp_path):
         "40,-39.500,0,0.1,0,0.9877,1,,",
         "80,-7.000,0,30.0,1,0.2,0.01,0.5,150",
     ]
-    assert success.read(path)["0"][1]["final_cost"] == "0.01"
+    seeds = success.read(path)
+    assert seeds["0"][1]["final_cost"] == "0.01"
+    assert success.first_solved(seeds["0"])["trial"] == "1"
+    solved = success.table_row("cart-pole", {**seeds, "1": seeds["0"][:1]}, dt=0.1)
+    assert solved == "| cart-pole | 1 of 2 [9-91 %] | 1 - | 8 | 30 |"
+
+
+def test_success_rates_have_wilson_intervals():
+    """The bounds solve |rate - p| = 1.96 sqrt(p (1 - p) / n) for p."""
+    assert success.rate(9, 10) == "9 of 10 [60-98 %]"
+    for bound in (0.59585, 0.98212):
+        assert abs(0.9 - bound) == pytest.approx(1.96 * (bound * (1 - bound) / 10) ** 0.5, rel=1e-3)
 
 
 def test_collect_from_the_command_line(tmp_path):

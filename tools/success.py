@@ -2,17 +2,29 @@
 
     python -m tools.success
 
-A rollout solves its task if its last ten steps cost less than 0.1 on average. Prints a table and
-writes results/pilco/success.png.
+A rollout solves its task if its last ten steps cost less than 0.1 on average. Prints a table with
+95 % Wilson intervals of the success rates, and writes results/pilco/success.png.
 """
 
 import csv
+import json
 from pathlib import Path
+from statistics import median
 
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 FOLDER, SOLVED_COST = Path(__file__).parents[1] / "results" / "pilco", 0.1
-TASKS = {"PILCO-Pendulum-v0": ("pendulum", "--"), "PILCO-CartPole-v0": ("cart-pole", "-")}
+TASKS = {
+    "PILCO-Pendulum-v0": ("pendulum", "--"),
+    "PILCO-CartPole-v0": ("cart-pole", "-"),
+    "PILCO-DoublePendulum-v0": ("double pendulum", "-."),
+    "PILCO-CartDoublePendulum-v0": ("cart and double pendulum", ":"),
+}
+HEAD = (
+    "| task | solved | in trial (each seed) | experience, s (median) | wall-clock, s (median) |\n"
+    "|---|---|---|---|---|"
+)
 
 
 def read(path: Path) -> dict[str, list[dict]]:
@@ -23,26 +35,44 @@ def read(path: Path) -> dict[str, list[dict]]:
     return seeds
 
 
+def first_solved(rows: list[dict]) -> dict | None:
+    """The row of the first trial that solves the task."""
+    return next((row for row in rows if float(row["final_cost"]) < SOLVED_COST), None)
+
+
+def rate(solved: int, seeds: int) -> str:
+    """'9 of 10 [60-98 %]', with the Wilson interval."""
+    low, high = binomtest(solved, seeds).proportion_ci(method="wilson")
+    return f"{solved} of {seeds} [{100 * low:.0f}-{100 * high:.0f} %]"
+
+
+def table_row(name: str, seeds: dict[str, list[dict]], dt: float) -> str:
+    """The medians are over the seeds that have solved the task; dt: seconds per step."""
+    first = {seed: first_solved(rows) for seed, rows in seeds.items()}
+    solved = [row for row in first.values() if row]
+    trials = " ".join(row["trial"] if row else "-" for row in first.values())
+    experience = f"{median(dt * int(row['step']) for row in solved):.0f}" if solved else "-"
+    wall = f"{median(float(row['seconds']) for row in solved):.0f}" if solved else "-"
+    return f"| {name} | {rate(len(solved), len(seeds))} | {trials} | {experience} | {wall} |"
+
+
 def main():
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    print("| Task | seed | solved in trial | experience until then, s | wall-clock until then, s |")
-    print("|---|---|---|---|---|")
+    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    print(HEAD)
     for task, (name, style) in TASKS.items():
-        solved, trials, seeds = [], 0, read(FOLDER / f"{task}.csv")
-        for seed, rows in seeds.items():
-            trials = max(trials, int(rows[-1]["trial"]))
-            first = next((row for row in rows if float(row["final_cost"]) < SOLVED_COST), None)
-            cells = ["-"] * 3
-            if first is not None:
-                solved.append(int(first["trial"]))
-                seconds = int(first["step"]) / 10  # both tasks have steps of 0.1 s
-                cells = [first["trial"], f"{seconds:.0f}", f"{float(first['seconds']):.0f}"]
-            print("|", " | ".join(map(str, [name, seed, *cells])), "|")
-        curve = [100 * sum(s <= k for s in solved) / max(len(seeds), 1) for k in range(trials + 1)]
-        label = f"{name}, {len(seeds)} seeds"
+        file = f"{task}.csv"
+        if file not in manifest:
+            continue
+        seeds, runs = read(FOLDER / file), manifest[file]["seeds"]
+        print(table_row(name, seeds, runs[next(iter(seeds))]["args"]["dt"]))
+        trials = max(int(rows[-1]["trial"]) for rows in seeds.values())
+        solved = [int(row["trial"]) for row in map(first_solved, seeds.values()) if row]
+        curve = [100 * sum(s <= k for s in solved) / len(seeds) for k in range(trials + 1)]
+        label = f"{name}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
         axis.step(range(trials + 1), curve, style, where="post", color="black", label=label)
-    axis.set_xlabel("trials (policies tried, 4 s of experience each)")
+    axis.set_xlabel("trials (policies tried)")
     axis.set_ylabel("seeds that have solved it, %")
     axis.set_ylim(0, 103)
     axis.spines[["top", "right"]].set_visible(False)
