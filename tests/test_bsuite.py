@@ -64,9 +64,9 @@ def test_score_of_a_run(tmp_path, monkeypatch, capsys):
         if "episode/return" in row
     ]
     with pytest.raises(RunError, match=r"has 60 episodes of bandit/2, bsuite 10000"):
-        bsuite_score.main([str(folder)])
+        bsuite_score.main((folder,))
     monkeypatch.setattr(sweep, "EPISODES", {"bandit/2": 50})
     capsys.readouterr()
-    bsuite_score.main([str(folder)])
+    bsuite_score.main((folder,))
     value = max(0, 1 - (50 - sum(returns[:50])) / 50 / 0.5)  # random actions lose 0.5 on average
     assert f"| bandit | {value:.2f} | 2 | {value:.2f} |" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """tools/export.py: a few files that load, play and are never trained or written to."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -27,7 +29,7 @@ def test_an_exported_agent_plays_and_is_left_alone(script, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     flags = ["--preset", "debug", "--no-tensorboard", *SCRIPTS[script].split()]
     script.main([*flags, "--run", "run"])
-    export.main(["run", "agents/one"])
+    export.main(Path("run"), Path("agents/one"))
     out = tmp_path / "agents" / "one"
     saved = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(saved) == {"args.json", "checkpoint.pt"}
@@ -45,7 +47,7 @@ def test_an_exported_agent_plays_and_is_left_alone(script, tmp_path, monkeypatch
     with pytest.raises(RunError, match="agents/one is an exported agent, which only plays"):
         script.main([*flags, "--run", "agents/one"])
     with pytest.raises(RunError, match="agents/one exists: remove it"):
-        export.main(["run", "agents/one"])
+        export.main(Path("run"), Path("agents/one"))
     (out / "lock").unlink(missing_ok=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == saved
 
@@ -54,7 +56,7 @@ def test_only_what_training_needs_may_be_missing(tmp_path, monkeypatch):
     """A checkpoint without an actor is not exported; it is damaged."""
     monkeypatch.chdir(tmp_path)
     dreamer_v3.main(["--preset", "debug", "--num-envs", "1", "--steps", "60", "--run", "run"])
-    export.main(["run", "one"])
+    export.main(Path("run"), Path("one"))
     state = torch.load("one/checkpoint.pt", weights_only=True)
     for name in ("actor", "slow_value", "exported"):
         broken = {**state, "agent": dict(state["agent"])}

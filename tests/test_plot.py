@@ -21,6 +21,7 @@ import pilco
 from common.checkpoint import RunError
 from common.run import may_change
 from tools import collect, plot, scoring, success
+from tools import scores as score_lines
 from tools.episodes import REFERENCES, find_runs, join, make_run, read_references, task_name
 from tools.plot import Args, bin_returns, bin_width, curve
 from tools.scoring import interval
@@ -832,6 +833,28 @@ def test_success_rates_have_wilson_intervals():
     assert success.rate(9, 10) == "9 of 10 [60-98 %]"
     for bound in (0.59585, 0.98212):
         assert abs(0.9 - bound) == pytest.approx(1.96 * (bound * (1 - bound) / 10) ** 0.5, rel=1e-3)
+
+
+def test_scores_of_a_long_run(tmp_path):
+    """10,000 steps at 50,000 and at the end; the end of the window counts, its beginning not."""
+    episodes = [(40_000, 1.0), (40_001, 2.0), (50_000, 4.0), (50_001, 8.0), (72_000, 16.0)]
+    run = run_folder(tmp_path / "run", "dm_control/walker-walk-v0", 3, episodes=episodes)
+    collect.collect(run, tmp_path / "out", "tag")
+    lines = score_lines.all_scores(tmp_path / "out")
+    assert [(x["step"], x["return"]) for x in lines if "training" in x["kind"]] == [
+        (50_000, "3.0"),
+        (72_000, "16.0"),
+    ]
+    assert {x["task"] for x in lines} == {"walker_walk"} and {x["seed"] for x in lines} == {"3"}
+    assert all(x["recipe"].endswith("tag") and x["commit"] for x in lines)
+    assert score_lines.marks(5_000) == [(5_000, 500)]
+
+
+def test_the_committed_scores_are_those_of_the_committed_curves():
+    with (REPO / "results" / "scores.csv").open(newline="") as file:
+        committed = list(csv.DictReader(file))
+    expected = score_lines.all_scores(REPO / "results")
+    assert [{k: str(v) for k, v in line.items()} for line in expected] == committed
 
 
 def test_collect_from_the_command_line(tmp_path):

@@ -8,11 +8,11 @@ with a --replay-size that has forgotten some, is refused.
 """
 
 import importlib
-import sys
 from pathlib import Path
 
 import pandas as pd
 import torch
+import tyro
 from bsuite import sweep
 from tensordict import TensorDict
 
@@ -69,12 +69,11 @@ def score(rows: list[dict]) -> float:
     return float(analysis.score(pd.DataFrame(rows)))
 
 
-def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv:
-        sys.exit(__doc__)
+def main(runs: tyro.conf.Positional[tuple[Path, ...]]):  # run folders
+    if not runs:
+        raise RunError("no run folder given")
     experiments = {}
-    for row in map(read, map(Path, argv)):
+    for row in map(read, runs):
         experiments.setdefault(row["bsuite_id"].split("/")[0], []).append(row)
     print("| experiment | score | configurations | score of each |\n|---|---|---|---|")
     for name, rows in sorted(experiments.items()):
@@ -84,4 +83,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(lambda: tyro.cli(main, prog="python -m tools.bsuite_score", description=__doc__))

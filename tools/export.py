@@ -8,10 +8,10 @@ so it cannot be trained further. Of pilco.py it holds all data, as float64: the 
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
+import tyro
 
 from common import checkpoint
 from common.checkpoint import RunError
@@ -26,11 +26,10 @@ def halved(value):
     return value.half() if single else value
 
 
-def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) != 2:
-        sys.exit(__doc__)
-    run, out = map(Path, argv)
+def main(
+    run: tyro.conf.Positional[Path],  # folder of a run
+    out: tyro.conf.Positional[Path],  # folder to write, which must not exist
+):
     state = checkpoint.load(run)
     if out.exists():
         raise RunError(f"{out} exists: remove it, or choose another folder")
@@ -44,4 +43,4 @@ def main(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(lambda: tyro.cli(main, prog="python -m tools.export", description=__doc__))
