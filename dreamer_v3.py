@@ -121,6 +121,7 @@ class Args:
 
     lr: Positive = 4e-5  # after the warm-up
     warmup: Natural = 1000  # updates
+    anneal: Natural = 0  # by this update, lr has fallen linearly to a tenth; 0: never
     clip: Positive = 0.3  # largest gradient norm / weight norm, per tensor
 
 
@@ -155,6 +156,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
+    if 0 < args.anneal <= args.warmup:
+        raise RunError(f"--anneal must be above --warmup, which is {args.warmup}, or 0")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment
     windows = args.num_envs * (min(rows, args.replay_size // args.num_envs) - args.batch_length)
     training = args.train_ratio and not (args.benchmark or args.eval)
@@ -875,15 +878,20 @@ class DreamerDecoder(nn.Module):
 
 
 class LaProp(torch.optim.Optimizer):
-    """Adaptive gradient clipping (AGC), RMS normalization, then momentum; linear warm-up from 0.
+    """Adaptive gradient clipping (AGC), RMS normalization, then momentum.
+
+    Over `warmup` updates the rate rises linearly from 0 to lr; by update `anneal`, if that is not
+    0, it has fallen linearly to lr / 10.
 
     AGC limits each tensor's gradient norm to `clip` times its weight norm. Unlike in Adam, momentum
     averages gradients that are already normalized (LaProp, Ziyin et al., 2020).
     """
 
-    def __init__(self, params, lr=4e-5, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=1000):
+    def __init__(self, params, lr=4e-5, clip=0.3, beta1=0.9, beta2=0.999, eps=1e-20, warmup=1000,
+                 anneal=0):  # fmt: skip
         super().__init__(params, dict(lr=lr))
-        self.clip, self.beta1, self.beta2, self.eps, self.warmup = clip, beta1, beta2, eps, warmup
+        self.clip, self.beta1, self.beta2, self.eps = clip, beta1, beta2, eps
+        self.warmup, self.anneal = warmup, anneal
         params = self.param_groups[0]["params"]
         for p in params:
             self.state[p] = {"rms": torch.zeros_like(p), "momentum": torch.zeros_like(p)}
@@ -898,6 +906,9 @@ class LaProp(torch.optim.Optimizer):
         momentum = [self.state[p]["momentum"] for p in params]
         if self.warmup:
             lr = lr * (updates / self.warmup).clamp(max=1.0)
+        if self.anneal:
+            share = (updates - self.warmup) / (self.anneal - self.warmup)
+            lr = lr * (1 - 0.9 * share.clamp(0.0, 1.0))
         updates.add_(1)
         grads = self.clipped_grads(params)
         torch._foreach_mul_(rms, self.beta2)
@@ -963,7 +974,8 @@ class Agent:
         self.model_loss = DreamerV3ModelLoss(model, free_nats=args.free_nats, horizon=args.horizon)
         self.modules = {"world_model": model, "actor": self.actor, "value": self.value}
         params = [p for module in self.modules.values() for p in module.parameters()]
-        self.optimizer = LaProp(params, lr=args.lr, clip=args.clip, warmup=args.warmup)
+        options = dict(lr=args.lr, clip=args.clip, warmup=args.warmup, anneal=args.anneal)
+        self.optimizer = LaProp(params, **options)
         self.stateful = {**self.modules, "slow_value": self.slow_value, "optimizer": self.optimizer}
         if args.compile == "yes":  # for the whole process; RSSMRollout compiles its own step
             globals().update({f.__name__: torch.compile(f, dynamic=False) for f in COMPILED})

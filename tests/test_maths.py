@@ -785,3 +785,19 @@ def test_45_warmup():
     assert moves[0] == 0.0  # the first update is a no-op
     agree([moves[i] for i in (1, 500, 1000, 1002)], [4e-8, 2e-5, 4e-5, 4e-5], 2e-4)
     assert Args().lr == 4e-5 and Args().warmup == 1000 and Args().clip == 0.3
+
+
+def test_annealing():
+    """As optax joins linear_schedule(0, lr, 4) and linear_schedule(lr, lr / 10, 10 - 4) at 4."""
+    p = parameter([1.0])
+    optimizer, moves = LaProp([p], lr=1e-3, warmup=4, anneal=10), []
+    for _ in range(14):
+        before = p.item()
+        p.grad = torch.tensor([0.01], dtype=torch.float64)
+        optimizer.step()
+        moves.append(before - p.item())
+    rising, falling = [0, 0.25, 0.5, 0.75], [1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]
+    agree(moves, [1e-3 * x for x in (*rising, *falling, 0.1, 0.1, 0.1)], 2e-4)
+    assert parse_args(["--anneal", "1001", "--warmup", "1000"]).anneal == 1001
+    with pytest.raises(RunError, match="--anneal must be above --warmup, which is 1000, or 0"):
+        parse_args(["--anneal", "1000", "--warmup", "1000"])
