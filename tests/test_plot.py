@@ -91,7 +91,7 @@ def test_every_published_task_is_a_registered_environment(reference):
     gymnasium.register_envs(shimmy)
     registered = {task_name(env_id) for env_id in gymnasium.registry}
     tasks = set(json.loads(reference.read_text())["curves"])
-    assert len(tasks) in (18, 20, 26)
+    assert len(tasks) in (18, 19, 20, 26)
     assert tasks <= registered
 
 
