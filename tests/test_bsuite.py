@@ -70,3 +70,13 @@ def test_score_of_a_run(tmp_path, monkeypatch, capsys):
     bsuite_score.main((folder,))
     value = max(0, 1 - (50 - sum(returns[:50])) / 50 / 0.5)  # random actions lose 0.5 on average
     assert f"| bandit | {value:.2f} | 2 | {value:.2f} |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--action-repeat 2", "--num-envs 2", "--replay-size 60"])
+def test_runs_that_bsuite_would_not_play_are_refused(flag, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--env-id", MODULE + "bandit-2", "--run", str(folder), "--num-envs", "1"]
+    flags += ["--preset", "debug", "--steps", "120", "--obs", "vector", *flag.split()]
+    dreamer_v3.main(flags)
+    with pytest.raises(RunError, match=f"cannot be scored: that needs .*{flag.split()[0]}"):
+        bsuite_score.main((folder,))

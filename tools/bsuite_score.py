@@ -55,7 +55,12 @@ def read(folder: Path) -> dict:
     bsuite_id = f"{experiment}/{number}"
     if bsuite_id not in sweep.SETTINGS:
         raise RunError(f"{folder} is not a run on bsuite")
-    returns, last = episodes(folder, state["replay"])
+    replay, repeat = state["replay"], state["agent"]["args"]["action_repeat"]
+    forgotten = replay["total"] > replay["layout"]["capacity"]
+    if repeat != 1 or replay["layout"]["num_envs"] != 1 or forgotten:
+        needed = "--action-repeat 1, --num-envs 1 and a --replay-size that holds all rows"
+        raise RunError(f"{folder} cannot be scored: that needs {needed}")
+    returns, last = episodes(folder, replay)
     asked = sweep.EPISODES[bsuite_id]
     if len(returns) < asked:
         raise RunError(f"{folder} has {len(returns)} episodes of {bsuite_id}, bsuite {asked}")
