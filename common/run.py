@@ -42,7 +42,6 @@ from common.envs import make_envs
 from common.logger import Logger, plot_curve, say, write_video
 
 MAX_FRAMES, MAX_STEPS = 1000, 30_000  # of a video (200 MB), of an episode in an evaluation
-NOT_EXPORTED = "optimizer", "slow_value"  # what an agent has for training only
 SAVES = "replay/.saves"  # see mark_save; never the name of a replay key
 COUNTERS = ("step", "done", "updates", "owed", "reported", "returns", "saves", "evaluated")
 TOO_LARGE = "can't allocate|out of memory|bad_alloc|overflowed with size|overflow when unpacking"
@@ -359,6 +358,11 @@ def origin() -> dict:
     }
 
 
+def only_trains(name: str) -> bool:
+    """Whether this part of an agent's state is not needed to play, so that exports lack it."""
+    return name.endswith("optimizer") or name == "slow_value"
+
+
 def load_agent(folder, script: str, args_type: type, agent_type: type, *device):
     """The agent that a run saved, agent_type(spec, args[, device]); RunError if that fails."""
     saved = checkpoint.load(folder, script)
@@ -369,7 +373,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device):
             args.compile = "no"
         agent = agent_type(state["spec"], args, *map(pick_device, device))
         if exported := saved.get("exported", False):
-            state = {k: x for k, x in agent.state_dict().items() if k in NOT_EXPORTED} | state
+            state = {k: x for k, x in agent.state_dict().items() if only_trains(k)} | state
         agent.load_state_dict(state)
         agent.folder, agent.step, agent.exported = Path(folder).absolute(), saved["step"], exported
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

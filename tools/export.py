@@ -15,7 +15,7 @@ import tyro
 
 from common import checkpoint
 from common.checkpoint import RunError
-from common.run import NOT_EXPORTED, launch
+from common.run import launch, only_trains
 
 
 def halved(value):
@@ -33,7 +33,7 @@ def main(
     state = checkpoint.load(run)
     if out.exists():
         raise RunError(f"{out} exists: remove it, or choose another folder")
-    agent = {key: x for key, x in state["agent"].items() if key not in NOT_EXPORTED}
+    agent = {key: x for key, x in state["agent"].items() if not only_trains(key)}
     out.mkdir(parents=True)
     shutil.copy(run / "args.json", out)
     checkpoint.save(out, agent=halved(agent), step=state["step"], exported=True)
