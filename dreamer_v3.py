@@ -156,6 +156,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
+    if args.imag_last == 1:  # a return needs the row after it
+        raise RunError("--imag-last must be at least 2, or 0")
     if 0 < args.anneal <= args.warmup:
         raise RunError(f"--anneal must be above --warmup, which is {args.warmup}, or 0")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment

@@ -798,6 +798,8 @@ def test_annealing():
         moves.append(before - p.item())
     rising, falling = [0, 0.25, 0.5, 0.75], [1, 0.85, 0.7, 0.55, 0.4, 0.25, 0.1]
     agree(moves, [1e-3 * x for x in (*rising, *falling, 0.1, 0.1, 0.1)], 2e-4)
+    with pytest.raises(RunError, match="--imag-last must be at least 2, or 0"):
+        parse_args(["--imag-last", "1"])
     assert parse_args(["--anneal", "1001", "--warmup", "1000"]).anneal == 1001
     with pytest.raises(RunError, match="--anneal must be above --warmup, which is 1000, or 0"):
         parse_args(["--anneal", "1000", "--warmup", "1000"])

@@ -846,8 +846,14 @@ def test_scores_of_a_long_run(tmp_path):
         (72_000, "16.0"),
     ]
     assert {x["task"] for x in lines} == {"walker_walk"} and {x["seed"] for x in lines} == {"3"}
-    assert all(x["recipe"].endswith("tag") and x["commit"] for x in lines)
-    assert score_lines.marks(5_000) == [(5_000, 500)]
+    assert all(x["recipe"].endswith("tag") and x["commit"] == "abc" for x in lines)
+    manifest = json.loads((tmp_path / "out/dreamer_v3/manifest.json").read_text())
+    ((name, file),) = manifest.items()
+    for text, kept in ((40 * "a" + " with changes", "aaaaaaa with changes"), ("x/y e3f0224",) * 2):
+        file["seeds"]["3"]["origin"][-1]["commit"] = text
+        lines = score_lines.scores_of_file("x", tmp_path / "out/dreamer_v3" / name, file)
+        assert {line["commit"] for line in lines} == {kept}
+    assert score_lines.marks(5_000) == [(5_000, 1_000)]
 
 
 def test_the_committed_scores_are_those_of_the_committed_curves():

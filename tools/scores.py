@@ -3,12 +3,13 @@
     python -m tools.scores
 
 A training score at step x is the mean return of the episodes that ended in (x - w, x], where w is
-10,000 steps, or a tenth of a run shorter than 50,000: at the end of the run and, in long ones,
-every 50,000 steps. The evaluation is that of the final policy. From the files of tools.collect.
+10,000 steps, or x / 5 below 50,000: at the end of the run and every 50,000 steps. The evaluation
+is that of the final policy. From the files of tools.collect.
 """
 
 import csv
 import json
+import re
 from pathlib import Path
 
 from tools.collect import RESULTS
@@ -20,10 +21,8 @@ COLUMNS = "script", "task", "recipe", "seed", "step", "return", "kind", "commit"
 
 def marks(end: int) -> list[tuple[int, float]]:
     """(step, window) of a run's training scores."""
-    if end < EVERY:
-        return [(end, end / 10)]
     steps = {*range(EVERY, end + 1, EVERY), end}
-    return [(step, WINDOW) for step in sorted(steps)]
+    return [(step, min(WINDOW, step / 5)) for step in sorted(steps)]
 
 
 def training_score(episodes: list[tuple[int, float]], step: int, window: float) -> float | None:
@@ -41,7 +40,8 @@ def scores_of_file(script: str, path: Path, file: dict) -> list[dict]:
         last, preset = run["origin"][-1], run["args"].get("preset", "")
         line = dict(script=script, task=task_name(run["env_id"]), seed=seed)
         line |= dict(
-            recipe="-".join(filter(None, (preset, file["tag"]))), commit=last["commit"][:7]
+            recipe="-".join(filter(None, (preset, file["tag"]))),
+            commit=re.sub(r"\b([0-9a-f]{7})[0-9a-f]{33}\b", r"\1", last["commit"]),
         )
         line["command"] = last["command"]
         found = [
