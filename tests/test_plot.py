@@ -22,7 +22,15 @@ from common.checkpoint import RunError
 from common.run import may_change
 from tools import collect, plot, scoring, success
 from tools import scores as score_lines
-from tools.episodes import REFERENCES, find_runs, join, make_run, read_references, task_name
+from tools.episodes import (
+    REFERENCES,
+    find_runs,
+    join,
+    make_run,
+    read_file,
+    read_references,
+    task_name,
+)
 from tools.plot import Args, bin_returns, bin_width, curve
 from tools.scoring import interval
 
@@ -851,9 +859,10 @@ def test_scores_of_a_long_run(tmp_path):
     ((name, file),) = manifest.items()
     for text, kept in ((40 * "a" + " with changes", "aaaaaaa with changes"), ("x/y e3f0224",) * 2):
         file["seeds"]["3"]["origin"][-1]["commit"] = text
-        lines = score_lines.scores_of_file("x", tmp_path / "out/dreamer_v3" / name, file)
+        ((_, run),) = read_file(tmp_path / "out/dreamer_v3" / name, "")
+        lines = score_lines.scores_of_run("x", file, run)
         assert {line["commit"] for line in lines} == {kept}
-    assert score_lines.marks(5_000) == [(5_000, 1_000)]
+    assert score_lines.scored_steps(5_000) == [(5_000, 1_000)]
 
 
 def test_the_committed_scores_are_those_of_the_committed_curves():
