@@ -47,6 +47,7 @@ SCRIPT = Path(__file__).stem  # names its run folders, so that a renamed fork ha
 BINS = 255  # of the two-hot reward and value
 DEPTH_MULTIPLIERS = (2, 3, 4, 4)  # channels of the convolution stages, in units of args.depth
 Unimix = Annotated[float, Rule("above 0, for a finite KL, and below 1", lambda x: 0 < x < 1)]
+LastRows = Annotated[int, Rule("at least 2, or 0", lambda x: x == 0 or x >= 2)]
 Side = Annotated[int, Rule("a multiple of 16, up to 1,024", lambda x: x in range(16, 1025, 16))]
 Preset = Literal["default", "dmc_proprio", "dmc_vision", "atari100k", "crafter", "debug"]
 Size = Literal["", "1m", "12m", "25m", "50m", "100m", "200m", "400m"]
@@ -111,7 +112,7 @@ class Args:
     # behavior
 
     imagination_horizon: Count = 15  # imagined steps
-    imag_last: Natural = 0  # dreams start from this many last rows of a window; 0: from all
+    imag_last: LastRows = 0  # dreams and replayed returns start from these of a window; 0: all
     horizon: Count = 333  # discount 1 - 1/horizon per action
     lam: Fraction = 0.95  # lambda of the returns
     entropy_bonus: float = 3e-4  # per nat of the policy's entropy
@@ -156,8 +157,6 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = parse_flags(Args, argv, __doc__, defaults)
     if args.deter % args.blocks or 4 * args.depth % args.blocks:
         raise RunError("--deter and 4 times --depth must be multiples of --blocks")
-    if args.imag_last == 1:  # a return needs the row after it
-        raise RunError("--imag-last must be at least 2, or 0")
     if 0 < args.anneal <= args.warmup:
         raise RunError(f"--anneal must be above --warmup, which is {args.warmup}, or 0")
     rows = math.ceil(args.steps / (args.num_envs * args.action_repeat))  # of each environment
