@@ -249,6 +249,8 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         saved = saved_args(folder)  # before the lock, to leave nothing behind in a foreign folder
+        if "exported" in saved:
+            raise RunError(f"{folder} is an exported agent, which only plays: --eval {folder}")
         checkpoint.lock_folder(folder)
     except (OSError, ValueError) as error:  # read-only, a file, a device, a null byte
         raise RunError(f"--run {folder} cannot be written to: {error}") from None
@@ -262,8 +264,6 @@ def open_folder(script: str, args, requested: dict) -> tuple[Path, dict | None]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif file.exists():
         state = checkpoint.load(folder, script)
-        if "exported" in state:
-            raise RunError(f"{folder} is an exported agent, which only plays: --eval {folder}")
         if last_save(folder) > state["saves"]:
             raise RunError(f"{file} is older than the replay: put back the newer. {FRESH}")
         check_same_args(folder, saved, requested, may_change(type(args)))
@@ -372,7 +372,7 @@ def load_agent(folder, script: str, args_type: type, agent_type: type, *device):
         if hasattr(args, "compile"):
             args.compile = "no"
         agent = agent_type(state["spec"], args, *map(pick_device, device))
-        if exported := saved.get("exported", False):
+        if exported := "exported" in saved:
             state = {k: x for k, x in agent.state_dict().items() if only_trains(k)} | state
         agent.load_state_dict(state)
         agent.folder, agent.step, agent.exported = Path(folder).absolute(), saved["step"], exported

@@ -49,7 +49,8 @@ def test_an_exported_agent_plays_and_is_left_alone(script, tmp_path, monkeypatch
         script.main([*flags, "--run", "agents/one"])
     with pytest.raises(RunError, match="agents/one exists: remove it"):
         export.main(Path("run"), Path("agents/one"))
-    (out / "lock").unlink(missing_ok=True)
+    with pytest.raises(RunError, match="agents/one is an exported agent, which only plays"):
+        script.main([*flags, "--run", "agents/one", "--fresh"])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == saved
 
 

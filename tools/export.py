@@ -7,7 +7,6 @@ so it cannot be trained further. Of pilco.py it holds all data, as float64: the 
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import tyro
 
 from common import checkpoint
 from common.checkpoint import RunError
-from common.run import launch, only_trains
+from common.run import launch, only_trains, saved_args
 
 
 def halved(value):
@@ -34,12 +33,12 @@ def main(
     if out.exists():
         raise RunError(f"{out} exists: remove it, or choose another folder")
     agent = {key: x for key, x in state["agent"].items() if not only_trains(key)}
+    args = saved_args(run) | {"exported": True}
     out.mkdir(parents=True)
-    shutil.copy(run / "args.json", out)
+    (out / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     checkpoint.save(out, agent=halved(agent), step=state["step"], exported=True)
-    script = json.loads((out / "args.json").read_text())["script"]
     size = (out / "checkpoint.pt").stat().st_size / 1e6
-    print(f"{size:.1f} MB: python {script}.py --eval {out}")
+    print(f"{size:.1f} MB: python {args['script']}.py --eval {out}")
 
 
 if __name__ == "__main__":
