@@ -1,11 +1,12 @@
-"""bsuite (Osband et al., 2020) as gymnasium environments: those that reset() can seed.
+"""Five experiments of bsuite (Osband et al., 2020) as gymnasium environments.
 
     pip install bsuite==0.3.6
     python dreamer_v3.py --env-id tools.bsuite_envs:bsuite/catch-0 --action-repeat 1 --steps 100000
 
 The number is the configuration in bsuite's own sweep: 0 to 19, in memory_len and umbrella_length to
-22. bsuite plays 10,000 episodes (discounting_chain: 1,000); here each reset is a step, too.
-tools/bsuite_score.py scores finished runs.
+22. bsuite plays 10,000 episodes (discounting_chain: 1,000); here each reset is a step, too. So the
+steps are 20,000 (bandit), 100,000 (catch), 101,000 (discounting_chain), 10,000 (length + 1)
+(umbrella_length) and 10,000 (length + 2) (memory_len). tools/bsuite_score.py scores finished runs.
 """
 
 import gymnasium

@@ -18,10 +18,10 @@ from tensordict import TensorDict
 
 from common import checkpoint
 from common.checkpoint import RunError
-from common.run import launch
+from common.run import launch, saved_args
 from tools.dream_env import saved_replay
 
-ROW = {"reward": torch.zeros(()), "is_first": torch.tensor(True), "is_last": torch.tensor(True)}
+ROW = {"reward": torch.zeros(()), "is_last": torch.tensor(True)}  # what a score needs of one
 
 
 def episodes(folder: Path, state: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def summary(bsuite_id: str, returns, last) -> dict:
         "bsuite_id": bsuite_id,
         "episode": count,
         "total_return": returns.sum().item(),
-        # At most 1 can be earned by the last action, or by an episode of one action.
+        # 1 is the best last reward, except in discounting_chain, which is scored by its return.
         "total_regret": (1 - last).sum().item(),
         "total_perfect": (last == 1).sum().item(),
         **sweep.SETTINGS[bsuite_id],
@@ -49,15 +49,17 @@ def summary(bsuite_id: str, returns, last) -> dict:
 
 def read(folder: Path) -> dict:
     """The `summary` of a run; RunError if it is not a whole one."""
-    state = checkpoint.load(folder, "dreamer_v3")
-    name = state["agent"]["args"]["env_id"].rpartition("bsuite/")[2]
+    state, args = checkpoint.load(folder, "dreamer_v3"), saved_args(folder)
+    name = args["env_id"].rpartition("bsuite/")[2]
     experiment, _, number = name.rpartition("-")
     bsuite_id = f"{experiment}/{number}"
     if bsuite_id not in sweep.SETTINGS:
         raise RunError(f"{folder} is not a run on bsuite")
-    replay, repeat = state["replay"], state["agent"]["args"]["action_repeat"]
+    if {"exported", "offline"} & args.keys():
+        raise RunError(f"{folder} cannot be scored: it holds no episodes of its own")
+    replay = state["replay"]
     forgotten = replay["total"] > replay["layout"]["capacity"]
-    if repeat != 1 or replay["layout"]["num_envs"] != 1 or forgotten:
+    if args["action_repeat"] != 1 or args["num_envs"] != 1 or forgotten:
         needed = "--action-repeat 1, --num-envs 1 and a --replay-size that holds all rows"
         raise RunError(f"{folder} cannot be scored: that needs {needed}")
     returns, last = episodes(folder, replay)
