@@ -425,7 +425,7 @@ def test_errors_name_what_is_missing(runs, tmp_path):
     shutil.copytree(runs / "dreamer_v3", copy)
     agent = dreamer_v3.load(copy)
     shutil.rmtree(copy / "replay")
-    with pytest.raises(RunError, match="replay is gone"):
+    with pytest.raises(RunError, match="no replay to start dreams from: restore it"):
         dream_env(agent)
     assert not (copy / "replay").exists()
     shutil.copytree(runs / "dreamer_v3" / "replay", copy / "replay")

@@ -832,7 +832,9 @@ def test_the_columns_of_pilco(tmp_path):
     seeds = success.read(path)
     assert seeds["0"][1]["final_cost"] == "0.01"
     assert success.first_solved(seeds["0"])["trial"] == "1"
-    solved = success.table_row("cart-pole", {**seeds, "1": seeds["0"][:1]}, dt=0.1)
+    two = {**seeds, "1": seeds["0"][:1]}
+    assert success.solved_share(two) == [0, 50]
+    solved = success.table_row("cart-pole", two, dt=0.1)
     assert solved == "| cart-pole | 1 of 2 [9-91 %] | 1 - | 8 | 30 |"
 
 

@@ -55,7 +55,8 @@ def posterior_sampler(agent, windows: int = 16) -> Callable[[int], TensorDict]:
     """draw(seed) -> posterior latents [K] of replayed rows, except those that end an episode."""
     folder, example = agent.folder, agent.stored_rows(example_rows(agent.spec), agent.initial(1))[0]
     if not Path(folder, "replay").is_dir():
-        raise RunError(f"{folder}/replay is gone: restore it")
+        text = "an exported agent never had one" if agent.exported else "restore it"
+        raise RunError(f"{folder} has no replay to start dreams from: {text}")
     state = checkpoint.load(folder)["replay"]
     replay = saved_replay(folder, state["layout"], example)
     replay.load_state_dict(state)

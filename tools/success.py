@@ -56,28 +56,38 @@ def table_row(name: str, seeds: dict[str, list[dict]], dt: float) -> str:
     return f"| {name} | {rate(len(solved), len(seeds))} | {trials} | {experience} | {wall} |"
 
 
-def main():
+def solved_share(seeds: dict[str, list[dict]]) -> list[float]:
+    """Per cent of the seeds that have solved the task after 0, 1, 2, ... trials."""
+    trials = max(int(rows[-1]["trial"]) for rows in seeds.values())
+    solved = [int(row["trial"]) for row in map(first_solved, seeds.values()) if row]
+    return [100 * sum(s <= k for s in solved) / len(seeds) for k in range(trials + 1)]
+
+
+def draw(tasks: dict[str, dict], path: Path):
+    """A step curve for each task of {task: seeds}."""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axis = figure.subplots()
-    manifest = json.loads((FOLDER / "manifest.json").read_text())
-    print(HEAD)
-    for task, (name, style) in TASKS.items():
-        file = f"{task}.csv"
-        if file not in manifest:
-            continue
-        seeds, runs = read(FOLDER / file), manifest[file]["seeds"]
-        print(table_row(name, seeds, runs[next(iter(seeds))]["args"]["dt"]))
-        trials = max(int(rows[-1]["trial"]) for rows in seeds.values())
-        solved = [int(row["trial"]) for row in map(first_solved, seeds.values()) if row]
-        curve = [100 * sum(s <= k for s in solved) / len(seeds) for k in range(trials + 1)]
-        label = f"{name}, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
-        axis.step(range(trials + 1), curve, style, where="post", color="black", label=label)
+    for task, seeds in tasks.items():
+        name, style = TASKS[task]
+        curve, count = solved_share(seeds), len(seeds)
+        label = f"{name}, {count} seed{'s' * (count > 1)}"
+        axis.step(range(len(curve)), curve, style, where="post", color="black", label=label)
     axis.set_xlabel("trials (policies tried)")
     axis.set_ylabel("seeds that have solved it, %")
     axis.set_ylim(0, 103)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
-    figure.savefig(FOLDER / "success.png", dpi=150)
+    figure.savefig(path, dpi=150)
+
+
+def main():
+    manifest = json.loads((FOLDER / "manifest.json").read_text())
+    tasks = {task: read(FOLDER / f"{task}.csv") for task in TASKS if f"{task}.csv" in manifest}
+    print(HEAD)
+    for task, seeds in tasks.items():
+        runs = manifest[f"{task}.csv"]["seeds"]
+        print(table_row(TASKS[task][0], seeds, runs[next(iter(seeds))]["args"]["dt"]))
+    draw(tasks, FOLDER / "success.png")
 
 
 if __name__ == "__main__":
